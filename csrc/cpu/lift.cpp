@@ -1,0 +1,213 @@
+#include "lift.h"
+
+#include <cmath>
+
+namespace mirage::cpu {
+namespace {
+
+constexpr int32_t kInfinity = 0x7f800000;  // bits of +Inf: past every valid depth
+constexpr int kLanes = 8;  // rows of a cell are padded to whole vectors
+
+// A vector of the compiler's own: each clone lowers it to the registers it has. Comparisons give 0 or -1 per lane.
+typedef int32_t Lanes __attribute__((vector_size(kLanes * sizeof(int32_t))));
+
+inline __attribute__((always_inline)) Lanes load(const int32_t* from) {
+  Lanes lanes;
+  __builtin_memcpy(&lanes, from, sizeof(lanes));
+  return lanes;
+}
+
+inline __attribute__((always_inline)) int32_t sum(Lanes lanes) {
+  int32_t total = 0;
+  for (int l = 0; l < kLanes; ++l) total += lanes[l];
+  return total;
+}
+
+struct Cell {
+  int32_t count;  // of bits, padding included: a multiple of kLanes
+  int32_t valid;
+  int32_t least, greatest;
+};
+
+// Copies one cell's depths as signed integers, the invalid ones as +Inf: bits of positive floats order as the floats do,
+// and zero, negative, Inf and NaN all fall outside (0, kInfinity).
+MIRAGE_SIMD
+Cell load_cell(const float* depth, index_t row_stride, int rows, int columns, int32_t* bits) {
+  const int32_t* source = reinterpret_cast<const int32_t*>(depth);
+  const int padded = (columns + kLanes - 1) / kLanes * kLanes;
+  const Lanes infinity = Lanes{} + kInfinity;
+  Lanes valid = {}, least = infinity, greatest = {};
+  for (int r = 0; r < rows; ++r, source += row_stride) {
+    for (int c = 0; c < columns; c += kLanes, bits += kLanes) {
+      Lanes value = infinity;
+      if (c + kLanes <= columns) {
+        value = load(source + c);
+      } else {
+        for (int l = 0; c + l < columns; ++l) value[l] = source[c + l];
+      }
+      const Lanes ok = (value > 0) & (value < infinity);
+      const Lanes kept = ok ? value : infinity;
+      __builtin_memcpy(bits, &kept, sizeof(kept));
+      valid -= ok;
+      least = kept < least ? kept : least;
+      const Lanes high = value & ok;
+      greatest = high > greatest ? high : greatest;
+    }
+  }
+  Cell cell{rows * padded, sum(valid), kInfinity, 0};
+  for (int l = 0; l < kLanes; ++l) {
+    cell.least = std::min(cell.least, least[l]);
+    cell.greatest = std::max(cell.greatest, greatest[l]);
+  }
+  return cell;
+}
+
+// The element of the given rank (0 = least) by counting passes over the bits, which vectorise. Pivots interpolate (a
+// cell mostly shows one smooth surface) and fall back to bisection, which bounds the passes for any cell, whenever the
+// last one did not halve the bracket. A pivot that separates exactly the wanted rank ends the search with one more pass.
+MIRAGE_SIMD
+int32_t select_rank(const int32_t* bits, int count, int rank, int32_t low, int32_t high, int valid) {
+  int below_low = 0, up_to_high = valid;
+  bool interpolate = true;
+  while (low < high) {
+    const int32_t range = high - low;
+    int32_t pivot = low + range / 2;
+    if (interpolate) {
+      const float share = (static_cast<float>(rank - below_low) + 0.5f) / static_cast<float>(up_to_high - below_low);
+      pivot = std::min(low + static_cast<int32_t>(share * static_cast<float>(range)), high - 1);
+    }
+    Lanes counted = {};
+    for (int i = 0; i < count; i += kLanes) counted -= load(bits + i) <= pivot;
+    const int32_t below = sum(counted);
+    if (below == rank + 1) {
+      Lanes greatest = {};
+      for (int i = 0; i < count; i += kLanes) {
+        const Lanes value = load(bits + i);
+        const Lanes candidate = value & (value <= pivot);
+        greatest = candidate > greatest ? candidate : greatest;
+      }
+      int32_t result = 0;
+      for (int l = 0; l < kLanes; ++l) result = std::max(result, greatest[l]);
+      return result;
+    }
+    if (below > rank) {
+      high = pivot;
+      up_to_high = below;
+    } else {
+      low = pivot + 1;
+      below_low = below;
+    }
+    interpolate = !interpolate || high - low <= range / 2;
+  }
+  return low;
+}
+
+// Half-pixel source position without antialiasing; the weight is rounded once, as in reference.py.
+struct Tap {
+  index_t low, high;
+  float weight_low, weight_high;
+};
+
+Tap make_tap(index_t i, index_t cells, index_t pixels) {
+  const double scale = static_cast<double>(pixels) / static_cast<double>(cells);
+  const double position = std::max((static_cast<double>(i) + 0.5) * scale - 0.5, 0.0);
+  Tap tap;
+  tap.low = std::min(static_cast<index_t>(position), pixels - 1);
+  tap.high = std::min(tap.low + 1, pixels - 1);
+  tap.weight_high = static_cast<float>(position - static_cast<double>(tap.low));
+  tap.weight_low = 1.0f - tap.weight_high;
+  return tap;
+}
+
+}  // namespace
+
+CellColumns make_columns(const DepthSource& source) {
+  CellColumns columns;
+  for (index_t j = 0; j <= source.width; ++j) {
+    columns.depth_begin.push_back(cell_begin(j, source.width, source.depth_width));
+    if (source.mask) columns.mask_begin.push_back(cell_begin(j, source.width, source.mask_width));
+  }
+  return columns;
+}
+
+void token_row_depth(const DepthSource& source, const CellColumns& columns, index_t t, index_t i,
+                     std::vector<int32_t>& cell, float* depth) {
+  const float* image = source.depth + t * source.depth_height * source.depth_width;
+  if (source.bilinear) {
+    const Tap row = make_tap(i, source.height, source.depth_height);
+    const float* top = image + row.low * source.depth_width;
+    const float* bottom = image + row.high * source.depth_width;
+    for (index_t j = 0; j < source.width; ++j) {
+      const Tap column = make_tap(j, source.width, source.depth_width);
+      const float upper = column.weight_low * top[column.low] + column.weight_high * top[column.high];
+      const float lower = column.weight_low * bottom[column.low] + column.weight_high * bottom[column.high];
+      const float value = row.weight_low * upper + row.weight_high * lower;
+      depth[j] = (value > 0.0f) & is_finite(value) ? value : 0.0f;
+    }
+    return;
+  }
+  const index_t begin = cell_begin(i, source.height, source.depth_height);
+  const index_t rows = cell_begin(i + 1, source.height, source.depth_height) - begin;
+  for (index_t j = 0; j < source.width; ++j) {
+    const index_t left = columns.depth_begin[j], width = columns.depth_begin[j + 1] - left;
+    cell.resize(rows * divide_up(width, kLanes) * kLanes);
+    const Cell loaded = load_cell(image + begin * source.depth_width + left, source.depth_width,
+                                  static_cast<int>(rows), static_cast<int>(width), cell.data());
+    const bool known = loaded.valid > 0 && 2 * index_t{loaded.valid} >= rows * width;
+    depth[j] = known ? bits_float(static_cast<uint32_t>(select_rank(
+                           cell.data(), loaded.count, (loaded.valid - 1) / 2, loaded.least, loaded.greatest,
+                           loaded.valid)))
+                     : 0.0f;
+  }
+}
+
+void token_row_mask(const DepthSource& source, const CellColumns& columns, index_t t, index_t i, bool* still) {
+  if (!source.mask) {
+    std::fill(still, still + source.width, true);
+    return;
+  }
+  const index_t begin = cell_begin(i, source.height, source.mask_height);
+  const index_t end = cell_begin(i + 1, source.height, source.mask_height);
+  const auto* image = reinterpret_cast<const uint8_t*>(source.mask) + t * source.mask_height * source.mask_width;
+  for (index_t j = 0; j < source.width; ++j) {
+    uint8_t all = 1;
+    for (index_t r = begin; r < end; ++r)
+      for (index_t c = columns.mask_begin[j]; c < columns.mask_begin[j + 1]; ++c)
+        all &= image[r * source.mask_width + c];
+    still[j] = all != 0;
+  }
+}
+
+MIRAGE_SIMD
+void lift_row(const Lift& lift_, index_t i, index_t width, const float* depth, LiftedToken* tokens) {
+  const Lift lift = lift_;
+  for (index_t j = 0; j < width; ++j)
+    tokens[j] = lift_token(lift, static_cast<int>(i), static_cast<int>(j), depth[j]);
+}
+
+DepthSource make_source(const Tensor& depth, const std::optional<Tensor>& mask, index_t height, index_t width,
+                        bool bilinear) {
+  DepthSource source{};
+  source.depth = input<float>(depth);
+  source.depth_height = depth.size(1);
+  source.depth_width = depth.size(2);
+  if (mask.has_value()) {
+    source.mask = input<bool>(*mask);
+    source.mask_height = mask->size(1);
+    source.mask_width = mask->size(2);
+  }
+  source.height = height;
+  source.width = width;
+  source.bilinear = bilinear;
+  return source;
+}
+
+std::vector<Lift> make_lifts(const Tensor& intrinsics, const Tensor& cam2world, const DepthSource& source) {
+  std::vector<Lift> lifts(cam2world.size(0));
+  for (size_t t = 0; t < lifts.size(); ++t)
+    lifts[t] = make_lift(input<double>(intrinsics) + t * 9, input<double>(cam2world) + t * 16, source.depth_height,
+                         source.depth_width, source.height, source.width);
+  return lifts;
+}
+
+}  // namespace mirage::cpu

@@ -1,0 +1,40 @@
+// Depth map to lifted tokens, one token row at a time: shared by back_project and cache_write.
+#pragma once
+
+#include "common.h"
+
+namespace mirage::cpu {
+
+struct DepthSource {
+  const float* depth;  // (T, H, W)
+  index_t depth_height, depth_width;
+  const bool* mask;  // (T, H', W') or null
+  index_t mask_height, mask_width;
+  index_t height, width;  // token grid
+  bool bilinear;
+};
+
+// Columns of every token, and room for one cell: made once per call (columns) and per thread (cell).
+struct CellColumns {
+  std::vector<index_t> depth_begin, mask_begin;
+};
+
+CellColumns make_columns(const DepthSource& source);
+
+// Token depths of row i of view t, 0 where unknown.
+void token_row_depth(const DepthSource& source, const CellColumns& columns, index_t t, index_t i,
+                     std::vector<int32_t>& cell, float* depth);
+
+// still[j] = all mask pixels of token (i, j) are set.
+void token_row_mask(const DepthSource& source, const CellColumns& columns, index_t t, index_t i, bool* still);
+
+// Position and footprint of each token of row i.
+void lift_row(const Lift& lift, index_t i, index_t width, const float* depth, LiftedToken* tokens);
+
+// Checks of the arguments, and the plain pointers.
+DepthSource make_source(const Tensor& depth, const std::optional<Tensor>& mask, index_t height, index_t width,
+                        bool bilinear);
+
+std::vector<Lift> make_lifts(const Tensor& intrinsics, const Tensor& cam2world, const DepthSource& source);
+
+}  // namespace mirage::cpu

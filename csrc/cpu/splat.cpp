@@ -1,0 +1,222 @@
+// splat on the CPU: private z-buffers per slice of points, merged where they are read out.
+//
+// In: points (N, 4), features (N, C), cameras of T views. Out: latents (T, C, h, w), mask, depth, index (T, h, w).
+#include "../core/zkey.h"
+#include "common.h"
+#include "transpose.h"
+
+namespace mirage::cpu {
+namespace {
+
+constexpr index_t kMaxKeyBytes = index_t{256} << 20;
+constexpr int kTile = 128;  // cells read out at a time: 32 rows of 48 floats stay in the first-level cache
+
+struct Grid {
+  index_t views, cells;
+  int height, width;
+};
+
+// Nearest point per cell over points [begin, end) for views [first, last); keys is (views, cells) of this slice.
+void fill_keys(const float* points, index_t begin, index_t end, const Projection* projections, const Frustum* frusta,
+               index_t first, index_t last, const Grid& grid, float near, uint64_t* keys) {
+  PointBlock block{};
+  int32_t groups[kGroups];
+  alignas(64) int32_t cell[kBlock];
+  alignas(64) float depth[kBlock];
+  std::fill(keys + first * grid.cells, keys + last * grid.cells, kEmptyKey);
+  for (index_t start = begin; start < end; start += kBlock) {
+    load_block(points + 4 * start, static_cast<int>(std::min<index_t>(kBlock, end - start)), block);
+    for (index_t t = first; t < last; ++t) {
+      const int visible = visible_groups(block, frusta[t], groups);
+      project_groups(block, groups, visible, projections[t], near, grid.width, grid.height, cell, depth);
+      uint64_t* view = keys + t * grid.cells;
+      for (int k = 0; k < visible; ++k) {
+        const uint32_t index = static_cast<uint32_t>(start + groups[k] * kGroup);
+        for (int i = 0; i < kGroup; ++i) {
+          const int32_t at = cell[k * kGroup + i];
+          if (at < 0) continue;
+          const uint64_t key = make_key(depth[k * kGroup + i], index + i);
+          if (key < view[at]) view[at] = key;
+        }
+      }
+    }
+  }
+}
+
+// Rows of features to columns of the output: out[c * stride + k] = rows[k][c]. Eight channels at a time over the whole
+// tile, so that stores run along a few output lines instead of hopping a channel plane each.
+template <typename Word>
+inline __attribute__((always_inline)) void transpose_rows(const Word* const* rows, int count, index_t channels,
+                                                          Word* out, index_t stride) {
+  const int whole = count / 8 * 8;
+  index_t c = 0;
+  for (; c + 8 <= channels; c += 8) {
+    for (int k = 0; k < whole; k += 8) transpose_8x8(rows + k, c, out + c * stride + k, stride);
+    for (int k = whole; k < count; ++k)
+      for (index_t i = c; i < c + 8; ++i) out[i * stride + k] = rows[k][i];
+  }
+  for (; c < channels; ++c)
+    for (int k = 0; k < count; ++k) out[c * stride + k] = rows[k][c];
+}
+
+MIRAGE_SIMD
+void transpose_rows_32(const uint32_t* const* rows, int count, index_t channels, uint32_t* out, index_t stride) {
+  transpose_rows(rows, count, channels, out, stride);
+}
+
+MIRAGE_SIMD
+void transpose_rows_16(const uint16_t* const* rows, int count, index_t channels, uint16_t* out, index_t stride) {
+  transpose_rows(rows, count, channels, out, stride);
+}
+
+template <typename T>
+void transpose_tile(const T* const* rows, int count, index_t channels, T* out, index_t stride) {
+  if constexpr (sizeof(T) == 4) {
+    transpose_rows_32(reinterpret_cast<const uint32_t* const*>(rows), count, channels,
+                      reinterpret_cast<uint32_t*>(out), stride);
+  } else {
+    transpose_rows_16(reinterpret_cast<const uint16_t* const*>(rows), count, channels,
+                      reinterpret_cast<uint16_t*>(out), stride);
+  }
+}
+
+struct ReadOut {
+  const uint64_t* keys;
+  index_t slices;
+  bool* mask;
+  float* depth;
+  int64_t* index;
+};
+
+template <typename In, typename Out>
+void read_out(const ReadOut& r, const Grid& grid, const In* features, index_t channels, Out* latents) {
+  const index_t tiles = divide_up(grid.cells, kTile), all = grid.views * grid.cells;
+  const std::vector<In> zeros(channels, In(0.0f));
+  torch::stable::parallel_for(0, grid.views * tiles, 16, [&](int64_t begin, int64_t end) {
+    std::vector<Out> converted(std::is_same_v<In, Out> ? 0 : kTile * channels);
+    // Winners are looked up one tile ahead, so that their rows are on the way while this tile is transposed.
+    const In* rows[2][kTile];
+    const auto resolve = [&](int64_t task) {
+      const index_t t = task / tiles, first = task % tiles * kTile;
+      const int count = static_cast<int>(std::min<index_t>(kTile, grid.cells - first));
+      for (int k = 0; k < count; ++k) {
+        const index_t at = t * grid.cells + first + k;
+        uint64_t key = r.keys[at];
+        for (index_t s = 1; s < r.slices; ++s) key = std::min(key, r.keys[s * all + at]);
+        const bool seen = key != kEmptyKey;
+        r.mask[at] = seen;
+        r.depth[at] = seen ? key_depth(key) : 0.0f;
+        r.index[at] = seen ? static_cast<int64_t>(key_index(key)) : -1;
+        const In* row = seen ? features + static_cast<index_t>(key_index(key)) * channels : zeros.data();
+        rows[task % 2][k] = row;
+        if (!seen) continue;
+        const char* bytes = reinterpret_cast<const char*>(row);
+        for (index_t offset = 0; offset < channels * static_cast<index_t>(sizeof(In)); offset += 64)
+          __builtin_prefetch(bytes + offset);
+      }
+      return count;
+    };
+    int count = resolve(begin);
+    for (int64_t task = begin; task < end; ++task) {
+      const int next = task + 1 < end ? resolve(task + 1) : 0;
+      const index_t t = task / tiles, first = task % tiles * kTile;
+      Out* out = latents + t * channels * grid.cells + first;
+      if constexpr (std::is_same_v<In, Out>) {
+        transpose_tile(rows[task % 2], count, channels, out, grid.cells);
+      } else {
+        const Out* converted_rows[kTile];
+        for (int k = 0; k < count; ++k) {
+          Out* row = converted.data() + k * channels;
+          for (index_t c = 0; c < channels; ++c) row[c] = static_cast<Out>(static_cast<float>(rows[task % 2][k][c]));
+          converted_rows[k] = row;
+        }
+        transpose_tile(converted_rows, count, channels, out, grid.cells);
+      }
+      count = next;
+    }
+  });
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> splat(const Tensor& points_, const Tensor& features_,
+                                                 const std::optional<Tensor>& num_points, const Tensor& intrinsics_,
+                                                 const Tensor& cam2world_, int64_t height, int64_t width, double near,
+                                                 ScalarType dtype) {
+  const Tensor points = checked(points_, ScalarType::Float, "points");
+  const Tensor features = as_contiguous(features_);
+  const Tensor intrinsics = checked(intrinsics_, ScalarType::Double, "intrinsics");
+  const Tensor cam2world = checked(cam2world_, ScalarType::Double, "cam2world");
+  const index_t channels = features.size(1);
+  const Grid grid{cam2world.size(0), height * width, static_cast<int>(height), static_cast<int>(width)};
+  const index_t count = live_points(num_points, points.size(0));
+  const std::vector<Projection> projections = make_projections(intrinsics, cam2world);
+  std::vector<Frustum> frusta;
+  for (const Projection& p : projections)
+    frusta.push_back(make_frustum(p, static_cast<float>(near), grid.width, grid.height));
+
+  Tensor latents = new_tensor({grid.views, channels, height, width}, dtype);
+  Tensor mask = new_tensor({grid.views, height, width}, ScalarType::Bool);
+  Tensor depth = new_tensor({grid.views, height, width}, ScalarType::Float);
+  Tensor index = new_tensor({grid.views, height, width}, ScalarType::Long);
+  const index_t all = grid.views * grid.cells;
+  if (all == 0) return {latents, mask, depth, index};
+
+  // Work is cut by points first (every slice has keys of its own, merged by minimum), by views where those keys would
+  // take too much memory or there are few points. The minimum is the same however it is cut.
+  const index_t threads = torch::stable::get_num_threads();
+  const index_t affordable = std::max<index_t>(1, kMaxKeyBytes / (all * 8));
+  const index_t slices = std::clamp<index_t>(divide_up(count, 4 * kBlock), 1, std::min(threads, affordable));
+  const index_t groups = std::clamp<index_t>(divide_up(threads, slices), 1, grid.views);
+  Tensor keys = new_tensor({slices, all}, ScalarType::Long);
+  uint64_t* key_data = output<uint64_t>(keys);
+  torch::stable::parallel_for(0, slices * groups, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t task = begin; task < end; ++task) {
+      const index_t s = task / groups, g = task % groups;
+      fill_keys(input<float>(points), count * s / slices, count * (s + 1) / slices, projections.data(),
+                frusta.data(), grid.views * g / groups, grid.views * (g + 1) / groups, grid, static_cast<float>(near),
+                key_data + s * all);
+    }
+  });
+
+  const ReadOut r{key_data, slices, output<bool>(mask), output<float>(depth), output<int64_t>(index)};
+  for_feature_type(features.scalar_type(), [&](auto in) {
+    for_feature_type(dtype, [&](auto out) {
+      read_out(r, grid, input<decltype(in)>(features), channels, output<decltype(out)>(latents));
+    });
+  });
+  return {latents, mask, depth, index};
+}
+
+// Gradient to features: views one after the other; within a view a token wins one cell at most, so no two threads meet.
+Tensor splat_backward(const Tensor& grad_latents_, const Tensor& index_, int64_t num_points, ScalarType dtype) {
+  const Tensor grad_latents = as_contiguous(grad_latents_);
+  const Tensor index = checked(index_, ScalarType::Long, "index");
+  const index_t views = grad_latents.size(0), channels = grad_latents.size(1);
+  const index_t cells = grad_latents.size(2) * grad_latents.size(3);
+  Tensor total = new_tensor({num_points, channels}, ScalarType::Float);
+  total = torch::stable::zero_(total);
+  float* sums = output<float>(total);
+  const int64_t* winners = input<int64_t>(index);
+  for_feature_type(grad_latents.scalar_type(), [&](auto in) {
+    const auto* grad = input<decltype(in)>(grad_latents);
+    for (index_t t = 0; t < views; ++t) {
+      torch::stable::parallel_for(0, cells, 256, [&](int64_t begin, int64_t end) {
+        for (int64_t cell = begin; cell < end; ++cell) {
+          const int64_t token = winners[t * cells + cell];
+          if (token < 0) continue;
+          for (index_t c = 0; c < channels; ++c)
+            sums[token * channels + c] += static_cast<float>(grad[(t * channels + c) * cells + cell]);
+        }
+      });
+    }
+  });
+  return dtype == ScalarType::Float ? total : torch::stable::to(total, dtype);
+}
+
+}  // namespace mirage::cpu
+
+STABLE_TORCH_LIBRARY_IMPL(mirage, CPU, m) {
+  m.impl("splat_compiled", TORCH_BOX(&mirage::cpu::splat));
+  m.impl("splat_backward_compiled", TORCH_BOX(&mirage::cpu::splat_backward));
+}

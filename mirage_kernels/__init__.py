@@ -1,0 +1,28 @@
+"""Latent spatial memory for video world models: operators, cameras, and the cache."""
+
+from __future__ import annotations
+
+from . import registration as _registration
+from .backends import available_backends, find_backends, use_backend
+from .cache import LatentCache, WriteReport
+from .cameras import Cameras
+from .ops import BackProjection, View, back_project, cache_write, splat, view_overlap
+from .version import __version__
+
+find_backends()
+del find_backends, _registration
+
+__all__ = [
+    "BackProjection",
+    "Cameras",
+    "LatentCache",
+    "View",
+    "WriteReport",
+    "__version__",
+    "available_backends",
+    "back_project",
+    "cache_write",
+    "splat",
+    "use_backend",
+    "view_overlap",
+]

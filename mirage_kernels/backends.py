@@ -1,0 +1,139 @@
+"""Which kernels run: found once at import, chosen by the tensors' device, forced with :class:`use_backend`."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+BACKENDS = ("cuda", "triton", "cpu", "reference")
+
+
+class Backend(NamedTuple):
+    """Whether a backend can be used here, and why (not). Truthy when it can."""
+
+    available: bool
+    reason: str
+
+    def __bool__(self) -> bool:
+        return self.available
+
+
+_status: dict[str, Backend] = {}
+_forced: str | None = None
+
+
+def _load_module(stem: str) -> str | None:
+    """Load a compiled module's registrations; returns why that failed, or None."""
+    found = sorted(Path(__file__).parent.glob(f"{stem}.*so")) + sorted(Path(__file__).parent.glob(f"{stem}.*pyd"))
+    if not found:
+        return "it was not built: no compiler at install time (see `python -m mirage_kernels`)"
+    try:
+        torch.ops.load_library(str(found[0]))
+    except OSError as error:
+        return f"loading {found[0].name} failed: {error}"
+    return None
+
+
+def _find_cpu() -> Backend:
+    failure = _load_module("_cpu")
+    return Backend(failure is None, failure or "compiled C++ operators")
+
+
+def _find_cuda() -> Backend:
+    if torch.version.cuda is None:
+        return Backend(False, f"torch {torch.__version__} has no CUDA")
+    failure = _load_module("_cuda")
+    if failure is not None:
+        return Backend(False, failure.replace("no compiler", "no nvcc"))
+    if not torch.cuda.is_available():
+        return Backend(False, "built, but no CUDA device is visible")
+    return Backend(True, "compiled CUDA operators")
+
+
+def triton_interpreted() -> bool:
+    """True when Triton kernels run in its interpreter (``TRITON_INTERPRET=1``), on CPU tensors too."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
+
+
+def _find_triton() -> Backend:
+    if importlib.util.find_spec("triton") is None:
+        return Backend(False, "the package `triton` is not installed")
+    if not triton_interpreted() and not torch.cuda.is_available():
+        return Backend(False, "no GPU is visible; TRITON_INTERPRET=1 runs the kernels on the CPU, slowly")
+    try:
+        importlib.import_module("mirage_kernels.triton")
+    except Exception as error:  # a broken Triton must not break the import of the package
+        return Backend(False, f"importing the Triton kernels failed: {type(error).__name__}: {error}")
+    return Backend(True, "Triton interpreter" if triton_interpreted() else "Triton kernels")
+
+
+def find_backends() -> None:
+    """Load what is installed. Called once, at import of the package."""
+    _status["cuda"] = _find_cuda()
+    _status["triton"] = _find_triton()
+    _status["cpu"] = _find_cpu()
+    _status["reference"] = Backend(True, "plain PyTorch, the definition")
+
+
+def available_backends() -> dict[str, Backend]:
+    """Backends by name, best first: ``(available, reason)``, the reason saying why not where it is not available.
+
+    CUDA tensors use ``cuda``, else ``triton``, else ``reference``; CPU tensors use ``cpu``, else ``reference``.
+    float64 tensors are always computed by ``reference``: the kernels work in float32.
+    """
+    return dict(_status)
+
+
+class use_backend:
+    """Force one backend for the whole process, until undone or until the ``with`` block ends.
+
+    ``use_backend("reference")`` as a statement, or ``with use_backend("triton"):``; ``use_backend(None)`` chooses by
+    device again.
+
+    Raises:
+        ValueError: ``name`` is no backend.
+        RuntimeError: the backend is not available here; the message says why.
+    """
+
+    def __init__(self, name: str | None) -> None:
+        global _forced
+        if name is not None:
+            if name not in BACKENDS:
+                raise ValueError(f"backend must be one of {', '.join(BACKENDS)} or None, got {name!r}")
+            if not _status[name]:
+                raise RuntimeError(f"backend {name!r} is not available: {_status[name].reason}")
+        self._previous = _forced
+        _forced = name
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, *exception: object) -> None:
+        global _forced
+        _forced = self._previous
+
+
+def choose_backend(device: torch.device, dtype: torch.dtype) -> str:
+    """The backend for tensors of this device and working dtype.
+
+    Raises:
+        RuntimeError: the forced backend cannot take them.
+    """
+    if _forced is not None:
+        if _forced == "reference":
+            return _forced
+        if dtype == torch.float64:
+            raise RuntimeError(f"backend {_forced!r} works in float32, got float64: only 'reference' computes in float64")
+        runs_on = {"cuda": ("cuda",), "cpu": ("cpu",), "triton": ("cuda", "cpu") if triton_interpreted() else ("cuda",)}
+        if device.type not in runs_on[_forced]:
+            raise RuntimeError(f"backend {_forced!r} runs on {' or '.join(runs_on[_forced])} tensors, got {device}")
+        return _forced
+    if dtype == torch.float64:
+        return "reference"
+    order = {"cuda": ("cuda", "triton"), "cpu": ("cpu",)}.get(device.type, ())
+    return next((name for name in order if _status[name]), "reference")

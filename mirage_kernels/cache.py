@@ -1,0 +1,469 @@
+"""LatentCache: latent tokens in world space, written once per chunk and read for any camera.
+
+Buffers: ``points`` (capacity, 4) float32 x, y, z, footprint; ``features`` (capacity, C); ``frame_ids`` (capacity,) int32;
+a table of frames' camera centres (F, 3); and the live count, one int64 beside them on the device. The read path looks at
+the count on the device only: it never waits, so a captured read stays valid while the cache grows within its buffers.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from . import ops
+from .cameras import Cameras
+from .ops import FEATURE_DTYPES, NEAR, View
+from .reference import REPORT_FIELDS
+from .storage import load_cache, save_cache
+
+WRITE_POLICIES = ("append",)
+SPLATS = ("nearest",)
+_GROWTH = 1.5
+
+
+class WriteReport:
+    """What became of the T x h x w tokens of one write; each is counted once. Reading a count may wait for the device.
+
+    ``written``; ``refused`` (a fixed capacity had no room); ``masked`` (not static); ``unknown_depth``;
+    ``out_of_range`` (outside [min_depth, max_depth]); ``non_finite`` (NaN or Inf in position or latents).
+    """
+
+    __slots__ = ("counts",)
+
+    def __init__(self, counts: Tensor) -> None:
+        self.counts = counts
+        """(6,) int64 on the cache's device, in the order of the properties."""
+
+    def as_dict(self) -> dict[str, int]:
+        return dict(zip(REPORT_FIELDS, self.counts.tolist(), strict=True))
+
+    @property
+    def written(self) -> int:
+        return self.as_dict()["written"]
+
+    @property
+    def refused(self) -> int:
+        return self.as_dict()["refused"]
+
+    @property
+    def masked(self) -> int:
+        return self.as_dict()["masked"]
+
+    @property
+    def unknown_depth(self) -> int:
+        return self.as_dict()["unknown_depth"]
+
+    @property
+    def out_of_range(self) -> int:
+        return self.as_dict()["out_of_range"]
+
+    @property
+    def non_finite(self) -> int:
+        return self.as_dict()["non_finite"]
+
+    def __repr__(self) -> str:
+        return f"WriteReport({', '.join(f'{name}={count}' for name, count in self.as_dict().items())})"
+
+
+class LatentCache:
+    """Spatial memory of latent tokens.
+
+    Args:
+        channels: C of the latents.
+        dtype: of the stored features: float32, float16 or bfloat16.
+        device: where the tokens live.
+        capacity: fixed number of tokens: buffers are allocated once, a captured read stays valid for good, and a write
+            that does not fit reports what it refused. None: buffers grow by half when full; growing moves them and bumps
+            ``generation``, after which a CUDA graph must be captured again.
+        write_policy: ``"append"`` keeps every token written (the published memory).
+
+    Raises:
+        ValueError, TypeError: naming the argument, what was expected and what came.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        capacity: int | None = None,
+        write_policy: str = "append",
+    ) -> None:
+        if isinstance(channels, bool) or not isinstance(channels, int) or channels < 1:
+            raise ValueError(f"channels must be a positive int, got {channels!r}")
+        if dtype not in FEATURE_DTYPES:
+            raise TypeError(f"dtype must be float32, float16 or bfloat16, got {dtype}")
+        if capacity is not None and (isinstance(capacity, bool) or not isinstance(capacity, int) or capacity < 0):
+            raise ValueError(f"capacity must be None or an int >= 0, got {capacity!r}")
+        if write_policy not in WRITE_POLICIES:
+            raise ValueError(f"write_policy must be one of {', '.join(WRITE_POLICIES)}, got {write_policy!r}")
+        self._channels = channels
+        self._dtype = dtype
+        self._fixed_capacity = capacity
+        self._write_policy = write_policy
+        self._count = torch.zeros(1, dtype=torch.int64, device=device)
+        self._at_most = 0  # bound on the count that the host knows without asking the device
+        self._generation = 0
+        self._num_frames = 0
+        self._points, self._features, self._frame_ids = self._new_buffers(capacity or 0)
+        self._frame_centers = torch.empty((0, 3), dtype=torch.float32, device=self.device)
+
+    def _new_buffers(self, capacity: int) -> tuple[Tensor, Tensor, Tensor]:
+        device = self.device
+        return (
+            torch.empty((capacity, 4), dtype=torch.float32, device=device),
+            torch.empty((capacity, self._channels), dtype=self._dtype, device=device),
+            torch.empty((capacity,), dtype=torch.int32, device=device),
+        )
+
+    # What it is.
+
+    @property
+    def channels(self) -> int:
+        return self._channels
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the stored features."""
+        return self._dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self._count.device
+
+    @property
+    def write_policy(self) -> str:
+        return self._write_policy
+
+    @property
+    def capacity(self) -> int:
+        """Tokens the buffers hold before they must grow, or refuse."""
+        return self._points.shape[0]
+
+    @property
+    def generation(self) -> int:
+        """Changes whenever the buffers move: capture CUDA graphs of :meth:`read` again then."""
+        return self._generation
+
+    @property
+    def num_frames(self) -> int:
+        """Views written so far."""
+        return self._num_frames
+
+    # What it holds. These may wait for the device: they need the live count on the host.
+
+    def __len__(self) -> int:
+        """Live tokens."""
+        self._at_most = int(self._count)
+        return self._at_most
+
+    @property
+    def points(self) -> Tensor:
+        """(N, 3) float32 world positions of the live tokens, a view of the buffer."""
+        return self._points[: len(self), :3]
+
+    @property
+    def footprints(self) -> Tensor:
+        """(N,) float32 world size of a cell at each token, z / fx, a view of the buffer."""
+        return self._points[: len(self), 3]
+
+    @property
+    def features(self) -> Tensor:
+        """(N, C) features of the live tokens, a view of the buffer."""
+        return self._features[: len(self)]
+
+    @property
+    def frame_ids(self) -> Tensor:
+        """(N,) int32: which written view each token came from, counted from 0."""
+        return self._frame_ids[: len(self)]
+
+    @property
+    def frame_centers(self) -> Tensor:
+        """(num_frames, 3) float32 camera centres of the written views."""
+        return self._frame_centers[: self._num_frames]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the live tokens and frames."""
+        per_token = sum(buffer[:1].nbytes if self.capacity else 0 for buffer in self._buffers())
+        return len(self) * per_token + self.frame_centers.nbytes
+
+    @property
+    def nbytes_allocated(self) -> int:
+        """Bytes of all buffers, the unused part included."""
+        return sum(buffer.nbytes for buffer in self._buffers()) + self._frame_centers.nbytes + self._count.nbytes
+
+    def _buffers(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self._points, self._features, self._frame_ids
+
+    # What it does.
+
+    def write(
+        self,
+        latents: Tensor,
+        depth: Tensor,
+        cameras: Cameras,
+        mask: Tensor | None = None,
+        *,
+        depth_sampling: str = "median",
+        min_depth: float = 0.0,
+        max_depth: float = math.inf,
+    ) -> WriteReport:
+        """Lift the tokens of T views and keep the static ones of known depth, in order of view, row, column.
+
+        Args:
+            latents: (T, C, h, w) float32, float16 or bfloat16 on the cache's device.
+            depth: (T, H, W) float, z in world units, H >= h and W >= w; 0, negative, NaN and Inf mean unknown.
+            cameras: of the T views; moved to the cache's device and resized to the depth map where they differ.
+            mask: (T, H', W') bool, True = static, keep; None keeps everything.
+            depth_sampling: ``"median"`` or ``"bilinear"``, see :func:`mirage_kernels.back_project`.
+            min_depth, max_depth: token depths outside are not written.
+
+        Returns:
+            :class:`WriteReport`.
+
+        Raises:
+            ValueError, TypeError: naming the argument, what was expected and what came; the cache is as it was.
+        """
+        self._check_cameras(cameras)
+        if isinstance(latents, Tensor) and latents.dim() == 4 and len(cameras) != latents.shape[0]:
+            raise ValueError(f"cameras must be {latents.shape[0]} views like latents, got {len(cameras)}")
+        cameras = cameras.to(self.device)
+        if isinstance(depth, Tensor) and depth.dim() == 3 and 0 not in depth.shape[1:]:
+            cameras = cameras.resized((depth.shape[1], depth.shape[2]))
+        return self._write_views(
+            latents, depth, cameras.intrinsics, cameras.cam2world, mask, depth_sampling, min_depth, max_depth
+        )
+
+    def _write_views(
+        self,
+        latents: Tensor,
+        depth: Tensor,
+        intrinsics: Tensor,
+        cam2world: Tensor,
+        mask: Tensor | None,
+        depth_sampling: str,
+        min_depth: float,
+        max_depth: float,
+    ) -> WriteReport:
+        """:meth:`write` with plain camera tensors, intrinsics in pixels of the depth map."""
+        # Everything that can be refused is refused before anything grows or moves.
+        arguments = ops.check_write_inputs(
+            latents, depth, intrinsics, cam2world, mask, depth_sampling, min_depth, max_depth
+        )
+        if latents.device != self.device:
+            raise ValueError(f"latents must be on {self.device} like the cache, got {latents.device}")
+        if latents.shape[1] != self._channels:
+            raise ValueError(f"latents must be (T, {self._channels}, h, w), got {tuple(latents.shape)}")
+        views = latents.shape[0]
+        tokens = views * latents.shape[2] * latents.shape[3]
+        self._reserve(tokens)
+        self._reserve_frames(views)
+        depth, intrinsics, cam2world, mask = arguments
+        counts = ops.cache_write(
+            *self._buffers(),
+            self._count,
+            latents,
+            depth,
+            intrinsics,
+            cam2world,
+            mask=mask,
+            first_frame=self._num_frames,
+            depth_sampling=depth_sampling,
+            min_depth=min_depth,
+            max_depth=max_depth,
+        )
+        self._frame_centers[self._num_frames : self._num_frames + views] = cam2world[:, :3, 3]
+        self._num_frames += views
+        self._at_most = min(self._at_most + tokens, self.capacity)
+        return WriteReport(counts)
+
+    def _reserve(self, tokens: int) -> None:
+        """Room for so many more tokens, unless the capacity is fixed. Waits for the device only where it may be full."""
+        if self._fixed_capacity is not None or self._at_most + tokens <= self.capacity:
+            return
+        needed = len(self) + tokens
+        if needed <= self.capacity:
+            return
+        live = len(self)
+        grown = self._new_buffers(max(needed, int(self.capacity * _GROWTH)))
+        for new, old in zip(grown, self._buffers(), strict=True):
+            new[:live] = old[:live]
+        self._points, self._features, self._frame_ids = grown
+        self._generation += 1
+
+    def _reserve_frames(self, views: int) -> None:
+        needed, room = self._num_frames + views, self._frame_centers.shape[0]
+        if needed > room:
+            grown = self._frame_centers.new_empty((max(needed, 2 * room, 64), 3))
+            grown[: self._num_frames] = self.frame_centers
+            self._frame_centers = grown
+
+    def read(
+        self,
+        cameras: Cameras,
+        size: tuple[int, int],
+        *,
+        splat: str = "nearest",
+        near: float = NEAR,
+        dtype: torch.dtype | None = None,
+    ) -> View:
+        """What T cameras see of the cache, on a latent grid.
+
+        Never waits for the device, and can be captured in a CUDA graph when the cameras are on the cache's device.
+
+        Args:
+            cameras: T views; their intrinsics are resized to the grid.
+            size: (h, w) of the grid.
+            splat: ``"nearest"``: the nearest token of each cell (the published memory).
+            near: least depth, world units.
+            dtype: of the latents returned; default the cache's.
+
+        Returns:
+            :class:`View`: latents (T, C, h, w), mask, depth and index (T, h, w); holes are 0, False, 0 and -1.
+
+        Raises:
+            ValueError, TypeError: naming the argument, what was expected and what came.
+        """
+        if splat not in SPLATS:
+            raise ValueError(f"splat must be one of {', '.join(SPLATS)}, got {splat!r}")
+        self._check_cameras(cameras)
+        size = ops.check_size(size)
+        cameras = cameras.to(self.device).resized(size)
+        return ops.splat(
+            self._points,
+            self._features,
+            cameras.intrinsics,
+            cameras.cam2world,
+            size,
+            num_points=self._count,
+            near=near,
+            dtype=dtype,
+        )
+
+    def view_overlap(
+        self, cameras: Cameras, targets: Cameras, size: tuple[int, int], *, voxel_size: float = 0.1, near: float = NEAR
+    ) -> Tensor:
+        """How much of what the targets see each earlier camera sees too, for choosing reference frames.
+
+        Args:
+            cameras: V earlier views.
+            targets: T views about to be generated, taken together.
+            size: (h, w) of the grid.
+            voxel_size: edge in world units.
+            near: least depth, world units.
+
+        Returns:
+            (V,) float32, IoU of voxel sets, see :func:`mirage_kernels.view_overlap`.
+        """
+        self._check_cameras(cameras)
+        self._check_cameras(targets, "targets")
+        size = ops.check_size(size)
+        cameras, targets = (one.to(self.device).resized(size) for one in (cameras, targets))
+        return ops.view_overlap(
+            self._points,
+            cameras.intrinsics,
+            cameras.cam2world,
+            targets.intrinsics,
+            targets.cam2world,
+            size,
+            num_points=self._count,
+            voxel_size=voxel_size,
+            near=near,
+        )
+
+    def clear(self) -> None:
+        """Forget every token and frame; buffers stay where they are."""
+        self._count.zero_()
+        self._at_most = 0
+        self._num_frames = 0
+
+    def to(self, device: torch.device | str) -> LatentCache:
+        """The cache on another device: itself where it is there already, else a copy."""
+        target = torch.empty(0, device=device).device  # "cuda" means the current one
+        if target == self.device:
+            return self
+        return self._rebuild(target, {name: tensor.to(target) for name, tensor in self._live().items()})
+
+    def _live(self) -> dict[str, Tensor]:
+        live = len(self)
+        return {
+            "points": self._points[:live],
+            "features": self._features[:live],
+            "frame_ids": self._frame_ids[:live],
+            "frame_centers": self.frame_centers,
+        }
+
+    def _rebuild(self, device: torch.device | str, tensors: dict[str, Tensor]) -> LatentCache:
+        copy = LatentCache(
+            self._channels,
+            dtype=self._dtype,
+            device=device,
+            capacity=self._fixed_capacity,
+            write_policy=self._write_policy,
+        )
+        copy._fill(tensors)
+        return copy
+
+    def _fill(self, tensors: dict[str, Tensor]) -> None:
+        """Take over tensors of :meth:`_live`'s form into an empty cache."""
+        live, frames = tensors["points"].shape[0], tensors["frame_centers"].shape[0]
+        if self._fixed_capacity is None:
+            self._points, self._features, self._frame_ids = self._new_buffers(live)
+        for buffer, name in zip(self._buffers(), ("points", "features", "frame_ids"), strict=True):
+            buffer[:live] = tensors[name]
+        self._frame_centers = tensors["frame_centers"].clone()
+        self._count.fill_(live)
+        self._at_most, self._num_frames = live, frames
+
+    def save(self, path: str | Path) -> None:
+        """Save as safetensors. Written beside ``path`` and renamed onto it: a crash leaves the old file."""
+        settings = {
+            "channels": self._channels,
+            "dtype": str(self._dtype).removeprefix("torch."),
+            "write_policy": self._write_policy,
+            "capacity": self._fixed_capacity,
+        }
+        save_cache(path, self._live(), settings)
+
+    @classmethod
+    def load(cls, path: str | Path, device: torch.device | str = "cpu") -> LatentCache:
+        """Load a saved cache onto ``device``, with the settings it was saved with.
+
+        Raises:
+            FileNotFoundError: no such file.
+            ValueError: truncated, not a cache, of an unknown version, or with missing or misshapen tensors.
+        """
+        tensors, settings = load_cache(path, device)
+        try:
+            cache = cls(
+                settings["channels"],
+                dtype=getattr(torch, settings["dtype"]),
+                device=device,
+                capacity=settings["capacity"],
+                write_policy=settings["write_policy"],
+            )
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{path}: settings this package does not know: {error}") from error
+        if cache._fixed_capacity is not None and tensors["points"].shape[0] > cache._fixed_capacity:
+            raise ValueError(
+                f"{path}: points must fit the saved capacity, {cache._fixed_capacity}, got {tensors['points'].shape[0]}"
+            )
+        cache._fill(tensors)
+        return cache
+
+    @staticmethod
+    def _check_cameras(cameras: object, name: str = "cameras") -> None:
+        if not isinstance(cameras, Cameras):
+            raise TypeError(f"{name} must be mirage_kernels.Cameras, got {type(cameras).__name__}")
+
+    def __repr__(self) -> str:
+        dtype = str(self._dtype).removeprefix("torch.")
+        return (
+            f"LatentCache({len(self)} tokens of {self._channels} {dtype} channels from {self._num_frames} frames,"
+            f" {self.nbytes / 2**20:.1f} MiB on {self.device}, write_policy={self._write_policy!r})"
+        )

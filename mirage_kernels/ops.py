@@ -1,0 +1,409 @@
+"""The four operators: checks, and the choice of a backend.
+
+Checks look at metadata only (shapes, dtypes, devices), on the host, before anything is computed or written; they never
+wait for a GPU. Values are validated once by :class:`~mirage_kernels.Cameras`; an operator given a degenerate camera or
+a NaN depth writes or shows nothing there, and never reads or writes out of bounds.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import reference
+from .backends import choose_backend
+from .schemas import private_operator
+
+NEAR = 0.05
+FEATURE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+DEPTH_SAMPLINGS = ("median", "bilinear")
+
+
+class BackProjection(NamedTuple):
+    """Lifted tokens: ``points`` (T, h, w, 4) x, y, z, footprint in world units; ``valid`` (T, h, w) bool."""
+
+    points: Tensor
+    valid: Tensor
+
+
+class View(NamedTuple):
+    """What cameras see of the tokens; a hole has latents 0, mask False, depth 0, index -1.
+
+    ``latents`` (T, C, h, w); ``mask`` (T, h, w) bool; ``depth`` (T, h, w) z along the optical axis in world units;
+    ``index`` (T, h, w) int64, the row of the winning token.
+    """
+
+    latents: Tensor
+    mask: Tensor
+    depth: Tensor
+    index: Tensor
+
+
+def _describe(value: object) -> str:
+    if isinstance(value, Tensor):
+        return f"{tuple(value.shape)} {str(value.dtype).removeprefix('torch.')}"
+    return f"{type(value).__name__} {value!r}"
+
+
+def _require(condition: bool, name: str, expected: str, value: object) -> None:
+    if not condition:
+        raise ValueError(f"{name} must be {expected}, got {_describe(value)}")
+
+
+def _require_tensor(name: str, value: object, expected: str) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor, {expected}, got {_describe(value)}")
+
+
+def _require_float(name: str, value: Tensor, expected: str, dtypes: tuple[torch.dtype, ...]) -> None:
+    if value.dtype not in dtypes:
+        raise TypeError(f"{name} must be {expected}, got {_describe(value)}")
+
+
+def _require_device(name: str, value: Tensor, device: torch.device, like: str) -> None:
+    if value.device != device:
+        raise ValueError(f"{name} must be on {device} like {like}, got {value.device}")
+
+
+def check_size(size: object, name: str = "size") -> tuple[int, int]:
+    """A grid (height, width) of two positive integers."""
+    if not isinstance(size, (tuple, list, torch.Size)) or len(size) != 2:
+        raise ValueError(f"{name} must be (height, width), two positive integers, got {size!r}")
+    height, width = size
+    for side in (height, width):
+        if isinstance(side, (bool, float)) or side < 1:
+            raise ValueError(f"{name} must be (height, width), two positive integers, got {tuple(size)!r}")
+    if height * width >= 2**31:
+        raise ValueError(f"{name} must have fewer than 2^31 cells, got {tuple(size)!r}")
+    return height, width
+
+
+def _check_cameras(
+    intrinsics: Tensor, cam2world: Tensor, device: torch.device, like: str, prefix: str = ""
+) -> tuple[Tensor, Tensor]:
+    floats = (torch.float64, *FEATURE_DTYPES)
+    for name, value, side in ((f"{prefix}intrinsics", intrinsics, 3), (f"{prefix}cam2world", cam2world, 4)):
+        expected = f"(T, {side}, {side}) float"
+        _require_tensor(name, value, expected)
+        _require(value.dim() == 3 and value.shape[1:] == (side, side), name, expected, value)
+        _require_float(name, value, expected, floats)
+        _require_device(name, value, device, like)
+    if intrinsics.shape[0] != cam2world.shape[0]:
+        raise ValueError(
+            f"{prefix}cam2world must be (T, 4, 4) with the T of {prefix}intrinsics, {intrinsics.shape[0]},"
+            f" got {_describe(cam2world)}"
+        )
+    # Exact: no float32 pose changes when it is widened.
+    return intrinsics.detach().to(torch.float64), cam2world.detach().to(torch.float64)
+
+
+def _check_depth(
+    depth: Tensor, mask: Tensor | None, size: tuple[int, int], depth_sampling: str
+) -> tuple[Tensor, Tensor | None]:
+    _require_tensor("depth", depth, "(T, H, W) float")
+    _require(depth.dim() == 3, "depth", "(T, H, W) float", depth)
+    _require_float("depth", depth, "(T, H, W) float", (torch.float64, *FEATURE_DTYPES))
+    if depth_sampling not in DEPTH_SAMPLINGS:
+        raise ValueError(f"depth_sampling must be one of {', '.join(DEPTH_SAMPLINGS)}, got {depth_sampling!r}")
+    if depth_sampling == "median" and (depth.shape[1] < size[0] or depth.shape[2] < size[1]):
+        raise ValueError(f"depth must be (T, H, W) at least as fine as the token grid {size}, got {_describe(depth)}")
+    _require(depth.shape[1] > 0 and depth.shape[2] > 0, "depth", "(T, H, W) with at least one pixel", depth)
+    if mask is not None:
+        _require_tensor("mask", mask, "(T, H, W) bool, True = static")
+        if mask.dtype != torch.bool:
+            raise TypeError(f"mask must be (T, H, W) bool, True = static, got {_describe(mask)}")
+        _require(mask.dim() == 3, "mask", "(T, H, W) bool, True = static", mask)
+        _require_device("mask", mask, depth.device, "depth")
+        if mask.shape[0] != depth.shape[0]:
+            raise ValueError(f"mask must be (T, H, W) with the T of depth, {depth.shape[0]}, got {_describe(mask)}")
+        if mask.shape[1] < size[0] or mask.shape[2] < size[1]:
+            raise ValueError(f"mask must be (T, H, W) at least as fine as the token grid {size}, got {_describe(mask)}")
+    return depth.detach() if depth.dtype == torch.float64 else depth.detach().to(torch.float32), mask
+
+
+def _check_points(points: Tensor, num_points: Tensor | None) -> Tensor:
+    expected = "(N, 4) float32: x, y, z, footprint"
+    _require_tensor("points", points, expected)
+    _require(points.dim() == 2 and points.shape[1] == 4, "points", expected, points)
+    _require_float("points", points, expected, (torch.float32, torch.float64))
+    if points.shape[0] >= 2**32 - 1:
+        raise ValueError(f"points must hold fewer than 2^32 - 1 tokens, got {points.shape[0]}")
+    if num_points is not None:
+        _require_tensor("num_points", num_points, "one int64 on the device of points")
+        _require(
+            num_points.dtype == torch.int64 and num_points.numel() == 1, "num_points", "one int64", num_points
+        )
+        _require_device("num_points", num_points, points.device, "points")
+    return points.detach()
+
+
+def _check_near(near: float) -> float:
+    if not math.isfinite(near) or near < 0:
+        raise ValueError(f"near must be a finite depth >= 0 in world units, got {near!r}")
+    return float(near)
+
+
+def _family(backend: str) -> str:
+    return "triton" if backend == "triton" else "compiled"
+
+
+def back_project(
+    depth: Tensor,
+    intrinsics: Tensor,
+    cam2world: Tensor,
+    size: tuple[int, int],
+    mask: Tensor | None = None,
+    depth_sampling: str = "median",
+) -> BackProjection:
+    """Lift depth maps to world points on the latent token grid, in one pass.
+
+    Token (i, j) has its centre at (j + 0.5, i + 0.5) of the grid; its cell covers the pixels r with
+    floor((r + 0.5) h / H) = i, columns alike. x_cam = (j + 0.5 - cx) z / fx with the intrinsics scaled to the grid,
+    world = R x_cam + t (Hartley & Zisserman, Multiple View Geometry, eq. 6.8).
+
+    Args:
+        depth: (T, H, W) float32 (half precisions are widened; float64 is computed by the definition), z along the
+            optical axis in world units. 0, negative, NaN and Inf mean unknown.
+        intrinsics: (T, 3, 3) float, in pixels of the depth map.
+        cam2world: (T, 4, 4) float, OpenCV axes.
+        size: (h, w) of the token grid, at most (H, W).
+        mask: (T, H', W') bool, True = static, of any resolution no coarser than the grid; a token is static only if
+            all its pixels are.
+        depth_sampling: ``"median"``: the lower median of the valid depths in a cell, unknown where under half of them
+            are valid. ``"bilinear"``: for parity with the published code, blends unknown pixels into surfaces.
+
+    Returns:
+        ``points`` (T, h, w, 4) float32: x, y, z and footprint z / fx in world units, 0 where not valid;
+        ``valid`` (T, h, w) bool. Not differentiable.
+
+    Raises:
+        ValueError, TypeError: naming the argument, what was expected and what came.
+    """
+    height, width = check_size(size)
+    depth, mask = _check_depth(depth, mask, (height, width), depth_sampling)
+    intrinsics, cam2world = _check_cameras(intrinsics, cam2world, depth.device, "depth")
+    if intrinsics.shape[0] != depth.shape[0]:
+        raise ValueError(f"intrinsics must be (T, 3, 3) with the T of depth, {depth.shape[0]}, got {_describe(intrinsics)}")
+    backend = choose_backend(depth.device, depth.dtype)
+    if backend == "reference":
+        return BackProjection(
+            *reference.back_project(depth, intrinsics, cam2world, mask, (height, width), depth_sampling)
+        )
+    operator = private_operator("back_project", _family(backend))
+    return BackProjection(
+        *operator(depth, intrinsics, cam2world, mask, height, width, depth_sampling == "bilinear")
+    )
+
+
+def splat(
+    points: Tensor,
+    features: Tensor,
+    intrinsics: Tensor,
+    cam2world: Tensor,
+    size: tuple[int, int],
+    *,
+    num_points: Tensor | None = None,
+    near: float = NEAR,
+    dtype: torch.dtype | None = None,
+) -> View:
+    """Splat tokens onto the latent grids of T cameras: z-buffer, then gather.
+
+    A token falls into cell (floor(v), floor(u)) of its projection when z > ``near``; in each cell the smallest z wins,
+    at equal z the lowest index. The same bits on every backend, run and thread count. On a GPU it neither waits for the
+    device nor allocates by data, so it can be captured in a CUDA graph.
+
+    Args:
+        points: (N, 4) float32: x, y, z, footprint in world units (float64 is computed by the definition). Points with a
+            NaN or Inf coordinate are seen by no camera.
+        features: (N, C) float32, float16 or bfloat16 (float64 by the definition).
+        intrinsics: (T, 3, 3) float, in cells of the target grid (``Cameras.resized(size)``).
+        cam2world: (T, 4, 4) float, OpenCV axes.
+        size: (h, w) of the target grid.
+        num_points: one int64 on the device of ``points``: only the first ``num_points`` rows are live. Read on the device.
+        near: least depth, in world units.
+        dtype: of the latents; default that of ``features``.
+
+    Returns:
+        :class:`View`. ``latents`` carries a gradient to ``features``, deterministic too; nothing else does.
+
+    Raises:
+        ValueError, TypeError: naming the argument, what was expected and what came.
+    """
+    height, width = check_size(size)
+    points = _check_points(points, num_points)
+    _require_tensor("features", features, "(N, C) float")
+    _require(features.dim() == 2, "features", "(N, C) float", features)
+    if features.shape[0] != points.shape[0]:
+        raise ValueError(f"features must be (N, C) with the N of points, {points.shape[0]}, got {_describe(features)}")
+    _require_float("features", features, "(N, C) float", (torch.float64, *FEATURE_DTYPES))
+    _require_device("features", features, points.device, "points")
+    intrinsics, cam2world = _check_cameras(intrinsics, cam2world, points.device, "points")
+    near = _check_near(near)
+    dtype = features.dtype if dtype is None else dtype
+    if dtype not in (torch.float64, *FEATURE_DTYPES):
+        raise TypeError(f"dtype must be float32, float16, bfloat16 or float64, got {dtype}")
+    working = torch.float64 if torch.float64 in (points.dtype, features.dtype, dtype) else torch.float32
+    backend = choose_backend(points.device, working)
+    if backend == "reference":
+        size = (height, width)
+        return View(*reference.splat(points, features, num_points, intrinsics, cam2world, size, near, dtype))
+    operator = private_operator("splat", _family(backend))
+    return View(*operator(points, features, num_points, intrinsics, cam2world, height, width, near, dtype))
+
+
+def check_write_inputs(
+    latents: Tensor,
+    depth: Tensor,
+    intrinsics: Tensor,
+    cam2world: Tensor,
+    mask: Tensor | None,
+    depth_sampling: str,
+    min_depth: float,
+    max_depth: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """The checks of :func:`cache_write` on what is to be written: depth, intrinsics, cam2world and mask as kernels take them."""
+    _require_tensor("latents", latents, "(T, C, h, w) float")
+    _require(latents.dim() == 4, "latents", "(T, C, h, w) float", latents)
+    _require_float("latents", latents, "(T, C, h, w) float32, float16 or bfloat16", FEATURE_DTYPES)
+    size = check_size(tuple(latents.shape[2:]), "the grid of latents")
+    depth, mask = _check_depth(depth, mask, size, depth_sampling)
+    views = latents.shape[0]
+    if depth.dtype == torch.float64:
+        raise TypeError(f"depth must be (T, H, W) float32, float16 or bfloat16, got {_describe(depth)}")
+    if depth.shape[0] != views:
+        raise ValueError(f"depth must be (T, H, W) with the T of latents, {views}, got {_describe(depth)}")
+    _require_device("depth", depth, latents.device, "latents")
+    intrinsics, cam2world = _check_cameras(intrinsics, cam2world, latents.device, "latents")
+    if intrinsics.shape[0] != views:
+        raise ValueError(f"intrinsics must be (T, 3, 3) with the T of latents, {views}, got {_describe(intrinsics)}")
+    if not (0 <= min_depth <= max_depth):
+        raise ValueError(f"min_depth must be in [0, max_depth], got min_depth={min_depth!r}, max_depth={max_depth!r}")
+    return depth, intrinsics, cam2world, mask
+
+
+def cache_write(
+    points: Tensor,
+    features: Tensor,
+    frame_ids: Tensor,
+    count: Tensor,
+    latents: Tensor,
+    depth: Tensor,
+    intrinsics: Tensor,
+    cam2world: Tensor,
+    *,
+    mask: Tensor | None = None,
+    first_frame: int = 0,
+    depth_sampling: str = "median",
+    min_depth: float = 0.0,
+    max_depth: float = math.inf,
+) -> Tensor:
+    """Lift the tokens of T views, keep those worth keeping, and append them to preallocated buffers, in place.
+
+    Kept: static (``mask``), of known depth (see :func:`back_project`), within [``min_depth``, ``max_depth``], and with
+    finite position and latents. They are appended in order of view, row, column: the same input gives the same bits. It
+    never allocates room: what does not fit is counted as refused.
+
+    Args:
+        points: (capacity, 4) float32, written in place: x, y, z, footprint.
+        features: (capacity, C) float32, float16 or bfloat16, written in place.
+        frame_ids: (capacity,) int32, written in place: ``first_frame`` + t.
+        count: one int64, the live tokens on entry and on return.
+        latents: (T, C, h, w) float32, float16 or bfloat16.
+        depth: (T, H, W) float, as in :func:`back_project`.
+        intrinsics: (T, 3, 3) float, in pixels of the depth map.
+        cam2world: (T, 4, 4) float.
+        mask: (T, H', W') bool, True = static.
+        first_frame: frame id of view 0.
+        depth_sampling: ``"median"`` or ``"bilinear"``, as in :func:`back_project`.
+        min_depth, max_depth: range of token depths kept, world units.
+
+    Returns:
+        (6,) int64 on the device: written, refused (no room), masked, unknown_depth, out_of_range, non_finite; each token
+        is counted once, under the first that applies of masked, unknown_depth, out_of_range, non_finite, refused, written.
+
+    Raises:
+        ValueError, TypeError: naming the argument, what was expected and what came; nothing has been written then.
+    """
+    depth, intrinsics, cam2world, mask = check_write_inputs(
+        latents, depth, intrinsics, cam2world, mask, depth_sampling, min_depth, max_depth
+    )
+    views = latents.shape[0]
+    points = _check_points(points, None)
+    capacity = points.shape[0]
+    for name, buffer in (("features", features), ("frame_ids", frame_ids), ("count", count)):
+        _require_tensor(name, buffer, "written in place")
+    buffers: tuple[tuple[str, Tensor, tuple[int, ...], tuple[torch.dtype, ...]], ...] = (
+        ("points", points, (capacity, 4), (torch.float32,)),
+        ("features", features, (capacity, latents.shape[1]), FEATURE_DTYPES),
+        ("frame_ids", frame_ids, (capacity,), (torch.int32,)),
+        ("count", count, tuple(count.shape), (torch.int64,)),
+    )
+    for name, buffer, shape, dtypes in buffers:
+        kinds = " or ".join(str(kind).removeprefix("torch.") for kind in dtypes)
+        _require(tuple(buffer.shape) == shape and buffer.dtype in dtypes, name, f"{shape} {kinds}", buffer)
+        _require_device(name, buffer, latents.device, "latents")
+        if not buffer.is_contiguous():
+            raise ValueError(f"{name} must be contiguous, it is written in place, got strides {buffer.stride()}")
+    _require(count.numel() == 1, "count", "one int64", count)
+    if not 0 <= first_frame or first_frame + views >= 2**31:
+        raise ValueError(f"first_frame must be an int >= 0 with room for {views} frames in int32, got {first_frame!r}")
+    arguments = (points, features.detach(), frame_ids, count, latents.detach(), depth, intrinsics, cam2world, mask)
+    backend = choose_backend(latents.device, torch.float32)
+    if backend == "reference":
+        return reference.cache_write(*arguments, first_frame, depth_sampling, min_depth, max_depth)
+    operator = private_operator("cache_write", _family(backend))
+    return operator(*arguments, first_frame, depth_sampling == "bilinear", min_depth, max_depth)
+
+
+def view_overlap(
+    points: Tensor,
+    intrinsics: Tensor,
+    cam2world: Tensor,
+    target_intrinsics: Tensor,
+    target_cam2world: Tensor,
+    size: tuple[int, int],
+    *,
+    num_points: Tensor | None = None,
+    voxel_size: float = 0.1,
+    near: float = NEAR,
+) -> Tensor:
+    """How much of what the target views see is also seen by each earlier view: IoU of voxel sets.
+
+    A view's set holds the voxels floor(p / voxel_size) of the points that project into its grid in front of ``near``,
+    occluded or not; the targets' set is the union over all target views (the published code's choice of reference frames,
+    voxel 0.1). Computed on the device of ``points``, for all views at once, exactly.
+
+    Args:
+        points: (N, 4) float32 (float64 by the definition).
+        intrinsics, cam2world: (V, 3, 3) and (V, 4, 4) float, the earlier views, in cells of the grid.
+        target_intrinsics, target_cam2world: (T, 3, 3) and (T, 4, 4) float, likewise.
+        size: (h, w) of the grid.
+        num_points: one int64 on the device: only the first ``num_points`` rows are live.
+        voxel_size: edge in world units. Coordinates past 2^20 voxels from the origin share the border voxels.
+        near: least depth, in world units.
+
+    Returns:
+        (V,) float32 in [0, 1]; 0 where neither sees anything.
+
+    Raises:
+        ValueError, TypeError: naming the argument, what was expected and what came.
+    """
+    height, width = check_size(size)
+    points = _check_points(points, num_points)
+    intrinsics, cam2world = _check_cameras(intrinsics, cam2world, points.device, "points")
+    targets = _check_cameras(target_intrinsics, target_cam2world, points.device, "points", "target_")
+    near = _check_near(near)
+    if not math.isfinite(voxel_size) or voxel_size <= 0:
+        raise ValueError(f"voxel_size must be a finite length > 0 in world units, got {voxel_size!r}")
+    backend = choose_backend(points.device, points.dtype)
+    if backend == "reference":
+        counts = reference.view_overlap(
+            points, num_points, intrinsics, cam2world, *targets, (height, width), voxel_size, near
+        )
+    else:
+        operator = private_operator("view_overlap", _family(backend))
+        counts = operator(points, num_points, intrinsics, cam2world, *targets, height, width, voxel_size, near)
+    return (counts[:, 0].double() / counts[:, 1].clamp(min=1).double()).float()

@@ -1,0 +1,314 @@
+"""The definition of every operator, in plain PyTorch, for float32 and float64.
+
+What this file computes is what is true: the C++, CUDA and Triton kernels are held to it bit for bit in float32. It is
+written to be read. Camera matrices are composed in float64 and rounded once; per-point work then runs in the working
+dtype, one rounded operation at a time, in the order the kernels use (see ``csrc/core/camera.h``).
+
+Conventions: OpenCV axes (x right, y down, z forward); pixel coordinates are continuous, column j covers [j, j + 1).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+VOXEL_LIMIT = 2**20
+REPORT_FIELDS = ("written", "refused", "masked", "unknown_depth", "out_of_range", "non_finite")
+
+
+def make_projection(intrinsics: Tensor, cam2world: Tensor, dtype: torch.dtype) -> Tensor:
+    """World-to-grid matrices ``K @ inverse(cam2world)``.
+
+    Args:
+        intrinsics: (T, 3, 3) float64, in cells of the target grid.
+        cam2world: (T, 4, 4) float64, any invertible affine matrix.
+        dtype: dtype of the result; the composition itself is float64.
+
+    Returns:
+        (T, 3, 4): ``(a, b, z) = M (x, y, z, 1)``, a point lies at column a / z and row b / z.
+    """
+    (a00, a01, a02, t0), (a10, a11, a12, t1), (a20, a21, a22, t2) = (
+        tuple(cam2world[:, i, j] for j in range(4)) for i in range(3)
+    )
+    cofactors = (
+        (a11 * a22 - a12 * a21, a02 * a21 - a01 * a22, a01 * a12 - a02 * a11),
+        (a12 * a20 - a10 * a22, a00 * a22 - a02 * a20, a02 * a10 - a00 * a12),
+        (a10 * a21 - a11 * a20, a01 * a20 - a00 * a21, a00 * a11 - a01 * a10),
+    )
+    determinant = (a00 * cofactors[0][0] + a01 * cofactors[1][0]) + a02 * cofactors[2][0]
+    rows = []
+    for c0, c1, c2 in cofactors:
+        r0, r1, r2 = c0 / determinant, c1 / determinant, c2 / determinant
+        rows.append((r0, r1, r2, -((r0 * t0 + r1 * t1) + r2 * t2)))
+    fx, cx = intrinsics[:, 0, 0], intrinsics[:, 0, 2]
+    fy, cy = intrinsics[:, 1, 1], intrinsics[:, 1, 2]
+    projection = (
+        tuple(fx * rows[0][j] + cx * rows[2][j] for j in range(4)),
+        tuple(fy * rows[1][j] + cy * rows[2][j] for j in range(4)),
+        rows[2],
+    )
+    return torch.stack([torch.stack(row, dim=-1) for row in projection], dim=-2).to(dtype)
+
+
+def project_points(points: Tensor, projection: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Columns u, rows v and depths z of points (N, >= 3) under one (3, 4) projection; (N,) each."""
+    x, y, z = points[:, 0], points[:, 1], points[:, 2]
+    a, b, depth = (((row[0] * x + row[1] * y) + row[2] * z) + row[3] for row in projection)
+    inverse = 1.0 / depth
+    return a * inverse, b * inverse, depth
+
+
+def in_view(u: Tensor, v: Tensor, z: Tensor, size: tuple[int, int], near: float) -> Tensor:
+    """True where a projection falls into a cell of the grid, in front of ``near``. NaN never passes."""
+    height, width = size
+    finite = z <= torch.finfo(z.dtype).max
+    return (z > near) & finite & (u >= 0) & (u < width) & (v >= 0) & (v < height)
+
+
+def _cell_pixels(cells: int, pixels: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Pixel indices of every cell, padded: (cells, longest) int64, and which of them are real.
+
+    Pixel r belongs to cell floor((r + 0.5) * cells / pixels).
+    """
+    cell = torch.arange(cells + 1, device=device)
+    begin = (2 * cell * pixels + cells - 1) // (2 * cells)
+    longest = (pixels + cells - 1) // cells + 1
+    index = begin[:-1, None] + torch.arange(longest, device=device)
+    return index.clamp(max=pixels - 1), index < begin[1:, None]
+
+
+def _gather_cells(image: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """(T, H, W) to (T, h, w, K): the K pixels of each cell, padded, and (h, w, K) bool marking the real ones."""
+    rows, real_rows = _cell_pixels(size[0], image.shape[1], image.device)
+    columns, real_columns = _cell_pixels(size[1], image.shape[2], image.device)
+    pixels = image[:, rows[:, None, :, None], columns[None, :, None, :]]
+    real = real_rows[:, None, :, None] & real_columns[None, :, None, :]
+    return pixels.flatten(3), real.flatten(2)
+
+
+def pool_depth(depth: Tensor, size: tuple[int, int]) -> Tensor:
+    """Token depth: the lower median of the valid depths in each cell; 0 where under half of them are valid.
+
+    Args:
+        depth: (T, H, W) float; 0, negative, NaN and Inf mean unknown.
+        size: the token grid (h, w), at most (H, W).
+    """
+    pixels, real = _gather_cells(depth, size)
+    valid = real & (pixels > 0) & torch.isfinite(pixels)
+    count = valid.sum(-1)
+    ordered = torch.where(valid, pixels, torch.inf).sort(dim=-1).values
+    median = ordered.gather(-1, ((count - 1) // 2).clamp(min=0)[..., None])[..., 0]
+    known = (2 * count >= real.sum(-1)) & (count > 0)
+    return torch.where(known, median, 0.0)
+
+
+def resize_depth_bilinear(depth: Tensor, size: tuple[int, int]) -> Tensor:
+    """Bilinear depth without antialiasing, as ``F.interpolate(mode="bilinear", align_corners=False)``.
+
+    For parity with the published code: it blends the zeros of unknown pixels into real surfaces.
+    """
+
+    def taps(cells: int, pixels: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        # Half-pixel source positions; weights rounded once to the working dtype.
+        position = (torch.arange(cells, device=depth.device, dtype=torch.float64) + 0.5) * (pixels / cells) - 0.5
+        position = position.clamp(min=0)
+        low = position.long().clamp(max=pixels - 1)
+        weight = (position - low).to(depth.dtype)
+        return low, (low + 1).clamp(max=pixels - 1), 1 - weight, weight
+
+    top, bottom, weight_top, weight_bottom = taps(size[0], depth.shape[1])
+    left, right, weight_left, weight_right = taps(size[1], depth.shape[2])
+    upper = weight_left * depth[:, top[:, None], left] + weight_right * depth[:, top[:, None], right]
+    lower = weight_left * depth[:, bottom[:, None], left] + weight_right * depth[:, bottom[:, None], right]
+    return weight_top[:, None] * upper + weight_bottom[:, None] * lower
+
+
+def pool_mask(mask: Tensor, size: tuple[int, int]) -> Tensor:
+    """(T, H, W) bool, True = static, to (T, h, w): a token is static only if all its pixels are."""
+    pixels, real = _gather_cells(mask, size)
+    return (pixels | ~real).all(-1)
+
+
+def _lift(depth: Tensor, z: Tensor, intrinsics: Tensor, cam2world: Tensor) -> Tensor:
+    """Token depths z (T, h, w) of a depth map (T, H, W) to (T, h, w, 4): x, y, z, footprint."""
+    height, width = z.shape[1:]
+    sy, sx = height / depth.shape[1], width / depth.shape[2]
+
+    def parameter(values: Tensor) -> Tensor:
+        return values.to(z.dtype)[:, None, None]
+
+    fx, cx = parameter(intrinsics[:, 0, 0] * sx), parameter(intrinsics[:, 0, 2] * sx)
+    fy, cy = parameter(intrinsics[:, 1, 1] * sy), parameter(intrinsics[:, 1, 2] * sy)
+    column = torch.arange(width, device=z.device, dtype=z.dtype) + 0.5
+    row = torch.arange(height, device=z.device, dtype=z.dtype)[:, None] + 0.5
+    x = (column - cx) / fx * z
+    y = (row - cy) / fy * z
+    m = [[parameter(cam2world[:, i, j]) for j in range(4)] for i in range(3)]
+    world = [((m[i][0] * x + m[i][1] * y) + m[i][2] * z) + m[i][3] for i in range(3)]
+    return torch.stack([*world, z / fx], dim=-1)
+
+
+def _token_depth(depth: Tensor, size: tuple[int, int], depth_sampling: str) -> tuple[Tensor, Tensor]:
+    z = resize_depth_bilinear(depth, size) if depth_sampling == "bilinear" else pool_depth(depth, size)
+    return z, (z > 0) & torch.isfinite(z)
+
+
+def back_project(
+    depth: Tensor,
+    intrinsics: Tensor,
+    cam2world: Tensor,
+    mask: Tensor | None,
+    size: tuple[int, int],
+    depth_sampling: str,
+) -> tuple[Tensor, Tensor]:
+    """Definition of :func:`mirage_kernels.back_project`: points (T, h, w, 4), 0 where not valid, and valid (T, h, w)."""
+    z, valid = _token_depth(depth, size, depth_sampling)
+    points = _lift(depth, z, intrinsics, cam2world)
+    valid = valid & torch.isfinite(points).all(-1)
+    if mask is not None:
+        valid = valid & pool_mask(mask, size)
+    return torch.where(valid[..., None], points, 0.0), valid
+
+
+def splat(
+    points: Tensor,
+    features: Tensor,
+    num_points: Tensor | None,
+    intrinsics: Tensor,
+    cam2world: Tensor,
+    size: tuple[int, int],
+    near: float,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Definition of :func:`mirage_kernels.splat`: latents, mask, depth, index.
+
+    Per view: the smallest z in each cell, then the lowest index among the points that have it. Differentiable to
+    ``features`` by PyTorch's own autograd.
+    """
+    height, width = size
+    cells, count = height * width, points.shape[0]
+    number = torch.arange(count, device=points.device)
+    live = torch.ones_like(number, dtype=torch.bool) if num_points is None else number < num_points
+    projections = make_projection(intrinsics, cam2world, points.dtype)
+    depths, indices = [], []
+    for projection in projections:
+        u, v, z = project_points(points, projection)
+        visible = live & in_view(u, v, z, size, near)
+        # Points out of view go to a bin of their own behind the grid.
+        cell = torch.where(visible, torch.where(visible, v, 0).long() * width + torch.where(visible, u, 0).long(), cells)
+        nearest = z.new_full((cells + 1,), torch.inf).scatter_reduce(0, cell, torch.where(visible, z, torch.inf), "amin")
+        wins = visible & (z == nearest[cell])
+        winner = number.new_full((cells + 1,), count).scatter_reduce(0, cell, torch.where(wins, number, count), "amin")
+        depths.append(nearest[:cells])
+        indices.append(winner[:cells])
+    shape = (projections.shape[0], height, width)
+    index = torch.stack(indices).view(shape) if indices else number.new_empty(shape)
+    depth = torch.stack(depths).view(shape) if depths else points.new_empty(shape)
+    mask = index < count
+    # A row of zeros behind the features is what holes read.
+    padded = torch.cat([features, features.new_zeros(1, features.shape[1])]).to(dtype)
+    latents = padded[index].permute(0, 3, 1, 2).contiguous()
+    return latents, mask, torch.where(mask, depth, 0.0), torch.where(mask, index, -1)
+
+
+def splat_backward(grad_latents: Tensor, index: Tensor, num_points: int, dtype: torch.dtype) -> Tensor:
+    """Gradient of the read-out to features (num_points, C): the sum over the cells each token won, view by view.
+
+    Within a view a token wins one cell at most, so adding view after view is free of collisions and has one order.
+    """
+    channels = grad_latents.shape[1]
+    total = torch.float64 if grad_latents.dtype == torch.float64 else torch.float32
+    grad = grad_latents.new_zeros((num_points, channels), dtype=total)
+    for view, winners in zip(grad_latents, index, strict=True):
+        seen = winners.flatten() >= 0
+        grad[winners.flatten()[seen]] += view.flatten(1).t()[seen].to(total)
+    return grad.to(dtype)
+
+
+def cache_write(
+    points: Tensor,
+    features: Tensor,
+    frame_ids: Tensor,
+    count: Tensor,
+    latents: Tensor,
+    depth: Tensor,
+    intrinsics: Tensor,
+    cam2world: Tensor,
+    mask: Tensor | None,
+    first_frame: int,
+    depth_sampling: str,
+    min_depth: float,
+    max_depth: float,
+) -> Tensor:
+    """Definition of :func:`mirage_kernels.cache_write`: appends in token order, returns the six report counts."""
+    size = (latents.shape[2], latents.shape[3])
+    z, known = _token_depth(depth, size, depth_sampling)
+    lifted = _lift(depth, z, intrinsics, cam2world)
+    static = torch.ones_like(known) if mask is None else pool_mask(mask, size)
+    in_range = (z >= min_depth) & (z <= max_depth)
+    finite = torch.isfinite(lifted).all(-1) & torch.isfinite(latents).all(1)
+    keep = static & known & in_range & finite
+
+    start, capacity = int(count), points.shape[0]
+    rows = latents.permute(0, 2, 3, 1)[keep]
+    fits = min(rows.shape[0], capacity - start)
+    frames = torch.arange(first_frame, first_frame + latents.shape[0], device=keep.device)[:, None, None]
+    points[start : start + fits] = lifted[keep][:fits].to(points.dtype)
+    features[start : start + fits] = rows[:fits].to(features.dtype)
+    frame_ids[start : start + fits] = frames.expand_as(keep)[keep][:fits].to(frame_ids.dtype)
+    count += fits
+    return torch.stack(
+        [
+            torch.tensor(fits, device=keep.device),
+            torch.tensor(rows.shape[0] - fits, device=keep.device),
+            (~static).sum(),
+            (static & ~known).sum(),
+            (static & known & ~in_range).sum(),
+            (static & known & in_range & ~finite).sum(),
+        ]
+    )
+
+
+def voxel_keys(points: Tensor, voxel_size: float) -> Tensor:
+    """(N,) int64: floor(coordinate / voxel_size) per axis, 21 bits each; what lies outside shares the border voxels."""
+    size = torch.tensor(voxel_size, dtype=points.dtype, device=points.device)
+    scaled = (points[:, :3] / size).nan_to_num(nan=-VOXEL_LIMIT).clamp(-VOXEL_LIMIT, VOXEL_LIMIT - 1)
+    x, y, z = (scaled.floor().long() + VOXEL_LIMIT).unbind(-1)
+    return (x << 42) | (y << 21) | z
+
+
+def view_overlap(
+    points: Tensor,
+    num_points: Tensor | None,
+    intrinsics: Tensor,
+    cam2world: Tensor,
+    target_intrinsics: Tensor,
+    target_cam2world: Tensor,
+    size: tuple[int, int],
+    voxel_size: float,
+    near: float,
+) -> Tensor:
+    """Definition of :func:`mirage_kernels.view_overlap`: (V, 2) int64, voxels seen by both and by either.
+
+    A voxel is seen by a view when a point in it projects into the view's grid; the targets count as one view.
+    """
+    number = torch.arange(points.shape[0], device=points.device)
+    live = torch.ones_like(number, dtype=torch.bool) if num_points is None else number < num_points
+    keys, order = voxel_keys(points, voxel_size).sort(stable=True)
+    new = torch.ones_like(keys)
+    new[1:] = (keys[1:] != keys[:-1]).long()
+    voxel = torch.empty_like(keys)
+    voxel[order] = new.cumsum(0) - 1
+
+    def seen(projection: Tensor) -> Tensor:
+        visible = live & in_view(*project_points(points, projection), size, near)
+        return torch.zeros_like(live).scatter_reduce(0, voxel, visible, "amax")
+
+    target = torch.zeros_like(live)
+    for projection in make_projection(target_intrinsics, target_cam2world, points.dtype):
+        target = target | seen(projection)
+    counts = []
+    for projection in make_projection(intrinsics, cam2world, points.dtype):
+        view = seen(projection)
+        counts.append(torch.stack([(view & target).sum(), (view | target).sum()]))
+    return torch.stack(counts) if counts else keys.new_empty((0, 2))

@@ -1,0 +1,90 @@
+"""Fakes (shapes and dtypes without data) and autograd of the private operators, the same for every family of kernels."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .schemas import FAMILIES, NAMESPACE, private_operator
+
+
+def _fake_back_project(
+    depth: Tensor, intrinsics: Tensor, cam2world: Tensor, mask: Tensor | None, height: int, width: int, bilinear: bool
+) -> tuple[Tensor, Tensor]:
+    views = depth.shape[0]
+    return (
+        depth.new_empty((views, height, width, 4), dtype=torch.float32),
+        depth.new_empty((views, height, width), dtype=torch.bool),
+    )
+
+
+def _fake_splat(
+    points: Tensor,
+    features: Tensor,
+    num_points: Tensor | None,
+    intrinsics: Tensor,
+    cam2world: Tensor,
+    height: int,
+    width: int,
+    near: float,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    shape = (cam2world.shape[0], height, width)
+    return (
+        features.new_empty((shape[0], features.shape[1], height, width), dtype=dtype),
+        features.new_empty(shape, dtype=torch.bool),
+        features.new_empty(shape, dtype=torch.float32),
+        features.new_empty(shape, dtype=torch.int64),
+    )
+
+
+def _fake_splat_backward(grad_latents: Tensor, index: Tensor, num_points: int, dtype: torch.dtype) -> Tensor:
+    return grad_latents.new_empty((num_points, grad_latents.shape[1]), dtype=dtype)
+
+
+def _fake_cache_write(points: Tensor, *args: Any) -> Tensor:
+    return points.new_empty((6,), dtype=torch.int64)
+
+
+def _fake_view_overlap(
+    points: Tensor, num_points: Tensor | None, intrinsics: Tensor, cam2world: Tensor, *args: Any
+) -> Tensor:
+    return points.new_empty((cam2world.shape[0], 2), dtype=torch.int64)
+
+
+def _setup_splat_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    features = inputs[1]
+    _, mask, depth, index = output
+    ctx.save_for_backward(index)
+    ctx.num_points, ctx.dtype = features.shape[0], features.dtype
+    ctx.mark_non_differentiable(mask, depth, index)
+
+
+def _splat_backward(family: str) -> Any:
+    def backward(ctx: Any, grad_latents: Tensor, *unused: Any) -> tuple[Tensor | None, ...]:
+        (index,) = ctx.saved_tensors
+        grad = None
+        if ctx.needs_input_grad[1]:
+            operator = private_operator("splat_backward", family)
+            grad = operator(grad_latents.contiguous(), index, ctx.num_points, ctx.dtype)
+        return (None, grad, *([None] * 7))
+
+    return backward
+
+
+_FAKES = {
+    "back_project": _fake_back_project,
+    "splat": _fake_splat,
+    "splat_backward": _fake_splat_backward,
+    "cache_write": _fake_cache_write,
+    "view_overlap": _fake_view_overlap,
+}
+
+for _family in FAMILIES:
+    for _name, _fake in _FAKES.items():
+        torch.library.register_fake(f"{NAMESPACE}::{_name}_{_family}", _fake)
+    torch.library.register_autograd(
+        f"{NAMESPACE}::splat_{_family}", _splat_backward(_family), setup_context=_setup_splat_context
+    )

@@ -1,0 +1,114 @@
+"""A cache on disk: one safetensors file, a format version and the cache's settings in its metadata. No pickle.
+
+Tensors: ``points`` (N, 4) float32, ``features`` (N, C), ``frame_ids`` (N,) int32, ``frame_centers`` (F, 3) float32.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+FORMAT = "mirage-latent-cache"
+VERSION = 1
+_TENSORS = ("points", "features", "frame_ids", "frame_centers")
+_SETTINGS = ("channels", "dtype", "write_policy", "capacity")
+
+
+def replace_file(path: str | Path, write: Callable[[str], None]) -> None:
+    """Write a file under a temporary name beside ``path``, flush it to disk, then rename it onto ``path``.
+
+    A crash at any moment leaves the old file or the new one, whole; a failure leaves no temporary file.
+    """
+    path = Path(path)
+    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    os.close(handle)
+    try:
+        write(temporary)
+        with open(temporary, "rb") as written:
+            os.fsync(written.fileno())
+        # mkstemp makes files private; a saved file gets the permissions any other new file would.
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def save_cache(path: str | Path, tensors: dict[str, Tensor], settings: dict[str, Any]) -> None:
+    """Save a cache's tensors (on any device) and settings."""
+    metadata = {"format": FORMAT, "version": str(VERSION), "settings": json.dumps(settings)}
+    on_host = {name: tensors[name].detach().cpu().contiguous() for name in _TENSORS}
+    replace_file(path, lambda temporary: save_file(on_host, temporary, metadata))
+
+
+def read_metadata(path: str | Path) -> tuple[dict[str, Any], dict[str, tuple[int, ...]]]:
+    """Settings of a saved cache, and the shape of each tensor, without reading the tensors.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not a whole safetensors file, not a cache, or of an unknown version.
+    """
+    with _open(path) as file:
+        settings = _check_metadata(path, file.metadata())
+        names = set(file.keys())
+        missing = [name for name in _TENSORS if name not in names]
+        if missing:
+            raise ValueError(f"{path}: a saved cache must hold {', '.join(_TENSORS)}, missing {', '.join(missing)}")
+        return settings, {name: tuple(file.get_slice(name).get_shape()) for name in _TENSORS}
+
+
+def load_cache(path: str | Path, device: torch.device | str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors of a saved cache on ``device``, and its settings; errors as :func:`read_metadata`."""
+    settings, shapes = read_metadata(path)
+    dtype = getattr(torch, settings["dtype"], None)
+    count, channels = shapes["points"][:1], (settings["channels"],)
+    frames = shapes["frame_centers"][:1]
+    expected = {
+        "points": ((*count, 4), torch.float32),
+        "features": ((*count, *channels), dtype),
+        "frame_ids": (count, torch.int32),
+        "frame_centers": ((*frames, 3), torch.float32),
+    }
+    with _open(path, device) as file:
+        tensors = {name: file.get_tensor(name) for name in _TENSORS}
+    for name, tensor in tensors.items():
+        if (tuple(tensor.shape), tensor.dtype) != expected[name]:
+            shape, kind = expected[name]
+            raise ValueError(f"{path}: {name} must be {shape} {kind}, got {tuple(tensor.shape)} {tensor.dtype}")
+    return tensors, settings
+
+
+def _open(path: str | Path, device: torch.device | str = "cpu") -> Any:
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no cache file at {path}")
+    try:
+        return safe_open(str(path), framework="pt", device=str(device))
+    except SafetensorError as error:
+        raise ValueError(f"{path}: not a whole safetensors file ({error}); was it cut short?") from error
+
+
+def _check_metadata(path: str | Path, metadata: dict[str, str] | None) -> dict[str, Any]:
+    if not metadata or metadata.get("format") != FORMAT:
+        raise ValueError(f"{path}: a safetensors file, but not a saved LatentCache (no format {FORMAT!r} in its metadata)")
+    version = metadata.get("version")
+    if version != str(VERSION):
+        raise ValueError(f"{path}: cache format version {version!r} is unknown, this package reads version {VERSION}")
+    try:
+        settings = json.loads(metadata["settings"])
+        missing = [name for name in _SETTINGS if name not in settings]
+    except (KeyError, TypeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path}: the metadata must hold the cache's settings as JSON, got {metadata!r}") from error
+    if missing:
+        raise ValueError(f"{path}: the cache's settings must name {', '.join(_SETTINGS)}, missing {', '.join(missing)}")
+    return settings
