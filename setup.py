@@ -162,7 +162,9 @@ def compile_flags(extension: Extension, cuda: bool) -> list[str]:
 
         import pybind11
 
-        includes = [part for path in (pybind11.get_include(), sysconfig.get_paths()["include"]) for part in ("-isystem", path)]
+        includes = [
+            part for path in (pybind11.get_include(), sysconfig.get_paths()["include"]) for part in ("-isystem", path)
+        ]
         defines = [f'-DMIRAGE_{name}="{value}"' for name, value in build_facts().items()]
         return [*CXX_FLAGS, *includes, *defines]
     if cuda:
@@ -177,7 +179,11 @@ def link_flags(extension: Extension) -> list[str]:
     libraries = [f"-L{TORCH_LIB}", "-ltorch_cpu"]
     if extension.name.endswith("_cuda"):
         home = Path(NVCC).resolve().parent.parent if NVCC else Path("/usr/local/cuda")
-        directories = [directory for directory in (cuda_home() / "lib64", cuda_home() / "lib", home / "lib64") if directory.is_dir()]
+        directories = [
+            directory
+            for directory in (cuda_home() / "lib64", cuda_home() / "lib", home / "lib64")
+            if directory.is_dir()
+        ]
         libraries += [f"-L{directory}" for directory in directories]
         libraries += ["-lcudart_static", "-lrt", "-lpthread", "-ldl"]
     return libraries + (SANITIZERS[:1] if SANITIZE else [])
@@ -202,7 +208,9 @@ if CXX_FOUND:
 if BUILD_CPU:
     extensions.append(Extension("mirage_kernels._cpu", sources("cpu", ".cpp")))
 else:
-    print("mirage-kernels: no C++ compiler, installing without compiled CPU operators (plain PyTorch and Triton remain).")
+    print(
+        "mirage-kernels: no C++ compiler, installing without compiled CPU operators (plain PyTorch and Triton remain)."
+    )
 if BUILD_CUDA:
     extensions.append(Extension("mirage_kernels._cuda", sources("cuda", ".cu")))
 elif platform.system() == "Linux":

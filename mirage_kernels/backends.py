@@ -128,7 +128,9 @@ def choose_backend(device: torch.device, dtype: torch.dtype) -> str:
         if _forced == "reference":
             return _forced
         if dtype == torch.float64:
-            raise RuntimeError(f"backend {_forced!r} works in float32, got float64: only 'reference' computes in float64")
+            raise RuntimeError(
+                f"backend {_forced!r} works in float32, got float64: only 'reference' computes in float64"
+            )
         runs_on = {"cuda": ("cuda",), "cpu": ("cpu",), "triton": ("cuda", "cpu") if triton_interpreted() else ("cuda",)}
         if device.type not in runs_on[_forced]:
             raise RuntimeError(f"backend {_forced!r} runs on {' or '.join(runs_on[_forced])} tensors, got {device}")

@@ -1,8 +1,9 @@
 """LatentCache: latent tokens in world space, written once per chunk and read for any camera.
 
-Buffers: ``points`` (capacity, 4) float32 x, y, z, footprint; ``features`` (capacity, C); ``frame_ids`` (capacity,) int32;
-a table of frames' camera centres (F, 3); and the live count, one int64 beside them on the device. The read path looks at
-the count on the device only: it never waits, so a captured read stays valid while the cache grows within its buffers.
+Buffers: ``points`` (capacity, 4) float32 x, y, z, footprint; ``features`` (capacity, C); ``frame_ids`` (capacity,)
+int32; a table of frames' camera centres (F, 3); and the live count, one int64 beside them on the device. The read path
+looks at the count on the device only: it never waits, so a captured read stays valid while the cache grows within its
+buffers.
 """
 
 from __future__ import annotations
@@ -76,8 +77,8 @@ class LatentCache:
         dtype: of the stored features: float32, float16 or bfloat16.
         device: where the tokens live.
         capacity: fixed number of tokens: buffers are allocated once, a captured read stays valid for good, and a write
-            that does not fit reports what it refused. None: buffers grow by half when full; growing moves them and bumps
-            ``generation``, after which a CUDA graph must be captured again.
+            that does not fit reports what it refused. None: buffers grow by half when full; growing moves them and
+            bumps ``generation``, after which a CUDA graph must be captured again.
         write_policy: ``"append"`` keeps every token written (the published memory).
 
     Raises:
@@ -283,7 +284,7 @@ class LatentCache:
         return WriteReport(counts)
 
     def _reserve(self, tokens: int) -> None:
-        """Room for so many more tokens, unless the capacity is fixed. Waits for the device only where it may be full."""
+        """Room for so many more tokens, unless the capacity is fixed. Waits for the device only if it may be full."""
         if self._fixed_capacity is not None or self._at_most + tokens <= self.capacity:
             return
         needed = len(self) + tokens

@@ -169,9 +169,7 @@ class Cameras:
                 if expected != got:
                     raise ValueError(f"cameras[{i}] must have {name} {expected} as cameras[0], got {got}")
         intrinsics = torch.cat([part._intrinsics for part in parts])
-        return cls._unchecked(
-            intrinsics, torch.cat([part._cam2world for part in parts]), parts[0]._image_size
-        )
+        return cls._unchecked(intrinsics, torch.cat([part._cam2world for part in parts]), parts[0]._image_size)
 
     def __repr__(self) -> str:
         return f"Cameras({len(self)} views, image_size={self._image_size}, device={str(self.device)!r})"

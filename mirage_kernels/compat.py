@@ -194,9 +194,7 @@ class LatentPointCloud:
         size = (latents.shape[2], latents.shape[3])
         keep = None
         if masks is not None:
-            keep = _sampled_keep(
-                _as_tensor("masks", masks, "(T, H, W)", device, add_axis=True), (height, width), size
-            )
+            keep = _sampled_keep(_as_tensor("masks", masks, "(T, H, W)", device, add_axis=True), (height, width), size)
         self._cache._write_views(
             latents,
             depths,

@@ -39,7 +39,7 @@ class View(NamedTuple):
     latents: Tensor
     mask: Tensor
     depth: Tensor
-    index: Tensor
+    index: Tensor  # type: ignore[assignment]  # the field hides tuple.index, which nobody needs here
 
 
 def _describe(value: object) -> str:
@@ -133,9 +133,7 @@ def _check_points(points: Tensor, num_points: Tensor | None) -> Tensor:
         raise ValueError(f"points must hold fewer than 2^32 - 1 tokens, got {points.shape[0]}")
     if num_points is not None:
         _require_tensor("num_points", num_points, "one int64 on the device of points")
-        _require(
-            num_points.dtype == torch.int64 and num_points.numel() == 1, "num_points", "one int64", num_points
-        )
+        _require(num_points.dtype == torch.int64 and num_points.numel() == 1, "num_points", "one int64", num_points)
         _require_device("num_points", num_points, points.device, "points")
     return points.detach()
 
@@ -186,16 +184,16 @@ def back_project(
     depth, mask = _check_depth(depth, mask, (height, width), depth_sampling)
     intrinsics, cam2world = _check_cameras(intrinsics, cam2world, depth.device, "depth")
     if intrinsics.shape[0] != depth.shape[0]:
-        raise ValueError(f"intrinsics must be (T, 3, 3) with the T of depth, {depth.shape[0]}, got {_describe(intrinsics)}")
+        raise ValueError(
+            f"intrinsics must be (T, 3, 3) with the T of depth, {depth.shape[0]}, got {_describe(intrinsics)}"
+        )
     backend = choose_backend(depth.device, depth.dtype)
     if backend == "reference":
         return BackProjection(
             *reference.back_project(depth, intrinsics, cam2world, mask, (height, width), depth_sampling)
         )
     operator = private_operator("back_project", _family(backend))
-    return BackProjection(
-        *operator(depth, intrinsics, cam2world, mask, height, width, depth_sampling == "bilinear")
-    )
+    return BackProjection(*operator(depth, intrinsics, cam2world, mask, height, width, depth_sampling == "bilinear"))
 
 
 def splat(
@@ -222,7 +220,7 @@ def splat(
         intrinsics: (T, 3, 3) float, in cells of the target grid (``Cameras.resized(size)``).
         cam2world: (T, 4, 4) float, OpenCV axes.
         size: (h, w) of the target grid.
-        num_points: one int64 on the device of ``points``: only the first ``num_points`` rows are live. Read on the device.
+        num_points: one int64 on the device of ``points``, read there: only so many first rows are live.
         near: least depth, in world units.
         dtype: of the latents; default that of ``features``.
 
@@ -264,7 +262,7 @@ def check_write_inputs(
     min_depth: float,
     max_depth: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """The checks of :func:`cache_write` on what is to be written: depth, intrinsics, cam2world and mask as kernels take them."""
+    """The checks of :func:`cache_write` on its inputs; depth, intrinsics, cam2world and mask as kernels take them."""
     _require_tensor("latents", latents, "(T, C, h, w) float")
     _require(latents.dim() == 4, "latents", "(T, C, h, w) float", latents)
     _require_float("latents", latents, "(T, C, h, w) float32, float16 or bfloat16", FEATURE_DTYPES)
@@ -321,8 +319,9 @@ def cache_write(
         min_depth, max_depth: range of token depths kept, world units.
 
     Returns:
-        (6,) int64 on the device: written, refused (no room), masked, unknown_depth, out_of_range, non_finite; each token
-        is counted once, under the first that applies of masked, unknown_depth, out_of_range, non_finite, refused, written.
+        (6,) int64 on the device: written, refused (no room), masked, unknown_depth, out_of_range, non_finite. Each
+        token is counted once, under the first that applies of masked, unknown_depth, out_of_range, non_finite, refused,
+        written.
 
     Raises:
         ValueError, TypeError: naming the argument, what was expected and what came; nothing has been written then.
@@ -373,8 +372,8 @@ def view_overlap(
     """How much of what the target views see is also seen by each earlier view: IoU of voxel sets.
 
     A view's set holds the voxels floor(p / voxel_size) of the points that project into its grid in front of ``near``,
-    occluded or not; the targets' set is the union over all target views (the published code's choice of reference frames,
-    voxel 0.1). Computed on the device of ``points``, for all views at once, exactly.
+    occluded or not; the targets' set is the union over all target views (the published code's way of choosing reference
+    frames, with voxels of 0.1). Computed on the device of ``points``, for all views at once, exactly.
 
     Args:
         points: (N, 4) float32 (float64 by the definition).

@@ -161,7 +161,7 @@ def back_project(
     size: tuple[int, int],
     depth_sampling: str,
 ) -> tuple[Tensor, Tensor]:
-    """Definition of :func:`mirage_kernels.back_project`: points (T, h, w, 4), 0 where not valid, and valid (T, h, w)."""
+    """Definition of :func:`mirage_kernels.back_project`: points (T, h, w, 4), 0 if not valid, and valid (T, h, w)."""
     z, valid = _token_depth(depth, size, depth_sampling)
     points = _lift(depth, z, intrinsics, cam2world)
     valid = valid & torch.isfinite(points).all(-1)
@@ -195,8 +195,12 @@ def splat(
         u, v, z = project_points(points, projection)
         visible = live & in_view(u, v, z, size, near)
         # Points out of view go to a bin of their own behind the grid.
-        cell = torch.where(visible, torch.where(visible, v, 0).long() * width + torch.where(visible, u, 0).long(), cells)
-        nearest = z.new_full((cells + 1,), torch.inf).scatter_reduce(0, cell, torch.where(visible, z, torch.inf), "amin")
+        cell = torch.where(
+            visible, torch.where(visible, v, 0).long() * width + torch.where(visible, u, 0).long(), cells
+        )
+        nearest = z.new_full((cells + 1,), torch.inf).scatter_reduce(
+            0, cell, torch.where(visible, z, torch.inf), "amin"
+        )
         wins = visible & (z == nearest[cell])
         winner = number.new_full((cells + 1,), count).scatter_reduce(0, cell, torch.where(wins, number, count), "amin")
         depths.append(nearest[:cells])

@@ -1,7 +1,8 @@
-"""Fakes (shapes and dtypes without data) and autograd of the private operators, the same for every family of kernels."""
+"""Fakes (shapes and dtypes without data) and autograd of the private operators, alike for every family of kernels."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -74,7 +75,7 @@ def _splat_backward(family: str) -> Any:
     return backward
 
 
-_FAKES = {
+_FAKES: dict[str, Callable[..., Any]] = {
     "back_project": _fake_back_project,
     "splat": _fake_splat,
     "splat_backward": _fake_splat_backward,

@@ -100,7 +100,9 @@ def _open(path: str | Path, device: torch.device | str = "cpu") -> Any:
 
 def _check_metadata(path: str | Path, metadata: dict[str, str] | None) -> dict[str, Any]:
     if not metadata or metadata.get("format") != FORMAT:
-        raise ValueError(f"{path}: a safetensors file, but not a saved LatentCache (no format {FORMAT!r} in its metadata)")
+        raise ValueError(
+            f"{path}: a safetensors file, but not a saved LatentCache (no format {FORMAT!r} in its metadata)"
+        )
     version = metadata.get("version")
     if version != str(VERSION):
         raise ValueError(f"{path}: cache format version {version!r} is unknown, this package reads version {VERSION}")

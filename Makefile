@@ -1,0 +1,51 @@
+# Everything runs in a .venv of its own. An importable torch >= 2.11 is reused, else $(TORCH) is installed first.
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+OUT ?= out/demo
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+SOURCES := $(wildcard csrc/*.cpp csrc/*/*)
+
+.PHONY: demo test bench lint asan cuda clean
+
+demo: $(READY)
+	$(BIN)/python -m mirage demo --out $(OUT)
+
+test: $(READY)
+	$(BIN)/python -m pytest
+
+bench: $(READY)
+	$(BIN)/python -m pytest benchmarks
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# The CPU operators under address and undefined-behaviour sanitizers, from a build of their own.
+asan: $(READY)
+	MIRAGE_SANITIZE=1 MIRAGE_BUILD_CUDA=0 $(BIN)/python setup.py -q build --build-lib build/asan
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
+	ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=build/asan MIRAGE_REQUIRE_CPU=1 OMP_NUM_THREADS=2 \
+	$(BIN)/pytest -q -p no:cacheprovider tests/test_back_project.py tests/test_splat.py tests/test_cache_write.py \
+	    tests/test_view_overlap.py tests/test_cache.py
+
+# Compiles every CUDA source for every architecture of the list, warnings as errors; needs nvcc, no GPU.
+cuda: $(READY)
+	MIRAGE_BUILD_CUDA=1 $(BIN)/python setup.py -q build_ext --build-lib build/cuda --build-temp build/cuda-temp
+
+$(READY): pyproject.toml setup.py $(SOURCES)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@# A torch that $(PYTHON) can import is seen from the .venv through a path file, and never replaced.
+	@$(BIN)/python -c "import torch" 2>/dev/null || $(PYTHON) -c "import os, re, torch; \
+	assert tuple(map(int, re.findall(r'\d+', torch.__version__)[:2])) >= (2, 11); \
+	print(os.path.dirname(os.path.dirname(torch.__file__)))" 2>/dev/null \
+	> $$($(BIN)/python -c "import sysconfig; print(sysconfig.get_paths()['purelib'])")/reused_torch.pth || true
+	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/python -m pip install -q "$(TORCH)"
+	$(BIN)/python -m pip install -q "setuptools>=77" wheel ninja "pybind11>=2.13"
+	$(BIN)/python -m pip install -q --no-build-isolation -e ".[dev]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info out mirage_kernels/*.so

@@ -1,0 +1,52 @@
+"""``python -m mirage_kernels``: what was built, with what, and which backends can run here."""
+
+from __future__ import annotations
+
+import importlib
+import platform
+
+import torch
+
+from . import __version__, available_backends
+
+
+def build_facts() -> dict[str, str]:
+    """Facts for error reports: versions, architectures, compiler, SIMD, threads."""
+    facts = {
+        "mirage-kernels": __version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "torch": torch.__version__,
+        "torch CUDA": torch.version.cuda or "none",
+        "torch threads": str(torch.get_num_threads()),
+    }
+    if torch.cuda.is_available():
+        facts["GPU"] = ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
+    try:
+        built = importlib.import_module("mirage_kernels._build_info")
+    except ImportError:
+        facts["built"] = "nothing compiled: no C++ compiler at install time"
+        return facts
+    facts["built with torch"] = built.torch_version
+    facts["built with CUDA"] = (
+        f"{built.cuda_version} for {built.cuda_archs}" if built.cuda_version else "no CUDA operators"
+    )
+    facts["compiler"] = built.compiler
+    facts["flags"] = built.flags
+    facts["SIMD"] = built.simd()
+    facts["hardware threads"] = str(built.hardware_threads())
+    return facts
+
+
+def main() -> None:
+    facts = build_facts()
+    width = max(map(len, facts))
+    for name, value in facts.items():
+        print(f"{name:<{width}}  {value}")
+    print("\nbackends")
+    for name, backend in available_backends().items():
+        print(f"  {name:<10} {'yes' if backend else 'no ':<4} {backend.reason}")
+
+
+if __name__ == "__main__":
+    main()
