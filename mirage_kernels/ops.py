@@ -45,7 +45,10 @@ class View(NamedTuple):
 def _describe(value: object) -> str:
     if isinstance(value, Tensor):
         return f"{tuple(value.shape)} {str(value.dtype).removeprefix('torch.')}"
-    return f"{type(value).__name__} {value!r}"
+    if hasattr(value, "shape"):
+        return f"{type(value).__name__} {tuple(value.shape)}"
+    text = repr(value)
+    return f"{type(value).__name__} {text}" if len(text) <= 40 and "\n" not in text else type(value).__name__
 
 
 def _require(condition: bool, name: str, expected: str, value: object) -> None:
@@ -74,7 +77,7 @@ def check_size(size: object, name: str = "size") -> tuple[int, int]:
         raise ValueError(f"{name} must be (height, width), two positive integers, got {size!r}")
     height, width = size
     for side in (height, width):
-        if isinstance(side, (bool, float)) or side < 1:
+        if isinstance(side, bool) or not isinstance(side, (int, torch.SymInt)) or side < 1:
             raise ValueError(f"{name} must be (height, width), two positive integers, got {tuple(size)!r}")
     if height * width >= 2**31:
         raise ValueError(f"{name} must have fewer than 2^31 cells, got {tuple(size)!r}")
@@ -139,9 +142,10 @@ def _check_points(points: Tensor, num_points: Tensor | None) -> Tensor:
 
 
 def _check_near(near: float) -> float:
-    if not math.isfinite(near) or near < 0:
+    # Comparisons, not math.isfinite: under torch.compile these numbers may be symbols.
+    if isinstance(near, bool) or not isinstance(near, (int, float, torch.SymFloat)) or not 0 <= near < math.inf:
         raise ValueError(f"near must be a finite depth >= 0 in world units, got {near!r}")
-    return float(near)
+    return near
 
 
 def _family(backend: str) -> str:
@@ -395,7 +399,7 @@ def view_overlap(
     intrinsics, cam2world = _check_cameras(intrinsics, cam2world, points.device, "points")
     targets = _check_cameras(target_intrinsics, target_cam2world, points.device, "points", "target_")
     near = _check_near(near)
-    if not math.isfinite(voxel_size) or voxel_size <= 0:
+    if not 0 < voxel_size < math.inf:
         raise ValueError(f"voxel_size must be a finite length > 0 in world units, got {voxel_size!r}")
     backend = choose_backend(points.device, points.dtype)
     if backend == "reference":

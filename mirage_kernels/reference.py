@@ -9,6 +9,8 @@ Conventions: OpenCV axes (x right, y down, z forward); pixel coordinates are con
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -183,7 +185,7 @@ def splat(
     """Definition of :func:`mirage_kernels.splat`: latents, mask, depth, index.
 
     Per view: the smallest z in each cell, then the lowest index among the points that have it. Differentiable to
-    ``features`` by PyTorch's own autograd.
+    ``features``.
     """
     height, width = size
     cells, count = height * width, points.shape[0]
@@ -209,24 +211,43 @@ def splat(
     index = torch.stack(indices).view(shape) if indices else number.new_empty(shape)
     depth = torch.stack(depths).view(shape) if depths else points.new_empty(shape)
     mask = index < count
-    # A row of zeros behind the features is what holes read.
-    padded = torch.cat([features, features.new_zeros(1, features.shape[1])]).to(dtype)
-    latents = padded[index].permute(0, 3, 1, 2).contiguous()
-    return latents, mask, torch.where(mask, depth, 0.0), torch.where(mask, index, -1)
+    index = torch.where(mask, index, -1)
+    latents = _ReadOut.apply(features, index, dtype)
+    return latents, mask, torch.where(mask, depth, 0.0), index
+
+
+class _ReadOut(torch.autograd.Function):
+    """Gather of the winners' features; its own backward because PyTorch's sums duplicates in an order of its choosing."""
+
+    @staticmethod
+    def forward(ctx: Any, features: Tensor, index: Tensor, dtype: torch.dtype) -> Tensor:
+        ctx.save_for_backward(index)
+        ctx.num_points, ctx.dtype = features.shape[0], features.dtype
+        # A row of zeros behind the features is what holes read.
+        padded = torch.cat([features, features.new_zeros(1, features.shape[1])]).to(dtype)
+        return padded[torch.where(index < 0, features.shape[0], index)].permute(0, 3, 1, 2).contiguous()
+
+    @staticmethod
+    def backward(ctx: Any, grad_latents: Tensor) -> tuple[Tensor, None, None]:
+        (index,) = ctx.saved_tensors
+        return splat_backward(grad_latents, index, ctx.num_points, ctx.dtype), None, None
 
 
 def splat_backward(grad_latents: Tensor, index: Tensor, num_points: int, dtype: torch.dtype) -> Tensor:
     """Gradient of the read-out to features (num_points, C): the sum over the cells each token won, view by view.
 
-    Within a view a token wins one cell at most, so adding view after view is free of collisions and has one order.
+    Summed in float32 (float64 where either side is) and rounded once. Within a view a token wins one cell at most, so
+    adding view after view is free of collisions and has one order.
     """
-    channels = grad_latents.shape[1]
-    total = torch.float64 if grad_latents.dtype == torch.float64 else torch.float32
-    grad = grad_latents.new_zeros((num_points, channels), dtype=total)
-    for view, winners in zip(grad_latents, index, strict=True):
-        seen = winners.flatten() >= 0
-        grad[winners.flatten()[seen]] += view.flatten(1).t()[seen].to(total)
-    return grad.to(dtype)
+    double = torch.float64 in (grad_latents.dtype, dtype)
+    rows = grad_latents.flatten(2).transpose(1, 2).to(torch.float64 if double else torch.float32)
+    # Holes add to a row of their own behind the tokens.
+    total = rows.new_zeros(num_points + 1, rows.shape[2])
+    for t in range(rows.shape[0]):
+        winners = index[t].flatten()
+        winners = torch.where(winners < 0, num_points, winners)
+        total = total.index_put((winners,), total[winners] + rows[t])
+    return total[:num_points].to(dtype)
 
 
 def cache_write(
@@ -250,16 +271,19 @@ def cache_write(
     lifted = _lift(depth, z, intrinsics, cam2world)
     static = torch.ones_like(known) if mask is None else pool_mask(mask, size)
     in_range = (z >= min_depth) & (z <= max_depth)
-    finite = torch.isfinite(lifted).all(-1) & torch.isfinite(latents).all(1)
+    # As they will be stored: a float32 latent can be too large for float16.
+    finite = torch.isfinite(lifted).all(-1) & torch.isfinite(latents.to(features.dtype)).all(1)
     keep = static & known & in_range & finite
 
     start, capacity = int(count), points.shape[0]
     rows = latents.permute(0, 2, 3, 1)[keep]
-    fits = min(rows.shape[0], capacity - start)
+    # A count from outside may be anything: nothing is written past the buffers, or before them.
+    fits = min(rows.shape[0], max(capacity - start, 0) if start >= 0 else 0)
     frames = torch.arange(first_frame, first_frame + latents.shape[0], device=keep.device)[:, None, None]
-    points[start : start + fits] = lifted[keep][:fits].to(points.dtype)
-    features[start : start + fits] = rows[:fits].to(features.dtype)
-    frame_ids[start : start + fits] = frames.expand_as(keep)[keep][:fits].to(frame_ids.dtype)
+    if fits > 0:
+        points[start : start + fits] = lifted[keep][:fits].to(points.dtype)
+        features[start : start + fits] = rows[:fits].to(features.dtype)
+        frame_ids[start : start + fits] = frames.expand_as(keep)[keep][:fits].to(frame_ids.dtype)
     count += fits
     return torch.stack(
         [

@@ -10,28 +10,43 @@ namespace {
 
 enum Verdict : uint8_t { kKeep = 0, kMasked = 2, kUnknown = 3, kOutOfRange = 4, kNonFinite = 5 };
 
-// bad[j] = 1 where a channel of token j is Inf or NaN (all exponent bits set); channel c lies at latents + c * stride.
+// Magnitude bits of a latent from which on it is Inf or NaN once stored: Inf itself, or what rounds to Inf.
+template <typename In, typename Out>
+constexpr uint32_t non_finite_from() {
+  if constexpr (std::is_same_v<In, float>) {
+    if constexpr (std::is_same_v<Out, Half>) return 0x477ff000u;      // 65520
+    if constexpr (std::is_same_v<Out, BFloat16>) return 0x7f7f8000u;  // halfway past the largest bfloat16
+    return 0x7f800000u;
+  } else if constexpr (std::is_same_v<In, BFloat16>) {
+    return std::is_same_v<Out, Half> ? 0x4780u : 0x7f80u;  // 65536, Inf
+  } else {
+    return 0x7c00u;
+  }
+}
+
+// bad[j] = 1 where a channel of token j is not finite once stored; channel c lies at latents + c * stride.
 template <typename Word>
-inline __attribute__((always_inline)) void find_non_finite(const Word* latents, Word exponent, index_t channels,
+inline __attribute__((always_inline)) void find_non_finite(const Word* latents, Word limit, index_t channels,
                                                            index_t stride, index_t width, Word* bad) {
+  constexpr Word kMagnitude = static_cast<Word>(~Word{0}) >> 1;
   std::fill(bad, bad + width, Word{0});
   for (index_t c = 0; c < channels; ++c)
     for (index_t j = 0; j < width; ++j) {
-      const Word bits = latents[c * stride + j] & exponent;
-      bad[j] |= static_cast<Word>(bits == exponent);
+      const Word bits = latents[c * stride + j] & kMagnitude;
+      bad[j] |= static_cast<Word>(bits >= limit);
     }
 }
 
 MIRAGE_SIMD
-void find_non_finite_32(const uint32_t* latents, uint32_t exponent, index_t channels, index_t stride, index_t width,
+void find_non_finite_32(const uint32_t* latents, uint32_t limit, index_t channels, index_t stride, index_t width,
                         uint32_t* bad) {
-  find_non_finite(latents, exponent, channels, stride, width, bad);
+  find_non_finite(latents, limit, channels, stride, width, bad);
 }
 
 MIRAGE_SIMD
-void find_non_finite_16(const uint16_t* latents, uint16_t exponent, index_t channels, index_t stride, index_t width,
+void find_non_finite_16(const uint16_t* latents, uint16_t limit, index_t channels, index_t stride, index_t width,
                         uint16_t* bad) {
-  find_non_finite(latents, exponent, channels, stride, width, bad);
+  find_non_finite(latents, limit, channels, stride, width, bad);
 }
 
 // Tokens kept[0..n) of a grid row, channel c at latents + c * stride, to rows of `out`.
@@ -112,6 +127,8 @@ Tensor cache_write(Tensor points, Tensor features, Tensor frame_ids, Tensor coun
   for_feature_type(latents.scalar_type(), [&](auto in) {
     using In = decltype(in);
     const In* source_latents = input<In>(latents);
+    uint32_t limit = 0;
+    for_feature_type(features.scalar_type(), [&](auto out) { limit = non_finite_from<In, decltype(out)>(); });
     torch::stable::parallel_for(0, rows, 1, [&](int64_t begin, int64_t end) {
       std::vector<int32_t> cell;
       std::vector<float> z(width);
@@ -127,9 +144,9 @@ Tensor cache_write(Tensor points, Tensor features, Tensor frame_ids, Tensor coun
         lift_row(lifts[t], i, width, z.data(), tokens);
         const auto* words = reinterpret_cast<const Word*>(source_latents + t * channels * cells + i * width);
         if constexpr (sizeof(In) == 4) {
-          find_non_finite_32(words, 0x7f800000u, channels, cells, width, bad.data());
+          find_non_finite_32(words, limit, channels, cells, width, bad.data());
         } else {
-          find_non_finite_16(words, std::is_same_v<In, Half> ? 0x7c00u : 0x7f80u, channels, cells, width, bad.data());
+          find_non_finite_16(words, static_cast<Word>(limit), channels, cells, width, bad.data());
         }
         for (index_t j = 0; j < width; ++j) {
           const LiftedToken& p = tokens[j];

@@ -15,12 +15,6 @@ constexpr int kScanThreads = 1024;
 constexpr int kRows = 32;      // tokens turned at a time
 constexpr int kChannels = 64;  // channels turned at a time
 
-__device__ __forceinline__ bool exponent_full(float v) { return (__float_as_uint(v) & 0x7f800000u) == 0x7f800000u; }
-__device__ __forceinline__ bool exponent_full(__half v) { return (__half_as_ushort(v) & 0x7c00u) == 0x7c00u; }
-__device__ __forceinline__ bool exponent_full(__nv_bfloat16 v) {
-  return (__bfloat16_as_ushort(v) & 0x7f80u) == 0x7f80u;
-}
-
 __global__ void __launch_bounds__(kLiftThreads)
     lift_kernel(DepthSource source, const Lift* __restrict__ lifts, float low, float high,
                 float4* __restrict__ points, uint8_t* __restrict__ verdicts) {
@@ -43,7 +37,7 @@ __global__ void __launch_bounds__(kLiftThreads)
 
 // A thread a token: neighbours read neighbouring cells of each channel. Counts go out by block; rejections are summed
 // with integer atomics, whose order cannot matter.
-template <typename In>
+template <typename In, typename Out>
 __global__ void __launch_bounds__(kTokens)
     judge_kernel(const In* __restrict__ latents, index_t tokens, index_t cells, int channels,
                  uint8_t* __restrict__ verdicts, int* __restrict__ block_counts, unsigned long long* report) {
@@ -59,7 +53,8 @@ __global__ void __launch_bounds__(kTokens)
     if (verdict == kKeep) {
       const In* at = latents + token / cells * channels * cells + token % cells;
       bool bad = false;
-      for (int c = 0; c < channels; ++c) bad |= exponent_full(at[c * cells]);
+      // As they will be stored: a float32 latent can be too large for float16.
+      for (int c = 0; c < channels; ++c) bad |= !is_finite(to_float(from_float<Out>(to_float(at[c * cells]))));
       if (bad) {
         verdict = kNonFinite;
         verdicts[token] = verdict;
@@ -83,6 +78,8 @@ __global__ void __launch_bounds__(kScanThreads)
   __shared__ int64_t carried;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int64_t start = *count;
+  // A count from outside may be anything: then every block is told there is no room, and all is refused.
+  const bool sound = start >= 0 && start <= capacity;
   if (threadIdx.x == 0) carried = start;
   __syncthreads();
   for (int first = 0; first < blocks; first += kScanThreads) {
@@ -97,13 +94,13 @@ __global__ void __launch_bounds__(kScanThreads)
     __syncthreads();
     int64_t before = carried;
     for (int w = 0; w < warp; ++w) before += warp_totals[w];
-    if (b < blocks) place[b] = before + upto - own;
+    if (b < blocks) place[b] = sound ? before + upto - own : capacity;
     __syncthreads();
     if (threadIdx.x == kScanThreads - 1) carried = before + upto;
     __syncthreads();
   }
   if (threadIdx.x == 0) {
-    const int64_t end = carried < capacity ? carried : capacity;
+    const int64_t end = !sound ? start : (carried < capacity ? carried : capacity);
     report[0] = end - start;
     report[1] = carried - end;
     *count = end;
@@ -196,9 +193,11 @@ Tensor cache_write(Tensor points, Tensor features, Tensor frame_ids, Tensor coun
   STD_CUDA_KERNEL_LAUNCH_CHECK();
   for_feature_type(latents.scalar_type(), [&](auto in) {
     using In = decltype(in);
-    judge_kernel<<<static_cast<unsigned>(blocks), kTokens, 0, stream>>>(
-        input<In>(latents), tokens, cells, static_cast<int>(channels), output<uint8_t>(verdicts),
-        output<int>(block_counts), output<unsigned long long>(report));
+    for_feature_type(features.scalar_type(), [&](auto out) {
+      judge_kernel<In, decltype(out)><<<static_cast<unsigned>(blocks), kTokens, 0, stream>>>(
+          input<In>(latents), tokens, cells, static_cast<int>(channels), output<uint8_t>(verdicts),
+          output<int>(block_counts), output<unsigned long long>(report));
+    });
     STD_CUDA_KERNEL_LAUNCH_CHECK();
     scan_kernel<<<1, kScanThreads, 0, stream>>>(input<int>(block_counts), static_cast<int>(blocks), capacity,
                                                 output<int64_t>(count), output<int64_t>(place),

@@ -1,0 +1,30 @@
+"""Optional dependencies: imported where they are used, and one clear sentence where they are missing."""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+
+_PACKAGES = {"PIL": "pillow", "skimage": "scikit-image", "imageio_ffmpeg": "imageio-ffmpeg"}
+
+
+class MissingExtraError(ImportError):
+    """A package of an extra is not installed; the message says how to install it."""
+
+
+def import_extra(module: str, extra: str) -> ModuleType:
+    """The module called `module`, from a package of the extra `extra` of this distribution.
+
+    Raises:
+        MissingExtraError: it is not installed.
+    """
+    top = module.split(".")[0]
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.split(".")[0] != top:
+            raise  # it is installed, but something it needs is not
+        package = _PACKAGES.get(top, top)
+        raise MissingExtraError(
+            f'{package} is needed and not installed: pip install "mirage-kernels[{extra}]"'
+        ) from None

@@ -1,0 +1,691 @@
+"""`LatentCache`: writing, reading, growing, and its files."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+
+import numpy as np
+import pytest
+import safetensors.torch
+import scenes
+import torch
+from comparison import as_array, assert_equal_bits, assert_same_view, assert_same_write
+from hypothesis import given
+from hypothesis import strategies as st
+
+import mirage_kernels.storage
+from mirage_kernels import Cameras, LatentCache, cache_write
+
+GRID = (5, 7)
+IMAGE = (25, 35)
+
+
+def frames(seed=0, views=2, channels=4, unknown=0.2, dtype=torch.float32, grid=GRID, image_size=IMAGE):
+    """latents, depth, cameras, mask of a write; one latent in a hundred is NaN."""
+    rng = np.random.default_rng(seed)
+    latents = rng.normal(size=(views, channels, *grid)).astype(np.float32)
+    latents[rng.random(latents.shape) < 0.01 / channels] = math.nan
+    cameras = Cameras(scenes.intrinsics(rng, views, image_size), scenes.poses(rng, views), image_size)
+    return (
+        torch.from_numpy(latents).to(dtype),
+        scenes.depth_maps(rng, views, image_size, unknown),
+        cameras,
+        scenes.static_masks(rng, views, image_size, 0.01),
+    )
+
+
+def put(backend, arguments):
+    return [x.to(backend.device) if isinstance(x, Cameras) else backend.put(x) for x in arguments]
+
+
+def contents(cache):
+    """All a cache holds, on the host."""
+    held = (cache.points, cache.footprints, cache.features, cache.frame_ids, cache.frame_centers)
+    return [x.cpu().clone() for x in held]
+
+
+def state(cache):
+    """Contents, and what says where they are."""
+    return [*contents(cache), torch.tensor([len(cache), cache.generation, cache.capacity, cache.num_frames])]
+
+
+def filled(dtype=torch.float32, device="cpu", views=2, **options):
+    cache = LatentCache(channels=4, dtype=dtype, device=device, **options)
+    cache.write(*[x.to(device) for x in frames(views=views, dtype=dtype)])
+    assert len(cache) > 20
+    return cache
+
+
+# ---------------------------------------------------------------------------------------------- writing
+
+
+@pytest.mark.parametrize("stored", scenes.DTYPES)
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_write_is_cache_write(backend, stored, masked):
+    """Two writes into a growing cache hold what the operator writes into buffers of its own, and what it reports."""
+    cache = LatentCache(channels=4, dtype=stored, device=backend.device)
+    buffers = before = scenes.buffers(200, 4, stored)
+    for seed, first_frame in ((1, 0), (2, 2)):
+        latents, depth, cameras, mask = frames(seed)
+        depth[:, :5], depth[:, 5:10] = 0, 3
+        mask = mask if masked else None
+        options = dict(depth_sampling="median", min_depth=2.05, max_depth=2.45)
+        report = cache.write(*put(backend, (latents, depth, cameras, mask)), **options)
+        before = [x.clone() for x in buffers]
+        arguments = latents, depth, cameras.intrinsics, cameras.cam2world
+        counts = cache_write(
+            *(own := [backend.put(x) for x in buffers]),
+            *[backend.put(x) for x in arguments],
+            mask=backend.put(mask),
+            first_frame=first_frame,
+            **options,
+        )
+        buffers = [x.cpu() for x in own]
+        assert_same_write(buffers, counts.cpu(), before, *arguments, mask=mask, first_frame=first_frame, **options)
+        assert report.counts.tolist() == counts.tolist() and report.written > 0 and report.unknown_depth > 0
+        assert report.as_dict() == {name: getattr(report, name) for name in report.as_dict()}
+        assert (report.masked > 0) == masked and report.refused == 0 and report.out_of_range > 0
+        assert sum(report.as_dict().values()) == 70 and f"written={report.written}" in repr(report)
+    n = int(buffers[3])
+    expected = buffers[0][:n, :3], buffers[0][:n, 3], buffers[1][:n], buffers[2][:n]
+    assert_equal_bits(contents(cache)[:4], expected)
+    assert len(cache) == n > 50 and cache.num_frames == 4
+    assert cache.frame_ids.unique().tolist() == [0, 1, 2, 3]
+
+
+def test_keywords_and_positions():
+    latents, depth, cameras, mask = frames(3)
+    one, other = LatentCache(channels=4), LatentCache(4)
+    one.write(latents, depth, cameras, mask=mask)
+    other.write(latents, depth, cameras, mask)
+    assert len(one) > 20
+    assert_equal_bits(contents(one), contents(other))
+
+
+def test_nan_latents_are_never_stored(backend):
+    latents, *rest = frames(4, unknown=0.0)
+    latents.nan_to_num_(0.5)
+    cache = LatentCache(channels=4, device=backend.device)
+    assert cache.write(*put(backend, (latents, *rest))).non_finite == 0
+    for bad in (math.nan, math.inf, -math.inf):
+        spoilt = latents.clone()
+        spoilt[:, 2, 1:4, 2:] = bad
+        assert cache.write(*put(backend, (spoilt, *rest))).non_finite > 10
+    assert len(cache) > 100 and torch.isfinite(cache.features).all() and torch.isfinite(cache.points).all()
+
+
+def test_frame_centers_are_the_camera_centers():
+    cache = LatentCache(channels=4)
+    centers = []
+    for seed in range(5):
+        arguments = frames(seed, views=30)
+        cache.write(*arguments)
+        centers.append(arguments[2].centers.float())
+    assert cache.num_frames == 150
+    assert torch.equal(cache.frame_centers, torch.cat(centers))
+
+
+def test_cameras_of_another_image_size_are_resized_to_the_depth():
+    latents, depth, cameras, mask = frames(5)
+    one, other = LatentCache(channels=4), LatentCache(channels=4)
+    one.write(latents, depth, cameras, mask)
+    other.write(latents, depth, cameras.resized((250, 140)), mask)
+    assert len(one) == len(other) > 20
+    torch.testing.assert_close(one.points, other.points, rtol=1e-6, atol=1e-6)
+
+
+def test_a_write_of_no_views():
+    cache = filled()
+    before = contents(cache)
+    latents, depth, cameras, mask = frames(6)
+    report = cache.write(latents[:0], depth[:0], cameras[:0], mask[:0])
+    assert set(report.as_dict().values()) == {0}
+    assert_equal_bits(contents(cache), before)
+
+
+# ---------------------------------------------------------------------------------------------- reading
+
+
+@pytest.mark.parametrize("stored", scenes.DTYPES)
+@pytest.mark.parametrize("out", [None, torch.float32, torch.bfloat16])
+def test_a_read_is_the_brute_force(backend, stored, out):
+    cache = LatentCache(channels=4, dtype=stored, device=backend.device)
+    for seed in (7, 8):
+        cache.write(*put(backend, frames(seed)))
+    _, _, cameras, _ = frames(9, views=3)
+    view = cache.read(cameras.to(backend.device), size=(6, 9), dtype=out)
+    assert view.latents.dtype == (out or stored) and view.latents.device.type == backend.device.type
+    points = torch.cat([cache.points, cache.footprints[:, None]], 1).cpu()
+    grid = cameras.resized((6, 9))
+    assert_same_view(
+        type(view)(*(x.cpu() for x in view)),
+        points,
+        cache.features.cpu(),
+        grid.intrinsics,
+        grid.cam2world,
+        (6, 9),
+        dtype=out,
+        least_covered=60,
+    )
+
+
+def test_what_was_written_is_read_back(backend):
+    """The camera that wrote sees its own latents, exactly, wherever depth was known and the token static."""
+    latents, depth, cameras, mask = frames(10, views=1, unknown=0.4)
+    latents.nan_to_num_(0.5)
+    cache = LatentCache(channels=4, device=backend.device)
+    report = cache.write(*put(backend, (latents, depth, cameras, mask)))
+    view = cache.read(cameras.to(backend.device), size=GRID)
+    assert 10 < report.written == int(view.mask.sum()) < 35
+    kept = view.mask[0].cpu()
+    assert torch.equal(view.latents[0, :, kept.to(backend.device)].cpu(), latents[0][:, kept])
+
+
+def test_near_is_passed_on():
+    cache = filled()
+    cameras = frames(0)[2]
+    assert cache.read(cameras, GRID).mask.any()
+    assert not cache.read(cameras, GRID, near=100.0).mask.any()
+
+
+@pytest.mark.parametrize("views", [0, 1, 3])
+def test_reading_an_empty_cache(backend, views):
+    cameras = frames(11, views=3)[2][:views].to(backend.device)
+    arguments = put(backend, frames(11))
+    for options in ({}, {"capacity": 70}):
+        cache = LatentCache(channels=4, dtype=torch.float16, device=backend.device, **options)
+        assert len(cache) == 0 and cache.nbytes == 0 and cache.points.shape == (0, 3) and cache.features.shape == (0, 4)
+        view = cache.read(cameras, size=GRID)
+        assert view.latents.shape == (views, 4, *GRID) and view.latents.dtype == torch.float16
+        assert not view.latents.any() and not view.mask.any() and (view.index == -1).all()
+        cache.write(*arguments)
+        assert views == 0 or cache.read(arguments[2], size=GRID).mask.any()
+
+
+def test_reading_does_not_write():
+    cache = filled()
+    before = state(cache)
+    view = cache.read(frames(0)[2], GRID)
+    assert view.mask.any()
+    view.latents.fill_(9.0)
+    assert_equal_bits(state(cache), before)
+
+
+def test_view_overlap(backend):
+    cache = LatentCache(channels=4, device=backend.device)
+    cache.write(*put(backend, frames(12, views=3)))
+    cameras = frames(12, views=3)[2].to(backend.device)
+    overlap = cache.view_overlap(cameras, cameras[1:2], GRID)
+    assert overlap.shape == (3,) and overlap[1] == 1 and (overlap > 0).all() and (overlap[[0, 2]] < 1).all()
+    assert LatentCache(channels=4, device=backend.device).view_overlap(cameras, cameras, GRID).tolist() == [0, 0, 0]
+
+
+# ---------------------------------------------------------------------------------------------- growing
+
+
+def test_growth_is_geometric_and_keeps_everything():
+    """Far fewer moves than writes; each bumps the generation; nothing written before changes."""
+    cache = LatentCache(channels=4)
+    generations, capacities, parts = [], [], []
+    for seed in range(60):
+        live = len(cache)
+        cache.write(*frames(seed, views=1))
+        parts.append([x[live:] for x in contents(cache)[:4]])
+        generations.append(cache.generation)
+        capacities.append(cache.capacity)
+        assert len(cache) <= cache.capacity
+    assert 60 * 15 < len(cache) < 60 * 35
+    moves = sum(a != b for a, b in zip(generations, generations[1:], strict=False))
+    grown = [b for a, b in zip(capacities, capacities[1:], strict=False) if a != b]
+    assert moves == len(grown) and 3 <= moves <= 14
+    assert all(b >= 1.4 * a for a, b in zip(grown, grown[1:], strict=False))
+    assert_equal_bits(contents(cache)[:4], [torch.cat(column) for column in zip(*parts, strict=True)])
+
+
+def test_a_fixed_capacity_never_moves():
+    cache, buffers = LatentCache(channels=4, capacity=150), []
+    total = refused = 0
+    for seed in range(6):
+        report = cache.write(*frames(seed))
+        total, refused = total + report.written, refused + report.refused
+        assert len(cache) == total
+        buffers.append([x.data_ptr() for x in (cache.points, cache.features, cache.frame_ids)])
+    assert all(x == buffers[0] for x in buffers)
+    assert total == cache.capacity == 150 and refused > 0 and cache.generation == 0
+    # What fitted is what a growing cache holds first.
+    growing = LatentCache(channels=4)
+    reports = [growing.write(*frames(seed)) for seed in range(6)]
+    assert sum(report.written for report in reports) == total + refused == len(growing)
+    expected = [x[:150] for x in contents(growing)[:4]]
+    assert_equal_bits(contents(cache)[:4], expected)
+    full = cache.write(*frames(7))
+    assert full.written == 0 and full.refused > 20 and len(cache) == 150
+    assert_equal_bits(contents(cache)[:4], expected)
+
+
+def test_no_capacity_at_all():
+    cache = LatentCache(channels=4, capacity=0)
+    report = cache.write(*frames(13))
+    assert report.written == 0 and report.refused > 20 and len(cache) == 0
+    assert not cache.read(frames(13)[2], GRID).mask.any()
+
+
+@given(seed=st.integers(0, 10**6), splits=st.lists(st.integers(1, 3), min_size=1, max_size=5))
+def test_writes_in_any_portions(seed, splits):
+    """However a video is cut into writes, the cache is the same."""
+    total = sum(splits)
+    latents, depth, cameras, mask = frames(seed, views=total)
+    whole, parts = LatentCache(channels=4), LatentCache(channels=4)
+    whole.write(latents, depth, cameras, mask)
+    start = 0
+    for views in splits:
+        portion = slice(start, start + views)
+        parts.write(latents[portion], depth[portion], cameras[portion], mask[portion])
+        start += views
+    assert len(whole) > 0
+    assert_equal_bits(contents(parts), contents(whole))
+    assert_equal_bits(parts.read(cameras, GRID), whole.read(cameras, GRID))
+
+
+# ---------------------------------------------------------------------------------------------- what it says of itself
+
+
+@pytest.mark.parametrize("dtype", scenes.DTYPES)
+def test_sizes_in_bytes(dtype):
+    cache = LatentCache(channels=4, dtype=dtype, capacity=100)
+    per_token = 16 + 4 * dtype.itemsize + 4
+    empty = cache.nbytes_allocated
+    assert cache.nbytes == 0 and 100 * per_token <= empty <= 100 * per_token + 64
+    cache.write(*frames(14, dtype=dtype))
+    live = len(cache)
+    assert 20 < live < 100
+    assert live * per_token <= cache.nbytes <= live * per_token + 2 * 12
+    assert cache.nbytes <= cache.nbytes_allocated
+
+
+def test_properties():
+    cache = filled(torch.bfloat16)
+    assert (cache.channels, cache.dtype, cache.device, cache.write_policy) == (4, torch.bfloat16, torch.device("cpu"), "append")
+    n = len(cache)
+    assert cache.points.shape == (n, 3) and cache.points.dtype == torch.float32
+    assert cache.features.shape == (n, 4) and cache.features.dtype == torch.bfloat16
+    assert cache.frame_ids.shape == (n,) and cache.frame_ids.dtype == torch.int32
+    assert cache.footprints.shape == (n,) and (cache.footprints > 0).all()
+    assert cache.frame_centers.shape == (2, 3)
+    assert f"{n} tokens of 4 bfloat16 channels from 2 frames" in repr(cache) and "append" in repr(cache)
+
+
+def test_clear():
+    cache = filled()
+    generation, capacity, arguments = cache.generation, cache.capacity, frames(0)
+    first = contents(cache)
+    cache.clear()
+    assert len(cache) == 0 and cache.nbytes == 0 and cache.num_frames == 0 and len(cache.frame_centers) == 0
+    assert not cache.read(arguments[2], GRID).mask.any()
+    assert (cache.generation, cache.capacity) == (generation, capacity)
+    cache.write(*arguments)
+    assert_equal_bits(contents(cache), first)
+    assert cache.generation == generation, "no growth: there was room"
+
+
+def test_to_the_same_device_is_the_cache_itself():
+    cache = filled()
+    assert cache.to("cpu") is cache and cache.to(torch.device("cpu")) is cache
+
+
+def test_to_another_device_is_a_copy():
+    cache = filled(capacity=90)
+    copy = cache.to("meta") if not torch.cuda.is_available() else cache.to("cuda")
+    assert copy is not cache and copy.device.type in ("meta", "cuda") and copy.capacity == 90
+    assert (copy.channels, copy.dtype, copy.write_policy) == (cache.channels, cache.dtype, cache.write_policy)
+
+
+@pytest.mark.cuda
+def test_to_a_gpu_and_back():
+    cache = filled(torch.float16)
+    there = cache.to("cuda")
+    assert there.device.type == "cuda" and there.to("cuda") is there and len(there) == len(cache)
+    assert_equal_bits(contents(there.to("cpu")), contents(cache))
+    cameras = frames(0)[2]
+    assert_equal_bits(there.read(cameras.to("cuda"), GRID), cache.read(cameras, GRID))
+    more = frames(1)
+    there.write(*[x.to("cuda") for x in more])
+    cache.write(*more)
+    assert_equal_bits(contents(there), contents(cache))
+
+
+# ---------------------------------------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize(
+    "options, kind, message",
+    [
+        ({"channels": 0}, ValueError, "channels must be a positive int, got 0"),
+        ({"channels": 4.0}, (ValueError, TypeError), r"channels must be a positive int, got 4\.0"),
+        ({"channels": True}, (ValueError, TypeError), "channels must be a positive int, got True"),
+        ({"dtype": torch.float64}, TypeError, r"dtype must be float32, float16 or bfloat16, got torch\.float64"),
+        ({"dtype": torch.int8}, TypeError, r"dtype must be float32, float16 or bfloat16, got torch\.int8"),
+        ({"capacity": -1}, ValueError, "capacity must be None or an int >= 0, got -1"),
+        ({"capacity": 1e6}, (ValueError, TypeError), "capacity must be None or an int >= 0, got 1000000"),
+        ({"write_policy": "keep"}, ValueError, "write_policy must be one of append, got 'keep'"),
+    ],
+)
+def test_refused_settings(options, kind, message):
+    with pytest.raises(kind, match=message):
+        LatentCache(**{"channels": 4, **options})
+
+
+REFUSED_WRITES = [
+    ("latents", lambda x: x[0], ValueError, r"latents must be \(T, C, h, w\).*got \(4, 5, 7\)"),
+    ("latents", lambda x: x[:, :3], ValueError, r"latents must be \(T, 4, h, w\), got \(2, 3, 5, 7\)"),
+    ("latents", lambda x: x.double(), TypeError, r"latents must be .*float32, float16 or bfloat16, got .*float64"),
+    ("latents", lambda x: x.numpy(), TypeError, r"latents must be a tensor"),
+    ("latents", lambda x: x[:1], ValueError, r"cameras must be 1 views like latents, got 2"),
+    ("depth", lambda x: x[0], ValueError, r"depth must be \(T, H, W\) float, got \(25, 35\)"),
+    ("depth", lambda x: x[:1], ValueError, r"mask must be .* with the T of depth, 1"),
+    ("depth", lambda x: x[:, :3], ValueError, r"depth must be .*at least as fine as the token grid \(5, 7\), got \(2, 3, 35\)"),
+    ("depth", lambda x: x[:, :0], ValueError, r"depth must be .*got \(2, 0, 35\)"),
+    ("depth", lambda x: x.nan_to_num(0, 0, 0).long(), TypeError, r"depth must be .*got .*int64"),
+    ("depth", lambda x: x.to("meta"), ValueError, r"must be on (cpu|meta) like \w+, got (meta|cpu)"),
+    ("mask", lambda x: x.int(), TypeError, r"mask must be \(T, H, W\) bool, True = static, got .*int32"),
+    ("mask", lambda x: x[:, :3], ValueError, r"mask must be .*at least as fine as the token grid"),
+    ("cameras", lambda x: x[:1], ValueError, r"cameras must be 2 views like latents, got 1"),
+    ("cameras", lambda x: x.cam2world, TypeError, r"cameras must be mirage_kernels\.Cameras, got Tensor"),
+    ("depth_sampling", lambda x: "mode", ValueError, r"depth_sampling must be one of median, bilinear, got 'mode'"),
+    ("min_depth", lambda x: -1.0, ValueError, r"min_depth must be in \[0, max_depth\], got min_depth=-1\.0"),
+    ("max_depth", lambda x: math.nan, ValueError, r"min_depth must be in \[0, max_depth\], got .*max_depth=nan"),
+]
+
+
+@pytest.mark.parametrize("argument, spoil, kind, message", REFUSED_WRITES)
+@pytest.mark.parametrize("capacity", [None, 150])
+def test_refused_writes_change_nothing(argument, spoil, kind, message, capacity):
+    """Not even room is made: the buffers stay where they were, full as they are."""
+    cache = filled(capacity=capacity)
+    buffers = [x.data_ptr() for x in (cache.points, cache.features, cache.frame_ids)]
+    before, allocated = state(cache), cache.nbytes_allocated
+    arguments = dict(zip(("latents", "depth", "cameras", "mask"), frames(15), strict=True))
+    with pytest.raises(kind, match=message):
+        cache.write(**{**arguments, argument: spoil(arguments.get(argument))})
+    assert_equal_bits(state(cache), before)
+    assert cache.nbytes_allocated == allocated
+    assert [x.data_ptr() for x in (cache.points, cache.features, cache.frame_ids)] == buffers
+    cache.write(**arguments)
+    assert len(cache) > len(before[0])
+
+
+@pytest.mark.parametrize(
+    "changes, kind, message",
+    [
+        ({"splat": "bilinear"}, ValueError, "splat must be one of nearest, got 'bilinear'"),
+        ({"size": (0, 7)}, ValueError, r"size must be \(height, width\), two positive integers, got \(0, 7\)"),
+        ({"size": 5}, ValueError, r"size must be \(height, width\), two positive integers, got 5"),
+        ({"cameras": torch.eye(4)[None]}, TypeError, r"cameras must be mirage_kernels\.Cameras, got Tensor"),
+        ({"near": -1.0}, ValueError, r"near must be a finite depth >= 0 in world units, got -1\.0"),
+        ({"dtype": torch.int32}, TypeError, r"dtype must be .*got torch\.int32"),
+    ],
+)
+def test_refused_reads(changes, kind, message):
+    cache = filled()
+    arguments = {"cameras": frames(0)[2], "size": GRID}
+    assert cache.read(**arguments).mask.any()
+    with pytest.raises(kind, match=message):
+        cache.read(**{**arguments, **changes})
+
+
+def test_refused_overlap():
+    cache, cameras = filled(), frames(0)[2]
+    with pytest.raises(TypeError, match=r"targets must be mirage_kernels\.Cameras, got NoneType"):
+        cache.view_overlap(cameras, None, GRID)
+    with pytest.raises(ValueError, match="voxel_size must be a finite length > 0"):
+        cache.view_overlap(cameras, cameras, GRID, voxel_size=0)
+
+
+# ---------------------------------------------------------------------------------------------- files
+
+
+@pytest.mark.parametrize("dtype", scenes.DTYPES)
+@pytest.mark.parametrize("capacity", [None, 100])
+def test_round_trip(tmp_path, dtype, capacity):
+    """Bit for bit, with the settings; a loaded cache goes on as the one it was."""
+    cache, path = filled(dtype, capacity=capacity), tmp_path / "room.safetensors"
+    cache.save(path)
+    again = LatentCache.load(path)
+    assert_equal_bits(contents(again), contents(cache))
+    assert (again.channels, again.dtype, again.write_policy) == (4, dtype, "append")
+    assert len(again) == len(cache) and again.num_frames == cache.num_frames == 2
+    cameras = frames(1)[2]
+    assert_equal_bits(again.read(cameras, GRID), cache.read(cameras, GRID))
+    reports = [one.write(*frames(16, dtype=dtype)).as_dict() for one in (cache, again)]
+    assert reports[0] == reports[1] and (reports[0]["refused"] > 0) == (capacity is not None)
+    assert_equal_bits(contents(again), contents(cache))
+    assert again.frame_ids.unique().tolist()[:3] == [0, 1, 2]
+    assert again.capacity == cache.capacity if capacity else again.capacity >= len(again)
+
+
+def test_round_trip_of_special_values(tmp_path):
+    """Subnormals, negative zero and the extremes survive."""
+    latents, depth, cameras, _ = frames(17, unknown=0.0)
+    latents.nan_to_num_(0.5)
+    info = torch.finfo(torch.float32)
+    latents[0, :, 0, 0] = torch.tensor([-0.0, info.tiny / 4, info.max, info.min])
+    cache = LatentCache(channels=4)
+    cache.write(latents, depth, cameras)
+    assert cache.features[0].tolist() == latents[0, :, 0, 0].tolist()
+    cache.save(tmp_path / "x.safetensors")
+    assert_equal_bits(contents(LatentCache.load(tmp_path / "x.safetensors")), contents(cache))
+
+
+@pytest.mark.parametrize("capacity", [None, 0, 9])
+def test_round_trip_of_an_empty_cache(tmp_path, capacity):
+    cache = LatentCache(channels=4, dtype=torch.float16, capacity=capacity)
+    cache.save(tmp_path / "x.safetensors")
+    again = LatentCache.load(tmp_path / "x.safetensors")
+    assert len(again) == 0 and again.channels == 4 and again.dtype == torch.float16
+    report = again.write(*frames(0))
+    assert report.written + report.refused > 20 and report.written == (min(capacity, 9) if capacity is not None else len(again))
+
+
+def test_path_may_be_a_string(tmp_path):
+    cache, path = filled(), str(tmp_path / "x.safetensors")
+    cache.save(path)
+    assert_equal_bits(contents(LatentCache.load(path, device="cpu")), contents(cache))
+
+
+def test_a_saved_file_is_plain_safetensors(tmp_path):
+    """Version and settings in the metadata, only live tokens in the tensors: anyone can read it."""
+    cache, path = filled(torch.bfloat16, capacity=5000), tmp_path / "room.safetensors"
+    cache.save(path)
+    with safetensors.safe_open(path, "pt") as file:
+        metadata = file.metadata()
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    assert metadata["version"] == "1"
+    settings = json.loads(metadata["settings"])
+    assert settings == {"channels": 4, "dtype": "bfloat16", "write_policy": "append", "capacity": 5000}
+    assert {name: tuple(x.shape) for name, x in tensors.items()} == {
+        "points": (len(cache), 4),
+        "features": (len(cache), 4),
+        "frame_ids": (len(cache),),
+        "frame_centers": (2, 3),
+    }
+    assert_equal_bits([tensors["features"]], [cache.features])
+    assert path.stat().st_size < 10_000 and as_array(tensors["points"]).any()
+
+
+def rewrite(path, spoil):
+    """A saved cache with its tensors and metadata changed by ``spoil(tensors, metadata)``."""
+    filled().save(path)
+    with safetensors.safe_open(path, "pt") as file:
+        tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
+    metadata = spoil(tensors, metadata) or metadata
+    safetensors.torch.save_file(tensors, path, metadata)
+
+
+def settings_with(**changes):
+    def spoil(tensors, metadata):
+        return {**metadata, "settings": json.dumps({**json.loads(metadata["settings"]), **changes})}
+
+    return spoil
+
+
+@pytest.mark.parametrize(
+    "spoil, message",
+    [
+        pytest.param(lambda t, m: {**m, "version": "2"}, "version '2' is unknown.*reads version 1", id="later"),
+        pytest.param(lambda t, m: {**m, "version": "one"}, "version 'one' is unknown", id="no number"),
+        pytest.param(lambda t, m: {k: v for k, v in m.items() if k != "version"}, "version None is unknown", id="none"),
+        pytest.param(lambda t, m: {"format": "pt"}, "not a saved LatentCache", id="other safetensors"),
+        pytest.param(lambda t, m: {**m, "settings": "{"}, "settings", id="broken settings"),
+        pytest.param(lambda t, m: {**m, "settings": "[1]"}, "settings", id="settings of another kind"),
+        pytest.param(lambda t, m: {k: v for k, v in m.items() if k != "settings"}, "settings", id="no settings"),
+        pytest.param(lambda t, m: t.pop("points") is None or None, "missing points", id="no points"),
+        pytest.param(lambda t, m: t.pop("features") is None or None, "missing features", id="no features"),
+        pytest.param(lambda t, m: t.pop("frame_ids") is None or None, "missing frame_ids", id="no frame_ids"),
+        pytest.param(lambda t, m: t.pop("frame_centers") is None or None, "missing frame_centers", id="no centers"),
+        pytest.param(lambda t, m: t.update(points=t["points"][:, :3].clone()), "points must be", id="points shape"),
+        pytest.param(lambda t, m: t.update(points=t["points"][:5].clone()), r"\w+ must be .*5", id="fewer points"),
+        pytest.param(lambda t, m: t.update(points=t["points"].double()), "points must be", id="points dtype"),
+        pytest.param(lambda t, m: t.update(points=torch.tensor(1.0)), "points must be", id="points scalar"),
+        pytest.param(lambda t, m: t.update(features=t["features"].half()), "features must be", id="features dtype"),
+        pytest.param(lambda t, m: t.update(features=t["features"][:, :3].clone()), "features must be", id="channels"),
+        pytest.param(lambda t, m: t.update(frame_ids=t["frame_ids"].long()), "frame_ids must be", id="ids dtype"),
+        pytest.param(lambda t, m: t.update(frame_centers=torch.zeros(2, 4)), "frame_centers must be", id="centers shape"),
+        pytest.param(lambda t, m: t.update(frame_centers=torch.tensor(0.0)), "frame_centers must be", id="centers scalar"),
+        pytest.param(settings_with(channels=5), "must be", id="other channels"),
+        pytest.param(settings_with(channels="4"), "channels|features", id="channels no number"),
+        pytest.param(settings_with(dtype="float64"), "dtype|features", id="dtype not stored"),
+        pytest.param(settings_with(dtype="nonsense"), "dtype|features", id="no dtype"),
+        pytest.param(settings_with(dtype=None), "dtype", id="dtype null"),
+        pytest.param(settings_with(capacity=3), "points must fit the saved capacity, 3", id="capacity too small"),
+        pytest.param(settings_with(capacity="many"), "capacity", id="capacity no number"),
+        pytest.param(settings_with(write_policy="later"), "write_policy", id="unknown policy"),
+    ],
+)
+def test_files_that_are_no_cache(tmp_path, spoil, message):
+    path = tmp_path / "room.safetensors"
+    rewrite(path, lambda tensors, metadata: None)
+    assert len(LatentCache.load(path)) > 20
+    rewrite(path, spoil)
+    with pytest.raises(ValueError, match=message) as caught:
+        LatentCache.load(path)
+    assert "room.safetensors" in str(caught.value)
+
+
+def test_no_such_file(tmp_path):
+    with pytest.raises(FileNotFoundError, match="absent"):
+        LatentCache.load(tmp_path / "absent.safetensors")
+    with pytest.raises((FileNotFoundError, IsADirectoryError, ValueError), match=tmp_path.name):
+        LatentCache.load(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"", b"x", b"not a safetensors file, but a text", b"\xff" * 64, b"\x00" * 64])
+def test_not_a_safetensors_file(tmp_path, content):
+    path = tmp_path / "room.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"room\.safetensors: not a whole safetensors file"):
+        LatentCache.load(path)
+
+
+def test_a_pickle_is_not_loaded(tmp_path):
+    path = tmp_path / "room.safetensors"
+    torch.save({"points": torch.zeros(1, 4)}, path)
+    with pytest.raises(ValueError, match="not a whole safetensors file"):
+        LatentCache.load(path)
+
+
+def test_files_cut_short_at_any_place(tmp_path):
+    path = tmp_path / "room.safetensors"
+    filled().save(path)
+    whole = path.read_bytes()
+    for length in sorted({*range(0, len(whole), 97), 7, 8, 9, len(whole) - 1}):
+        path.write_bytes(whole[:length])
+        with pytest.raises(ValueError, match=r"room\.safetensors: not a whole safetensors file"):
+            LatentCache.load(path)
+    path.write_bytes(whole)
+    assert len(LatentCache.load(path)) > 20
+
+
+# ---------------------------------------------------------------------------------------------- crashes
+
+
+class Crash(BaseException):
+    """What no handler expects: like KeyboardInterrupt."""
+
+
+def crash(*args, **kwargs):
+    raise Crash
+
+
+def write_half(tensors, path, *args, **kwargs):
+    with open(path, "wb") as file:
+        file.write(b"\x10\x00\x00")
+    raise OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize(
+    "target, name, fault, kind",
+    [
+        (os, "replace", crash, Crash),
+        (os, "fsync", crash, Crash),
+        (mirage_kernels.storage, "save_file", crash, Crash),
+        (mirage_kernels.storage, "save_file", write_half, OSError),
+    ],
+)
+@pytest.mark.parametrize("exists", [False, True])
+def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch, target, name, fault, kind, exists):
+    path, old, new = tmp_path / "room.safetensors", filled(), filled(views=3)
+    if exists:
+        old.save(path)
+    files = sorted(x.name for x in tmp_path.iterdir())
+    monkeypatch.setattr(target, name, fault)
+    with pytest.raises(kind):
+        new.save(path)
+    monkeypatch.undo()
+    assert sorted(x.name for x in tmp_path.iterdir()) == files, "no temporary file is left"
+    if exists:
+        assert_equal_bits(contents(LatentCache.load(path)), contents(old))
+    new.save(path)
+    assert_equal_bits(contents(LatentCache.load(path)), contents(new))
+    assert [x.name for x in tmp_path.iterdir()] == ["room.safetensors"]
+
+
+def test_a_save_is_whole_before_it_has_the_name(tmp_path, monkeypatch):
+    """At the moment of the rename the temporary file, in the same directory, already is a whole cache."""
+    cache, path, seen = filled(), tmp_path / "room.safetensors", []
+    real = os.replace
+
+    def replace(source, destination):
+        assert os.path.dirname(source) == str(tmp_path) and not path.exists()
+        seen.append(contents(LatentCache.load(source)))
+        real(source, destination)
+
+    monkeypatch.setattr(os, "replace", replace)
+    cache.save(path)
+    assert_equal_bits(seen[0], contents(cache))
+    assert [x.name for x in tmp_path.iterdir()] == ["room.safetensors"]
+
+
+def test_saved_files_have_ordinary_permissions(tmp_path):
+    filled().save(tmp_path / "room.safetensors")
+    (tmp_path / "plain").touch()
+    assert (tmp_path / "room.safetensors").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+def test_saving_over_the_file_it_was_loaded_from(tmp_path):
+    """A loaded cache does not hang on to its file."""
+    path = tmp_path / "room.safetensors"
+    filled().save(path)
+    cache = LatentCache.load(path)
+    before = contents(cache)
+    cache.write(*frames(18))
+    cache.save(path)
+    again = contents(LatentCache.load(path))
+    assert_equal_bits(again, contents(cache))
+    assert_equal_bits([x[: len(before[0])] for x in again[:4]], before[:4])
+
+
+def test_a_directory_that_does_not_exist(tmp_path):
+    with pytest.raises(FileNotFoundError, match="absent"):
+        filled().save(tmp_path / "absent" / "room.safetensors")

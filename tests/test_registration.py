@@ -1,0 +1,259 @@
+"""What PyTorch is told about the operators: schemas, fakes, autograd, and that `torch.compile` takes them whole."""
+
+from __future__ import annotations
+
+import shutil
+
+import numpy as np
+import pytest
+import scenes
+import torch
+from comparison import assert_equal_bits
+
+from mirage_kernels import back_project, cache_write, splat, use_backend, view_overlap
+from mirage_kernels.schemas import FAMILIES, SCHEMAS, private_operator
+
+SIZE = (5, 7)
+IMAGE = (23, 36)
+COMPILERS = ["aot_eager", "inductor"]
+
+
+def operator_arguments(name, seed=0, count=200, views=2, dtype=torch.float32, masked=True):
+    """Arguments of a private operator, in the order of its schema; they give non-trivial results."""
+    rng = np.random.default_rng(seed)
+    depth = scenes.depth_maps(rng, views, IMAGE, 0.1)
+    mask = scenes.static_masks(rng, views, IMAGE, 0.01) if masked else None
+    points, features = scenes.cloud(rng, count, 6, dtype)
+    image_cameras = scenes.intrinsics(rng, views, IMAGE), scenes.poses(rng, views)
+    cameras = scenes.intrinsics(rng, views, SIZE), image_cameras[1]
+    live = torch.tensor(count - 3) if masked else None
+    if name == "back_project":
+        return depth, *image_cameras, mask, *SIZE, False
+    if name == "splat":
+        return points, features, live, *cameras, *SIZE, 0.05, torch.bfloat16 if masked else dtype
+    if name == "splat_backward":
+        index = torch.from_numpy(rng.integers(-1, count, (views, *SIZE)))
+        for t in range(views):  # a token wins one cell of a view at most
+            index[t].view(-1)[1:] = torch.from_numpy(rng.permutation(count)[: SIZE[0] * SIZE[1] - 1])
+        return torch.from_numpy(rng.normal(size=(views, 6, *SIZE))).to(dtype), index, count, dtype
+    if name == "cache_write":
+        latents = torch.from_numpy(rng.normal(size=(views, 6, *SIZE))).to(dtype)
+        buffers = scenes.buffers(60, 6, dtype, held=2)
+        return *buffers, latents, depth, *image_cameras, mask, 5, False, 0.1, 2.4
+    return points, live, *cameras, cameras[0][:1], cameras[1][:1], *SIZE, 0.5, 0.05
+
+
+def non_trivial(name, results):
+    results = results if isinstance(results, (tuple, list)) else [results]
+    return all(bool(x.any()) for x in results) and (name != "splat" or int(results[1].sum()) > 5)
+
+
+# ---------------------------------------------------------------------------------------------- schemas and fakes
+
+
+def test_every_operator_has_a_schema_per_family():
+    """Without any compiled module: `schemas.py` alone defines them."""
+    for family in FAMILIES:
+        for name, schema in SCHEMAS.items():
+            operator = private_operator(name, family)
+            assert str(operator._schema).startswith(f"mirage::{name}_{family}(")
+            assert str(operator._schema).count("Tensor") >= schema.count("Tensor")
+            assert torch.Tag.pt2_compliant_tag in operator.tags
+
+
+@pytest.mark.parametrize("name", SCHEMAS)
+def test_fakes_give_the_shapes_and_dtypes_of_the_real_results(kernels, name):
+    if kernels.name == "triton" and name == "splat_backward":
+        pytest.skip("the Triton backward is reached through autograd only")
+    family = "triton" if kernels.name == "triton" else "compiled"
+    operator = private_operator(name, family)
+    for masked in (False, True):
+        arguments = [kernels.put(x) for x in operator_arguments(name, masked=masked)]
+        real = operator(*arguments)
+        assert non_trivial(name, real)
+        fake = operator(*[x.to("meta") if isinstance(x, torch.Tensor) else x for x in arguments])
+        pairs = zip(*((x,) if isinstance(x, torch.Tensor) else x for x in (real, fake)), strict=True)
+        for ours, theirs in pairs:
+            assert theirs.device.type == "meta"
+            assert (ours.shape, ours.dtype, ours.stride()) == (theirs.shape, theirs.dtype, theirs.stride())
+
+
+@pytest.mark.parametrize("name", SCHEMAS)
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_opcheck(kernels, name, masked, dtype):
+    """Schema, autograd registration, fake tensors, and AOT dispatch with dynamic shapes."""
+    operator = private_operator(name, "triton" if kernels.name == "triton" else "compiled")
+    arguments = [kernels.put(x) for x in operator_arguments(name, dtype=dtype, masked=masked)]
+    assert non_trivial(name, operator(*[x.clone() if isinstance(x, torch.Tensor) else x for x in arguments]))
+    if name == "splat" and dtype == torch.float32:
+        arguments[1] = arguments[1].requires_grad_()
+    torch.library.opcheck(operator, tuple(arguments))
+
+
+# ---------------------------------------------------------------------------------------------- gradients
+
+
+def test_gradcheck_of_the_definition():
+    rng = np.random.default_rng(1)
+    points, features = scenes.cloud(rng, 40, 3)
+    cameras = scenes.intrinsics(rng, 2, SIZE), scenes.poses(rng, 2)
+    features = features.double().requires_grad_()
+    assert splat(points, features, *cameras, SIZE).mask.sum() > 10
+
+    def latents(values):
+        return splat(points, values, *cameras, SIZE).latents
+
+    assert torch.autograd.gradcheck(latents, (features,))
+    assert torch.autograd.gradgradcheck(latents, (features,))
+
+
+@pytest.mark.parametrize("dtype", scenes.DTYPES)
+@pytest.mark.parametrize("out", scenes.DTYPES)
+def test_backward_is_that_of_the_definition(kernels, dtype, out):
+    rng = np.random.default_rng(2)
+    points, features = scenes.cloud(rng, 300, 11, dtype)
+    cameras = scenes.intrinsics(rng, 4, SIZE), scenes.poses(rng, 4)
+    weights = torch.from_numpy(rng.normal(size=(4, 11, *SIZE))).to(out)
+
+    def gradient(put):
+        leaf = put(features.clone()).requires_grad_()
+        view = splat(put(points), leaf, *[put(x) for x in cameras], SIZE, dtype=out)
+        view.latents.backward(put(weights))
+        return leaf.grad.cpu()
+
+    got = gradient(kernels.put)
+    with use_backend("reference"):
+        expected = gradient(lambda x: x)
+    assert (expected != 0).any(1).sum() > 50
+    assert_equal_bits([got], [expected])
+
+
+def test_backward_operator_is_the_definition(kernels):
+    from mirage_kernels import reference
+
+    if kernels.name == "triton":
+        pytest.skip("the Triton backward is reached through autograd only")
+    for dtype in scenes.DTYPES:
+        arguments = operator_arguments("splat_backward", dtype=dtype)
+        got = private_operator("splat_backward", "compiled")(*[kernels.put(x) for x in arguments])
+        assert got.any()
+        assert_equal_bits([got], [reference.splat_backward(*arguments)])
+
+
+def test_float64_latents_backward(cpu_backend):
+    """float64 belongs to the definition: with no backend forced the gradient of float64 latents flows all the same."""
+    rng = np.random.default_rng(3)
+    points, features = scenes.cloud(rng, 40, 3)
+    cameras = scenes.intrinsics(rng, 2, SIZE), scenes.poses(rng, 2)
+    features.requires_grad_()
+    with use_backend(None):
+        splat(points, features, *cameras, SIZE, dtype=torch.float64).latents.sum().backward()
+    assert features.grad.dtype == torch.float32 and features.grad.any()
+
+
+# ---------------------------------------------------------------------------------------------- torch.compile
+
+
+@pytest.fixture(params=COMPILERS)
+def compiler(request):
+    """A `torch.compile` backend, with fresh caches."""
+    if request.param == "inductor" and shutil.which("c++") is None and shutil.which("g++") is None:
+        pytest.skip("no C++ compiler for inductor")
+    torch._dynamo.reset()
+    yield request.param
+    torch._dynamo.reset()
+
+
+def scene(seed, count, views, size):
+    rng = np.random.default_rng(seed)
+    points, features = scenes.cloud(rng, count, 6)
+    return points, features, scenes.intrinsics(rng, views, size), scenes.poses(rng, views)
+
+
+SIZES = [(200, 2, (5, 7)), (333, 3, (4, 9)), (101, 4, (6, 6))]
+
+
+def test_compile_splat(kernels, compiler):
+    """One graph for every number of tokens, views and cells, and the same bits as without."""
+
+    def read(points, features, intrinsics, cam2world, height, width):
+        view = splat(points * 1.0, features, intrinsics, cam2world, (height, width), dtype=torch.bfloat16)
+        return view.latents + 1, view.mask, view.depth, view.index
+
+    compiled = torch.compile(read, fullgraph=True, dynamic=True, backend=compiler)
+    for k, (count, views, size) in enumerate(SIZES):
+        arguments = [kernels.put(x) for x in scene(k, count, views, size)]
+        expected = read(*arguments, *size)
+        assert expected[1].sum() > 5
+        assert_equal_bits(compiled(*arguments, *size), expected)
+
+
+def test_compile_splat_backward(kernels, compiler):
+    def loss(points, features, intrinsics, cam2world, height, width):
+        return (splat(points, features, intrinsics, cam2world, (height, width)).latents ** 2).sum()
+
+    compiled = torch.compile(loss, fullgraph=True, dynamic=True, backend=compiler)
+    for k, (count, views, size) in enumerate(SIZES[:2]):
+        points, features, *cameras = [kernels.put(x) for x in scene(k, count, views, size)]
+        grads = []
+        for function in (loss, compiled):
+            leaf = features.clone().requires_grad_()
+            function(points, leaf, *cameras, *size).backward()
+            grads.append(leaf.grad)
+        assert grads[0].any()
+        torch.testing.assert_close(*grads, rtol=1e-6, atol=1e-6)
+
+
+def test_compile_back_project(kernels, compiler):
+    def lift(depth, intrinsics, cam2world, mask, height, width):
+        lifted = back_project(depth * 1.0, intrinsics, cam2world, (height, width), mask=mask)
+        return lifted.points * 2, lifted.valid
+
+    compiled = torch.compile(lift, fullgraph=True, dynamic=True, backend=compiler)
+    rng = np.random.default_rng(4)
+    for views, image_size, size in ((2, (23, 36), (5, 7)), (3, (31, 22), (4, 6)), (4, (40, 40), (8, 5))):
+        arguments = scenes.depth_maps(rng, views, image_size), scenes.intrinsics(rng, views, image_size)
+        arguments += scenes.poses(rng, views), scenes.static_masks(rng, views, image_size, 0.01)
+        arguments = [kernels.put(x) for x in arguments]
+        expected = lift(*arguments, *size)
+        assert expected[1].any()
+        assert_equal_bits(compiled(*arguments, *size), expected)
+
+
+def test_compile_view_overlap(kernels, compiler):
+    def overlap(points, intrinsics, cam2world, height, width):
+        targets = intrinsics[:1], cam2world[:1]
+        return view_overlap(points, intrinsics, cam2world, *targets, (height, width), voxel_size=0.5) * 2
+
+    compiled = torch.compile(overlap, fullgraph=True, dynamic=True, backend=compiler)
+    for k, (count, views, size) in enumerate(SIZES):
+        points, _, *cameras = [kernels.put(x) for x in scene(k, count, views, size)]
+        expected = overlap(points, *cameras, *size)
+        assert (expected > 0).all()
+        assert_equal_bits([compiled(points, *cameras, *size)], [expected])
+
+
+def test_compile_cache_write(kernels, compiler):
+    """The in-place buffers are written in the compiled graph too, and only they."""
+
+    def write(points, features, frame_ids, count, latents, depth, intrinsics, cam2world):
+        report = cache_write(
+            points, features, frame_ids, count, latents * 1.0, depth, intrinsics, cam2world, first_frame=3
+        )
+        return report + 1
+
+    compiled = torch.compile(write, fullgraph=True, dynamic=True, backend=compiler)
+    rng = np.random.default_rng(5)
+    for views, image_size, size in ((2, (23, 36), (5, 7)), (3, (31, 22), (4, 6)), (4, (40, 40), (8, 5))):
+        arguments = [
+            torch.from_numpy(rng.normal(size=(views, 6, *size))).float(),
+            scenes.depth_maps(rng, views, image_size),
+            scenes.intrinsics(rng, views, image_size),
+            scenes.poses(rng, views),
+        ]
+        arguments = [kernels.put(x) for x in arguments]
+        buffers = [[kernels.put(x) for x in scenes.buffers(200, 6, held=4)] for _ in range(2)]
+        expected, got = write(*buffers[0], *arguments), compiled(*buffers[1], *arguments)
+        assert expected[0] > 20
+        assert_equal_bits([got, *buffers[1]], [expected, *buffers[0]])

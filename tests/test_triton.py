@@ -1,0 +1,710 @@
+"""Triton kernels against the definition, bit for bit: on a GPU where there is one, else in Triton's interpreter.
+
+The interpreter has to be chosen before Triton is imported. Without a GPU ``test_comparisons_in_the_interpreter`` runs
+the comparisons in a process of its own; ``TRITON_INTERPRET=1 python -m pytest tests/test_triton.py`` runs only them.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import itertools
+import math
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from mirage_kernels import available_backends, reference, splat, use_backend
+from mirage_kernels.backends import triton_interpreted
+from mirage_kernels.schemas import private_operator
+
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("the package `triton` is not installed", allow_module_level=True)
+
+INTERPRETED = triton_interpreted()
+GPU = torch.cuda.is_available() and not INTERPRETED
+DEVICE = "cuda" if GPU else "cpu"
+LEAST_COMPARISONS = 165  # that the interpreter has to run and pass
+
+
+def comparison(test):
+    """Collected only where kernels can run in this process."""
+    return test if INTERPRETED or GPU else None
+
+
+compiles = pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
+# The interpreter computes with numpy, which warns of the divisions by zero and overflows that these inputs ask for.
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+PAIRS = list(itertools.product(FLOATS, FLOATS))
+INTEGERS = {8: torch.int64, 4: torch.int32, 2: torch.int16}
+
+
+def same_bits(got: torch.Tensor, expected: torch.Tensor) -> None:
+    """Equal bits, signs of zero included; NaN equals NaN, whose payload differs between processors."""
+    got = got.cpu()
+    assert got.dtype == expected.dtype
+    assert got.shape == expected.shape
+    if expected.is_floating_point():
+        nan = expected.isnan()
+        assert torch.equal(got.isnan(), nan)
+        integer = INTEGERS[expected.element_size()]
+        got, expected = (x.masked_fill(nan, 0).contiguous().view(integer) for x in (got, expected))
+    assert torch.equal(got, expected), f"{int((got != expected).sum())} of {expected.numel()} differ"
+
+
+def triton_operator(name: str, *arguments: object) -> tuple[torch.Tensor, ...]:
+    moved = [x.to(DEVICE) if isinstance(x, torch.Tensor) else x for x in arguments]
+    result = private_operator(name, "triton")(*moved)
+    return result if isinstance(result, tuple) else (result,)
+
+
+def agree(got: tuple[torch.Tensor, ...], expected: tuple[torch.Tensor, ...] | torch.Tensor) -> None:
+    for one, other in zip(got, expected if isinstance(expected, tuple) else (expected,), strict=True):
+        same_bits(one, other)
+
+
+def make_cameras(views: int, size: tuple[int, int], seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cameras near the origin that look about, with rotations only nearly orthonormal; intrinsics in cells of size."""
+    random = torch.Generator().manual_seed(seed)
+    height, width = size
+    intrinsics = torch.eye(3, dtype=torch.float64).repeat(views, 1, 1)
+    jitter = 1 + 0.1 * torch.rand(views, 4, generator=random, dtype=torch.float64)
+    intrinsics[:, 0, 0], intrinsics[:, 1, 1] = 0.6 * width * jitter[:, 0], 0.7 * height * jitter[:, 1]
+    intrinsics[:, 0, 2], intrinsics[:, 1, 2] = 0.5 * width * jitter[:, 2], 0.5 * height * jitter[:, 3]
+    cam2world = torch.eye(4, dtype=torch.float64).repeat(views, 1, 1)
+    axis = 0.4 * torch.randn(views, 3, generator=random, dtype=torch.float64)
+    skew = torch.zeros(views, 3, 3, dtype=torch.float64)
+    skew[:, 0, 1], skew[:, 0, 2], skew[:, 1, 2] = -axis[:, 2], axis[:, 1], -axis[:, 0]
+    cam2world[:, :3, :3] = torch.linalg.matrix_exp(skew - skew.mT)
+    cam2world[:, :3, :3] += 1e-4 * torch.randn(views, 3, 3, generator=random, dtype=torch.float64)
+    cam2world[:, :3, 3] = 0.3 * torch.randn(views, 3, generator=random, dtype=torch.float64)
+    return intrinsics, cam2world
+
+
+def make_points(count: int, seed: int = 0) -> torch.Tensor:
+    """Random points, with ties in depth, points behind, and values that no arithmetic survives."""
+    random = torch.Generator().manual_seed(seed)
+    points = 2 * torch.randn(count, 4, generator=random)
+    points[:, 2] += 1
+    fifth = count // 5
+    points[fifth : 2 * fifth] = points[:fifth]
+    specials = torch.tensor([math.nan, math.inf, -math.inf, 3e38, -3e38, 1e-40, -1e-40, 0.0, -0.0])
+    for row, (special, column) in enumerate(itertools.product(specials, range(3))):
+        if 4 * row < count:
+            points[4 * row, column] = special
+    return points
+
+
+def make_depth(views: int, height: int, width: int, unknown: float = 0.3, seed: int = 0) -> torch.Tensor:
+    random = torch.Generator().manual_seed(seed)
+    depth = 0.5 + 4 * torch.rand(views, height, width, generator=random)
+    depth = (depth * 8).round() / 8 if seed % 2 else depth  # many ties
+    specials = torch.tensor([0.0, -1.0, math.nan, math.inf, -math.inf, -0.0])
+    chosen = specials[torch.randint(0, len(specials), depth.shape, generator=random)]
+    return torch.where(torch.rand(depth.shape, generator=random) < unknown, chosen, depth)
+
+
+def make_mask(views: int, height: int, width: int, moving: float, seed: int = 0) -> torch.Tensor:
+    return torch.rand(views, height, width, generator=torch.Generator().manual_seed(seed)) >= moving
+
+
+def features_of(count: int, channels: int, dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
+    """Features with values that round to even both ways, overflow half precision, or are no number."""
+    features = torch.randn(count, channels, generator=torch.Generator().manual_seed(seed))
+    specials = [math.nan, math.inf, -math.inf, 1e38, 1e-40, 65520.0, 1 + 2**-8, 1 + 3 * 2**-8, 1 + 2**-11, 3.3895e38]
+    flat = features.view(-1)
+    for position, special in enumerate(specials):
+        if 7 * position < flat.numel():
+            flat[7 * position] = special
+    return features.to(dtype)
+
+
+# ------------------------------------------------------------------------------------------------------------ splat
+
+
+def check_splat(points, features, num_points, cameras, size, near=0.05, dtype=torch.float32):
+    got = triton_operator("splat", points, features, num_points, *cameras, *size, near, dtype)
+    expected = reference.splat(points, features, num_points, *cameras, size, near, dtype)
+    agree(got, expected)
+    return expected
+
+
+@comparison
+@pytest.mark.parametrize(("given", "asked"), PAIRS)
+def test_splat_dtypes(given, asked):
+    size = (5, 6)
+    _, mask, _, _ = check_splat(
+        make_points(500), features_of(500, 3, given), None, make_cameras(2, size), size, dtype=asked
+    )
+    assert mask.any()
+
+
+@comparison
+@pytest.mark.parametrize("channels", [0, 1, 3, 48, 65])
+def test_splat_channels(channels):
+    size = (7, 9)
+    check_splat(make_points(700), features_of(700, channels, torch.float32), None, make_cameras(3, size), size)
+
+
+@comparison
+@pytest.mark.parametrize("size", [(1, 1), (1, 33), (33, 1), (16, 16), (11, 13)])
+def test_splat_sizes(size):
+    check_splat(make_points(600), features_of(600, 2, torch.float32), None, make_cameras(2, size), size)
+
+
+@comparison
+@pytest.mark.parametrize("count", [0, 1, 255, 256, 257])
+@pytest.mark.parametrize("views", [0, 1, 2])
+def test_splat_counts(count, views):
+    size = (3, 4)
+    check_splat(make_points(count), features_of(count, 2, torch.float32), None, make_cameras(views, size), size)
+
+
+@comparison
+def test_splat_more_views_than_one_program_composes():
+    size = (3, 4)
+    check_splat(make_points(300), features_of(300, 1, torch.float32), None, make_cameras(35, size), size)
+
+
+@comparison
+@pytest.mark.parametrize("live", [-1, 0, 1, 100, 256, 300, 400])
+def test_splat_num_points(live):
+    size = (4, 5)
+    live = torch.tensor(live)
+    check_splat(make_points(300), features_of(300, 2, torch.float32), live, make_cameras(2, size), size)
+
+
+@comparison
+def test_splat_ties_go_to_the_lowest_index():
+    points = torch.tensor([[0.1, 0.1, 2.0, 0.0]]).repeat(600, 1)
+    points[:7, 2] = 3.0
+    cameras = torch.eye(3, dtype=torch.float64)[None], torch.eye(4, dtype=torch.float64)[None]
+    *_, depth, index = check_splat(points, features_of(600, 2, torch.float32), None, cameras, (1, 1))
+    assert index.item() == 7
+    assert depth.item() == 2.0
+
+
+@comparison
+@pytest.mark.parametrize("near", [0.0, 0.05, 2.0, 1e-45, 1e300])
+def test_splat_borders_of_the_grid(near):
+    """Points on cell borders, at near itself, just around both, and past the range of float32 in either matrix."""
+    side = torch.tensor([0.0, -0.0, 1.0, 2.0, 3.0, 4.0])
+    side = torch.cat([side, side.nextafter(torch.tensor(-math.inf)), side.nextafter(torch.tensor(math.inf))])
+    depths = torch.tensor([1e-45, 0.05, 0.05000001, 1.0, 2.0, 3.0])
+    x, y, z = (grid.flatten() for grid in torch.meshgrid(side, side, depths, indexing="ij"))
+    points = torch.stack([x * z, y * z, z, z], 1)
+    cameras = torch.eye(3, dtype=torch.float64)[None], torch.eye(4, dtype=torch.float64)[None]
+    check_splat(points, features_of(len(points), 1, torch.float32), None, cameras, (3, 4), near)
+
+
+@comparison
+@pytest.mark.parametrize("flaw", ["singular", "nan", "tiny", "huge"])
+def test_splat_degenerate_cameras(flaw):
+    size = (3, 4)
+    intrinsics, cam2world = make_cameras(2, size)
+    cam2world[0, :3, :3] *= {"singular": 0.0, "nan": math.nan, "tiny": 1e-40, "huge": 1e40}[flaw]
+    check_splat(make_points(200), features_of(200, 1, torch.float32), None, (intrinsics, cam2world), size)
+
+
+@comparison
+def test_splat_strided_inputs():
+    size = (4, 5)
+    points, features = make_points(300), features_of(300, 6, torch.float32)
+    intrinsics, cam2world = make_cameras(4, size)
+    check_splat(
+        points.t().contiguous().t(), features[:, ::2], None, (intrinsics[::2], cam2world.mT.contiguous().mT[::2]), size
+    )
+    check_splat(
+        torch.cat([points.new_zeros(1, 4), points]).flatten()[1:-3].view(-1, 4),  # 4 bytes off a 16-byte boundary
+        torch.cat([features, features[:1]]).flatten()[1:-5].view(-1, 6),
+        None,
+        (intrinsics, cam2world),
+        size,
+    )
+
+
+@comparison
+@pytest.mark.parametrize(("given", "asked"), PAIRS)
+def test_splat_backward(given, asked):
+    size, count = (6, 7), 40
+    *_, index = reference.splat(
+        make_points(count), torch.zeros(count, 1), None, *make_cameras(5, size), size, 0.05, torch.float32
+    )
+    assert index[index >= 0].bincount().max() > 2  # some token is seen by several views
+    grad = torch.randn(5, 3, *size).to(given)
+    agree(
+        triton_operator("splat_backward", grad, index, count, asked),
+        reference.splat_backward(grad, index, count, asked),
+    )
+
+
+@comparison
+@pytest.mark.parametrize(("views", "channels", "count"), [(0, 3, 5), (2, 0, 5), (2, 3, 0), (1, 70, 9)])
+def test_splat_backward_shapes(views, channels, count):
+    index = torch.full((views, 2, 3), -1)
+    if count:
+        for view in range(views):
+            index[view].view(-1)[: min(4, count)] = torch.randperm(count)[:4]
+    grad = torch.randn(views, channels, 2, 3)
+    agree(
+        triton_operator("splat_backward", grad, index, count, torch.float32),
+        reference.splat_backward(grad, index, count, torch.float32),
+    )
+
+
+@comparison
+def test_gradient_through_the_public_function():
+    size = (5, 6)
+    points, intrinsics, cam2world = (x.to(DEVICE) for x in (make_points(100), *make_cameras(3, size)))
+    features = torch.randn(100, 4)
+    weights = torch.randn(3, 4, *size)
+    grads = []
+    for backend in ("triton", "reference"):
+        device = DEVICE if backend == "triton" else "cpu"
+        leaf = features.to(device).detach().requires_grad_()
+        with use_backend(backend):
+            view = splat(points.to(device), leaf, intrinsics.to(device), cam2world.to(device), size)
+        (view.latents * weights.to(device)).sum().backward()
+        grads.append(leaf.grad)
+    torch.testing.assert_close(grads[0].cpu(), grads[1])  # autograd's own sum has another order
+
+
+# ----------------------------------------------------------------------------------------------------- back_project
+
+
+def check_back_project(depth, mask, size, bilinear=False, cameras=None):
+    cameras = make_cameras(depth.shape[0], depth.shape[1:]) if cameras is None else cameras
+    got = triton_operator("back_project", depth, *cameras, mask, *size, bilinear)
+    expected = reference.back_project(depth, *cameras, mask, size, "bilinear" if bilinear else "median")
+    agree(got, expected)
+    return expected
+
+
+@comparison
+@pytest.mark.parametrize("unknown", [0.0, 0.3, 0.5, 0.9, 1.0])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_back_project_unknown_depths(unknown, seed):
+    _, valid = check_back_project(make_depth(2, 24, 32, unknown, seed), None, (6, 8))
+    if unknown in (0.0, 1.0):
+        assert valid.all() == (unknown == 0.0)
+
+
+@comparison
+@pytest.mark.parametrize(
+    ("image", "size"),
+    [
+        ((9, 7), (9, 7)),
+        ((37, 53), (7, 9)),
+        ((48, 64), (3, 4)),
+        ((5, 200), (5, 3)),
+        ((1, 1), (1, 1)),
+        ((40, 41), (1, 1)),
+    ],
+)
+@pytest.mark.parametrize("bilinear", [False, True])
+def test_back_project_resolutions(image, size, bilinear):
+    depth = make_depth(2, *image, unknown=0.1)
+    check_back_project(depth, make_mask(2, *image, 0.01), size, bilinear)
+
+
+@comparison
+@pytest.mark.parametrize("image", [(6, 8), (7, 11), (48, 64)])
+def test_back_project_mask_of_another_resolution(image):
+    check_back_project(make_depth(2, 18, 29, 0.1), make_mask(2, *image, 0.02), (6, 8))
+
+
+@comparison
+@pytest.mark.parametrize("size", [(5, 7), (11, 16), (13, 3)])
+def test_back_project_bilinear_enlarges(size):
+    check_back_project(make_depth(2, 5, 7, 0.1), None, size, bilinear=True)
+
+
+@comparison
+def test_back_project_cells_larger_than_a_tile(monkeypatch):
+    from mirage_kernels.triton import back_project as module
+
+    depth, mask = make_depth(2, 46, 62, 0.4), make_mask(2, 43, 52, 0.001)
+    check_back_project(depth, mask, (1, 1))  # 2852 pixels: two chunks
+    monkeypatch.setattr(module, "_LARGEST_CELL", 8)
+    monkeypatch.setattr(module, "_CHUNK", 16)
+    check_back_project(depth, mask, (5, 6))
+
+
+@comparison
+def test_back_project_wide_indices(monkeypatch):
+    """2 * 33000 * 33000 passes 2^31."""
+    from mirage_kernels.triton import back_project as module
+
+    monkeypatch.setattr(module, "_MOST_TOKENS", 1024)  # fewer programs, for the interpreter's sake
+    check_back_project(make_depth(1, 33000, 1, 0.2), None, (33000, 1))
+
+
+@comparison
+@pytest.mark.parametrize("lowest", [0x00000001, 0x3F800000, 0x7F000000])
+def test_back_project_median_of_neighbouring_floats(lowest):
+    """Depths from the smallest denormal up, a few units in the last place apart, and some far away."""
+    bits = torch.randint(0, 40, (1, 20, 20), generator=torch.Generator().manual_seed(3)) + lowest
+    depth = bits.to(torch.int32).view(torch.float32)
+    check_back_project(depth, None, (4, 4))
+    depth = depth.clone()
+    depth[:, ::3] = torch.finfo(torch.float32).max
+    check_back_project(depth, None, (4, 4))
+
+
+@comparison
+@pytest.mark.parametrize("views", [0, 1, 35])
+def test_back_project_views(views):
+    check_back_project(make_depth(views, 6, 8), make_mask(views, 3, 2, 0.1), (3, 2), bilinear=views > 1)
+
+
+@comparison
+def test_back_project_points_that_overflow():
+    depth = torch.full((1, 4, 4), 3e38)
+    intrinsics, cam2world = make_cameras(1, (4, 4))
+    intrinsics[:, 0, 0] = 1e-3
+    _, valid = check_back_project(depth, None, (4, 4), cameras=(intrinsics, cam2world))
+    assert not valid.all()
+
+
+@comparison
+def test_back_project_strided_inputs():
+    depth = make_depth(4, 12, 16)
+    mask = make_mask(4, 12, 16, 0.05)
+    check_back_project(depth[::2, :, ::2], mask.mT.contiguous().mT[::2, ::2], (3, 4), cameras=make_cameras(2, (12, 8)))
+
+
+# ------------------------------------------------------------------------------------------------------ cache_write
+
+
+def check_cache_write(
+    latents,
+    depth,
+    mask=None,
+    capacity=1000,
+    count=0,
+    dtype=torch.float32,
+    bilinear=False,
+    limits=(0.0, math.inf),
+    first_frame=0,
+):
+    def buffers():
+        return (
+            torch.full((capacity, 4), -3.0),
+            torch.full((capacity, latents.shape[1]), -5.0, dtype=dtype),
+            torch.full((capacity,), -7, dtype=torch.int32),
+            torch.tensor(count),
+        )
+
+    cameras = make_cameras(depth.shape[0], depth.shape[1:])
+    expected_buffers, got_buffers = buffers(), tuple(x.to(DEVICE) for x in buffers())
+    depth_sampling = "bilinear" if bilinear else "median"
+    report = reference.cache_write(
+        *expected_buffers, latents, depth, *cameras, mask, first_frame, depth_sampling, *limits
+    )
+    got = triton_operator("cache_write", *got_buffers, latents, depth, *cameras, mask, first_frame, bilinear, *limits)
+    agree((*got, *got_buffers), (report, *expected_buffers))
+    assert report.sum() == latents[:, :1].numel() or latents.shape[1] == 0
+    return report
+
+
+def make_latents(views: int, channels: int, height: int, width: int, dtype=torch.float32, seed: int = 0):
+    """Some tokens with one channel that is no number."""
+    random = torch.Generator().manual_seed(seed)
+    latents = torch.randn(views, channels, height, width, generator=random)
+    latents.view(-1)[:: max(1, latents.numel() // 9)] = 1 + 2**-8
+    bad = torch.randint(0, latents.numel(), (8,), generator=random)
+    latents.view(-1)[bad] = torch.tensor([math.nan, math.inf, -math.inf, math.nan] * 2)
+    return latents.to(dtype)
+
+
+@comparison
+@pytest.mark.parametrize(("given", "kept"), PAIRS)
+def test_cache_write_dtypes(given, kept):
+    latents = make_latents(2, 3, 5, 6, given)
+    report = check_cache_write(latents, make_depth(2, 10, 12, 0.2), dtype=kept)
+    assert report[0] > 0
+    assert report[5] > 0
+
+
+@comparison
+@pytest.mark.parametrize("channels", [1, 48, 65])
+def test_cache_write_channels(channels):
+    check_cache_write(make_latents(1, channels, 5, 6), make_depth(1, 10, 12, 0.2))
+
+
+@comparison
+@pytest.mark.parametrize(("capacity", "count"), [(0, 0), (40, 0), (40, 39), (40, 40), (300, 7), (107, 7)])
+def test_cache_write_refuses_what_does_not_fit(capacity, count):
+    latents = torch.randn(2, 2, 7, 10)
+    report = check_cache_write(latents, make_depth(2, 7, 10, 0.0), capacity=capacity, count=count)
+    assert report[0] == min(140, capacity - count)
+
+
+@comparison
+@pytest.mark.parametrize("bilinear", [False, True])
+@pytest.mark.parametrize("limits", [(0.0, math.inf), (0.7, 3.3), (2.0, 2.0), (0.0, 0.0), (0.0, 1e300)])
+def test_cache_write_report(bilinear, limits):
+    latents, depth = make_latents(3, 2, 5, 7), make_depth(3, 19, 23, 0.3)
+    depth[0, 3:9] = 0.7
+    check_cache_write(
+        latents, depth, make_mask(3, 10, 15, 0.1), bilinear=bilinear, limits=limits, first_frame=2**31 - 8
+    )
+
+
+@comparison
+def test_cache_write_scans_more_blocks_than_one_step(monkeypatch):
+    from mirage_kernels.triton import cache_write as module
+
+    monkeypatch.setattr(module, "_SCAN", 4)
+    check_cache_write(make_latents(5, 2, 9, 15), make_depth(5, 9, 15), capacity=150, count=3)
+
+
+@comparison
+@pytest.mark.parametrize("kept", [False, True])
+def test_cache_write_all_or_nothing(kept):
+    depth = torch.full((2, 8, 8), 2.0)
+    report = check_cache_write(torch.zeros(2, 3, 4, 4), depth, torch.full(depth.shape, kept))
+    assert report.tolist() == ([32, 0, 0, 0, 0, 0] if kept else [0, 0, 32, 0, 0, 0])
+
+
+@comparison
+@pytest.mark.parametrize("count", [-1, -50, 41, 2**40])
+def test_cache_write_with_a_count_that_is_none_writes_nothing(count):
+    buffers = torch.zeros(40, 4), torch.zeros(40, 2), torch.zeros(40, dtype=torch.int32), torch.tensor(count)
+    moved = tuple(x.clone().to(DEVICE) for x in buffers)
+    cameras = make_cameras(2, (7, 10))
+    arguments = torch.randn(2, 2, 7, 10), make_depth(2, 7, 10, 0.0), *cameras, None, 0, False, 0.0, math.inf
+    (report,) = triton_operator("cache_write", *moved, *arguments)
+    assert report.tolist() == [0, 140, 0, 0, 0, 0]
+    agree(moved, buffers)
+
+
+@comparison
+def test_cache_write_of_no_views():
+    report = check_cache_write(torch.zeros(0, 3, 4, 5), torch.zeros(0, 8, 10), count=5)
+    assert report.tolist() == [0] * 6
+
+
+@comparison
+def test_cache_write_strided_inputs():
+    latents, depth = make_latents(4, 6, 5, 7), make_depth(4, 10, 14)
+    check_cache_write(latents[::2, ::2], depth[1::2], make_mask(2, 14, 10, 0.1).mT)
+
+
+# ----------------------------------------------------------------------------------------------------- view_overlap
+
+
+def check_view_overlap(points, num_points, views, targets, size=(6, 7), voxel_size=0.5, near=0.05):
+    cameras = (*make_cameras(views, size, 1), *make_cameras(targets, size, 2))
+    got = triton_operator("view_overlap", points, num_points, *cameras, *size, voxel_size, near)
+    expected = reference.view_overlap(points, num_points, *cameras, size, voxel_size, near)
+    agree(got, expected)
+    return expected
+
+
+@comparison
+@pytest.mark.parametrize(("views", "targets"), [(0, 2), (1, 0), (1, 1), (3, 2), (31, 1), (32, 1), (65, 3), (2, 35)])
+def test_view_overlap_views(views, targets):
+    counts = check_view_overlap(make_points(300), None, views, targets)
+    if views and targets:
+        assert (counts[:, 0] > 0).any()
+
+
+@comparison
+@pytest.mark.parametrize("count", [0, 1, 511, 512, 513])
+def test_view_overlap_points(count):
+    check_view_overlap(make_points(count), None, 2, 2)
+
+
+@comparison
+@pytest.mark.parametrize("live", [-1, 0, 100, 700])
+def test_view_overlap_num_points(live):
+    check_view_overlap(make_points(600), torch.tensor(live), 2, 2)
+
+
+@comparison
+@pytest.mark.parametrize("voxel_size", [1e-45, 1e-300, 1e-6, 0.1, 3.0, 1e30, 1e300])
+def test_view_overlap_voxel_sizes(voxel_size):
+    check_view_overlap(make_points(400), None, 3, 2, voxel_size=voxel_size)
+
+
+@comparison
+def test_view_overlap_strided_inputs():
+    check_view_overlap(make_points(300).t().contiguous().t(), None, 2, 1)
+
+
+# ---------------------------------------------------------------------------------------------------- registration
+
+
+def launch_arguments(device: str) -> dict[str, tuple[object, ...]]:
+    """Small but ordinary arguments of every operator, every kernel of which they launch."""
+    size = (16, 16)
+    intrinsics, cam2world = make_cameras(2, size)
+    depth, mask = make_depth(2, 32, 32), make_mask(2, 32, 32, 0.01)
+    points, features = make_points(512), features_of(512, 48, torch.float32)
+    latents = make_latents(2, 48, *size, torch.bfloat16)
+    live = torch.tensor(500)
+    index = torch.full((2, *size), -1)
+    buffers = torch.zeros(600, 4), torch.zeros(600, 48), torch.zeros(600, dtype=torch.int32), torch.tensor(0)
+    arguments = {
+        "back_project": (depth, intrinsics, cam2world, mask, *size, False),
+        "splat": (points, features, live, intrinsics, cam2world, *size, 0.05, torch.bfloat16),
+        "splat_backward": (latents, index, 512, torch.bfloat16),
+        "cache_write": (*buffers, latents, depth, intrinsics, cam2world, None, 3, True, 0.0, math.inf),
+        "view_overlap": (points, live, intrinsics, cam2world, intrinsics, cam2world, *size, 0.1, 0.05),
+    }
+    return {
+        name: tuple(x.to(device) if isinstance(x, torch.Tensor) else x for x in values)
+        for name, values in arguments.items()
+    }
+
+
+@comparison
+@pytest.mark.parametrize("name", ["back_project", "splat", "splat_backward", "cache_write", "view_overlap"])
+def test_registration(name):
+    """Schema, fake and autograd agree with what the operator does; cache_write mutates what it says it does."""
+    torch.library.opcheck(private_operator(name, "triton"), launch_arguments(DEVICE)[name])
+
+
+@comparison
+def test_backend_is_available_and_can_be_forced():
+    assert available_backends()["triton"]
+    with use_backend("triton"):
+        pass
+
+
+@pytest.mark.skipif(not GPU, reason="CUDA graphs need a GPU")
+@pytest.mark.parametrize("name", ["back_project", "splat", "splat_backward", "cache_write", "view_overlap"])
+def test_cuda_graph(name):
+    """Captured once, replayed on new contents of the same tensors."""
+    arguments = launch_arguments("cuda")[name]
+    operator = private_operator(name, "triton")
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        operator(*arguments)  # compiles
+    torch.cuda.synchronize()
+    if name == "cache_write":
+        arguments[3].zero_()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = operator(*arguments)
+    arguments[0].mul_(1.5)
+    graph.replay()
+    torch.cuda.synchronize()
+    captured = tuple(x.clone() for x in (captured if isinstance(captured, tuple) else (captured,)))
+    if name == "cache_write":
+        arguments[3].zero_()
+    expected = operator(*arguments)
+    agree(captured, tuple(x.cpu() for x in (expected if isinstance(expected, tuple) else (expected,))))
+
+
+# ---------------------------------------------------------------------------------------------------- without a GPU
+
+
+@pytest.mark.skipif(INTERPRETED, reason="this is that process")
+def test_comparisons_in_the_interpreter():
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider", str(Path(__file__))],
+        env={**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stdout[-10000:] + run.stderr[-2000:]
+    passed = int(re.search(r"(\d+) passed", run.stdout).group(1))
+    assert passed >= LEAST_COMPARISONS, run.stdout[-10000:]
+
+
+def record_launches(name: str, monkeypatch: pytest.MonkeyPatch) -> list[tuple[object, dict, dict]]:
+    """The launches of one operator on tensors without data, which proves that no launcher waits for a value."""
+    from triton.runtime.jit import JITFunction
+
+    launches = []
+
+    def run(kernel, *arguments, grid, warmup, **options):
+        bound = inspect.signature(kernel.fn).bind(
+            *arguments, **{k: options.pop(k) for k in list(options) if k in kernel.arg_names}
+        )
+        assert all(side > 0 for side in grid)
+        launches.append((kernel, dict(bound.arguments), options))
+
+    monkeypatch.setattr(JITFunction, "run", run)
+    module = importlib.import_module(f"mirage_kernels.triton.{name.removesuffix('_backward')}")
+    getattr(module, name)(*launch_arguments("meta")[name])
+    return launches
+
+
+def compile_launch(kernel, arguments: dict, options: dict, capability: int):
+    """As the launcher would compile it for these arguments: ones are constants, multiples of 16 are known as such."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+    from triton.runtime.jit import mangle_type
+
+    signature, constants, attributes = {}, {}, {}
+    for position, parameter in enumerate(kernel.params):
+        value = arguments[parameter.name]
+        one = isinstance(value, int) and value == 1 and not parameter.do_not_specialize
+        if parameter.is_constexpr or value is None or one:
+            signature[parameter.name], constants[parameter.name] = "constexpr", value
+            continue
+        signature[parameter.name] = mangle_type(value)
+        aligned = isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0)
+        if aligned and not parameter.do_not_specialize:
+            attributes[(position,)] = [["tt.divisibility", 16]]
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+
+
+@compiles
+@pytest.mark.parametrize(
+    ("name", "kernels"),
+    [
+        ("back_project", {"lift_kernel", "tokens_kernel"}),
+        ("splat", {"prepare_kernel", "nearest_kernel", "resolve_kernel"}),
+        ("splat_backward", {"backward_kernel"}),
+        ("cache_write", {"lift_kernel", "tokens_kernel", "judge_kernel", "scan_kernel", "append_kernel"}),
+        ("view_overlap", {"prepare_kernel", "mark_kernel", "count_kernel"}),
+    ],
+)
+@pytest.mark.parametrize("capability", [80, 90])
+def test_compiles_without_a_gpu(name, kernels, capability, monkeypatch):
+    launches = record_launches(name, monkeypatch)
+    assert {kernel.fn.__name__ for kernel, *_ in launches} == kernels
+    for kernel, arguments, options in launches:
+        compiled = compile_launch(kernel, arguments, options, capability)
+        ptx = compiled.asm["ptx"]
+        assert len(compiled.asm["cubin"]) > 0
+        where = f"{kernel.fn.__name__} for sm_{capability}"
+        assert not re.search(r"\bfma\.", ptx), f"{where} contracts into fused multiply-adds"
+        assert not re.search(r"\b(div|rcp|sqrt)\.(full|approx)", ptx), f"{where} divides approximately"
+        assert ".ftz" not in ptx, f"{where} flushes denormals"
+        assert not re.search(r"\b(atom|red)\..*\.f(16|32|64)", ptx), f"{where} has float atomics"
+        if kernel.fn.__name__ in ("nearest_kernel", "mark_kernel"):
+            assert "mul.rn.f32" in ptx and "div.rn.f32" in ptx, where  # the assertions above saw a projection
+            assert "ld.global.v4" in ptx or ".v4.b32" in ptx, f"{where} does not load a point at once"
+
+
+@compiles
+def test_compiles_for_large_cells_and_wide_indices(monkeypatch):
+    launches = record_launches("back_project", monkeypatch)
+    kernel, arguments, options = launches[-1]
+    assert not arguments["WIDE"] and arguments["CHUNKS"] == arguments["MASK_CHUNKS"] == 1
+    changes = {"WIDE": True, "TOKENS": 1, "PIXELS": 2048, "CHUNKS": 3, "MASK_PIXELS": 2048, "MASK_CHUNKS": 2}
+    compile_launch(kernel, arguments | changes, {**options, "num_warps": 4}, 90)
+
+
+@compiles
+@pytest.mark.parametrize("name", ["back_project", "splat", "splat_backward", "cache_write", "view_overlap"])
+def test_compiles_where_every_number_is_one(name, monkeypatch):
+    """Triton makes constants of arguments that are 1, and constants lack the methods of values."""
+    launches = record_launches(name, monkeypatch)
+    for kernel, arguments, options in launches:
+        ones = {key: 1 if isinstance(value, int) and key.islower() else value for key, value in arguments.items()}
+        compile_launch(kernel, ones, options, 90)
