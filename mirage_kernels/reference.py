@@ -217,7 +217,7 @@ def splat(
 
 
 class _ReadOut(torch.autograd.Function):
-    """Gather of the winners' features; its own backward because PyTorch's sums duplicates in an order of its choosing."""
+    """Gather of the winners' features; a backward of its own, as PyTorch's sums duplicates in any order."""
 
     @staticmethod
     def forward(ctx: Any, features: Tensor, index: Tensor, dtype: torch.dtype) -> Tensor:

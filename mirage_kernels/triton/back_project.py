@@ -134,7 +134,7 @@ def bilinear_depth(image, row, column, inside, height, width, image_height, imag
 def all_static(mask, start, rows, columns, stride, COLUMNS: tl.constexpr, PIXELS: tl.constexpr, CHUNKS: tl.constexpr):
     """True where every pixel of the cell is."""
     moving = tl.zeros_like(rows).to(tl.int32)
-    for chunk in range(0, CHUNKS):
+    for chunk in range(CHUNKS):
         offset, real = chunk_offsets(chunk, rows, columns, stride, COLUMNS, PIXELS)
         static = tl.load(mask + start[:, None] + offset, real, other=1)
         moving += tl.sum((static == 0).to(tl.int32), axis=1)
