@@ -100,7 +100,14 @@ def _check_cameras(
             f" got {_describe(cam2world)}"
         )
     # Exact: no float32 pose changes when it is widened.
-    return intrinsics.detach().to(torch.float64), cam2world.detach().to(torch.float64)
+    return _plain(intrinsics, torch.float64), _plain(cam2world, torch.float64)
+
+
+def _plain(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """The tensor without its gradient, in another dtype if need be; itself where there is nothing to do."""
+    if tensor.requires_grad:
+        tensor = tensor.detach()
+    return tensor if dtype is None or tensor.dtype == dtype else tensor.to(dtype)
 
 
 def _check_depth(
@@ -124,7 +131,7 @@ def _check_depth(
             raise ValueError(f"mask must be (T, H, W) with the T of depth, {depth.shape[0]}, got {_describe(mask)}")
         if mask.shape[1] < size[0] or mask.shape[2] < size[1]:
             raise ValueError(f"mask must be (T, H, W) at least as fine as the token grid {size}, got {_describe(mask)}")
-    return depth.detach() if depth.dtype == torch.float64 else depth.detach().to(torch.float32), mask
+    return _plain(depth, None if depth.dtype == torch.float64 else torch.float32), mask
 
 
 def _check_points(points: Tensor, num_points: Tensor | None) -> Tensor:
@@ -138,7 +145,7 @@ def _check_points(points: Tensor, num_points: Tensor | None) -> Tensor:
         _require_tensor("num_points", num_points, "one int64 on the device of points")
         _require(num_points.dtype == torch.int64 and num_points.numel() == 1, "num_points", "one int64", num_points)
         _require_device("num_points", num_points, points.device, "points")
-    return points.detach()
+    return _plain(points)
 
 
 def _check_near(near: float) -> float:
@@ -353,7 +360,7 @@ def cache_write(
     _require(count.numel() == 1, "count", "one int64", count)
     if not 0 <= first_frame or first_frame + views >= 2**31:
         raise ValueError(f"first_frame must be an int >= 0 with room for {views} frames in int32, got {first_frame!r}")
-    arguments = (points, features.detach(), frame_ids, count, latents.detach(), depth, intrinsics, cam2world, mask)
+    arguments = (points, _plain(features), frame_ids, count, _plain(latents), depth, intrinsics, cam2world, mask)
     backend = choose_backend(latents.device, torch.float32)
     if backend == "reference":
         return reference.cache_write(*arguments, first_frame, depth_sampling, min_depth, max_depth)

@@ -21,6 +21,7 @@ FORMAT = "mirage-latent-cache"
 VERSION = 1
 _TENSORS = ("points", "features", "frame_ids", "frame_centers")
 _SETTINGS = ("channels", "dtype", "write_policy", "capacity")
+_DTYPES = ("float32", "float16", "bfloat16")
 
 
 def replace_file(path: str | Path, write: Callable[[str], None]) -> None:
@@ -71,7 +72,7 @@ def read_metadata(path: str | Path) -> tuple[dict[str, Any], dict[str, tuple[int
 def load_cache(path: str | Path, device: torch.device | str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors of a saved cache on ``device``, and its settings; errors as :func:`read_metadata`."""
     settings, shapes = read_metadata(path)
-    dtype = getattr(torch, settings["dtype"], None)
+    dtype = getattr(torch, settings["dtype"])
     count, channels = shapes["points"][:1], (settings["channels"],)
     frames = shapes["frame_centers"][:1]
     expected = {
@@ -113,4 +114,6 @@ def _check_metadata(path: str | Path, metadata: dict[str, str] | None) -> dict[s
         raise ValueError(f"{path}: the metadata must hold the cache's settings as JSON, got {metadata!r}") from error
     if missing:
         raise ValueError(f"{path}: the cache's settings must name {', '.join(_SETTINGS)}, missing {', '.join(missing)}")
+    if settings["dtype"] not in _DTYPES:
+        raise ValueError(f"{path}: the settings' dtype must be one of {', '.join(_DTYPES)}, got {settings['dtype']!r}")
     return settings

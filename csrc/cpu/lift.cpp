@@ -17,11 +17,18 @@ inline __attribute__((always_inline)) Lanes load(const int32_t* from) {
   return lanes;
 }
 
-inline __attribute__((always_inline)) int32_t sum(Lanes lanes) {
-  int32_t total = 0;
-  for (int l = 0; l < kLanes; ++l) total += lanes[l];
-  return total;
+// All lanes to one, halving: a few shuffles instead of eight extractions.
+template <typename F>
+inline __attribute__((always_inline)) int32_t reduce(Lanes lanes, const F& f) {
+  lanes = f(lanes, __builtin_shufflevector(lanes, lanes, 4, 5, 6, 7, 0, 1, 2, 3));
+  lanes = f(lanes, __builtin_shufflevector(lanes, lanes, 2, 3, 0, 1, 6, 7, 4, 5));
+  lanes = f(lanes, __builtin_shufflevector(lanes, lanes, 1, 0, 3, 2, 5, 4, 7, 6));
+  return lanes[0];
 }
+
+constexpr auto kAdd = [](Lanes a, Lanes b) { return a + b; };
+constexpr auto kLesser = [](Lanes a, Lanes b) { return a < b ? a : b; };
+constexpr auto kGreater = [](Lanes a, Lanes b) { return a > b ? a : b; };
 
 struct Cell {
   int32_t count;  // of bits, padding included: a multiple of kLanes
@@ -54,47 +61,59 @@ Cell load_cell(const float* depth, index_t row_stride, int rows, int columns, in
       greatest = high > greatest ? high : greatest;
     }
   }
-  Cell cell{rows * padded, sum(valid), kInfinity, 0};
-  for (int l = 0; l < kLanes; ++l) {
-    cell.least = std::min(cell.least, least[l]);
-    cell.greatest = std::max(cell.greatest, greatest[l]);
-  }
-  return cell;
+  return {rows * padded, reduce(valid, kAdd), reduce(least, kLesser), reduce(greatest, kGreater)};
 }
 
-// The element of the given rank (0 = least) by counting passes over the bits, which vectorise. Pivots interpolate (a
-// cell mostly shows one smooth surface) and fall back to bisection, which bounds the passes for any cell, whenever the
-// last one did not halve the bracket. A pivot that separates exactly the wanted rank ends the search with one more pass.
+// The element of the given rank (0 = least), by counting passes over the bits, which vectorise. Each pass tries three
+// pivots: the rank interpolated in the bracket (a cell mostly shows one smooth surface), and one to either side, about a
+// standard deviation of that guess away, so that a bracket of n values shrinks to some sqrt(n). A pass that does not
+// halve the bracket is followed by one at its quarters, which bounds the passes for any cell. A pivot that separates
+// exactly the wanted rank ends the search with one more pass.
 MIRAGE_SIMD
 int32_t select_rank(const int32_t* bits, int count, int rank, int32_t low, int32_t high, int valid) {
   int below_low = 0, up_to_high = valid;
   bool interpolate = true;
   while (low < high) {
     const int32_t range = high - low;
-    int32_t pivot = low + range / 2;
+    int32_t pivot[3] = {low + range / 4, low + range / 2, low + range / 4 * 3};
     if (interpolate) {
-      const float share = (static_cast<float>(rank - below_low) + 0.5f) / static_cast<float>(up_to_high - below_low);
-      pivot = std::min(low + static_cast<int32_t>(share * static_cast<float>(range)), high - 1);
-    }
-    Lanes counted = {};
-    for (int i = 0; i < count; i += kLanes) counted -= load(bits + i) <= pivot;
-    const int32_t below = sum(counted);
-    if (below == rank + 1) {
-      Lanes greatest = {};
-      for (int i = 0; i < count; i += kLanes) {
-        const Lanes value = load(bits + i);
-        const Lanes candidate = value & (value <= pivot);
-        greatest = candidate > greatest ? candidate : greatest;
+      const float number = static_cast<float>(up_to_high - below_low), width = static_cast<float>(range);
+      const float guess = (static_cast<float>(rank - below_low) + 0.5f) / number, spread = 0.5f / std::sqrt(number);
+      for (int k = 0; k < 3; ++k) {
+        const float share = std::min(std::max(guess + static_cast<float>(k - 1) * spread, 0.0f), 1.0f);
+        pivot[k] = low + static_cast<int32_t>(std::min(share * width, static_cast<float>(range - 1)));
       }
-      int32_t result = 0;
-      for (int l = 0; l < kLanes; ++l) result = std::max(result, greatest[l]);
-      return result;
     }
-    if (below > rank) {
-      high = pivot;
-      up_to_high = below;
-    } else {
-      low = pivot + 1;
+    for (int k = 0; k < 3; ++k) pivot[k] = std::min(pivot[k], high - 1);
+    const Lanes first = Lanes{} + pivot[0], second = Lanes{} + pivot[1], third = Lanes{} + pivot[2];
+    Lanes a = {}, b = {}, c = {};
+#pragma GCC unroll 4
+    for (int i = 0; i < count; i += kLanes) {
+      const Lanes value = load(bits + i);
+      a += value > first;
+      b += value > second;
+      c += value > third;
+    }
+    // What is not above a pivot, padding being above any.
+    const int32_t counts[3] = {count + reduce(a, kAdd), count + reduce(b, kAdd), count + reduce(c, kAdd)};
+    for (int k = 0; k < 3; ++k) {
+      const int32_t below = counts[k];
+      if (below == rank + 1) {
+        Lanes greatest = {};
+        for (int i = 0; i < count; i += kLanes) {
+          const Lanes value = load(bits + i);
+          const Lanes candidate = value & (value <= pivot[k]);
+          greatest = candidate > greatest ? candidate : greatest;
+        }
+        return reduce(greatest, kGreater);
+      }
+      // Pivots ascend: the last too low and the first too high make the bracket.
+      if (below > rank) {
+        high = pivot[k];
+        up_to_high = below;
+        break;
+      }
+      low = pivot[k] + 1;
       below_low = below;
     }
     interpolate = !interpolate || high - low <= range / 2;

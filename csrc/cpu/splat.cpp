@@ -88,31 +88,47 @@ struct ReadOut {
   int64_t* index;
 };
 
+// Merges the slices' keys of `count` cells from `first` on, and writes what they say.
+MIRAGE_SIMD
+void resolve_cells(const ReadOut& r, index_t all, index_t first, int count) {
+  uint64_t nearest[kTile];
+  const uint64_t* keys = r.keys + first;
+  for (int k = 0; k < count; ++k) nearest[k] = keys[k];
+  for (index_t s = 1; s < r.slices; ++s) {
+    keys += all;
+    for (int k = 0; k < count; ++k) nearest[k] = keys[k] < nearest[k] ? keys[k] : nearest[k];
+  }
+  bool* __restrict__ mask = r.mask + first;
+  float* __restrict__ depth = r.depth + first;
+  int64_t* __restrict__ index = r.index + first;
+  for (int k = 0; k < count; ++k) {
+    const bool seen = nearest[k] != kEmptyKey;
+    mask[k] = seen;
+    depth[k] = bits_float(seen ? static_cast<uint32_t>(nearest[k] >> 32) : 0u);
+    index[k] = seen ? static_cast<int64_t>(nearest[k] & 0xffffffffu) : -1;
+  }
+}
+
 template <typename In, typename Out>
 void read_out(const ReadOut& r, const Grid& grid, const In* features, index_t channels, Out* latents) {
   const index_t tiles = divide_up(grid.cells, kTile), all = grid.views * grid.cells;
   const std::vector<In> zeros(channels, In(0.0f));
+  const index_t row_bytes = channels * static_cast<index_t>(sizeof(In));
   torch::stable::parallel_for(0, grid.views * tiles, 16, [&](int64_t begin, int64_t end) {
     std::vector<Out> converted(std::is_same_v<In, Out> ? 0 : kTile * channels);
     // Winners are looked up one tile ahead, so that their rows are on the way while this tile is transposed.
     const In* rows[2][kTile];
     const auto resolve = [&](int64_t task) {
-      const index_t t = task / tiles, first = task % tiles * kTile;
+      const index_t t = task / tiles, first = task % tiles * kTile, at = t * grid.cells + first;
       const int count = static_cast<int>(std::min<index_t>(kTile, grid.cells - first));
+      resolve_cells(r, all, at, count);
+      const int64_t* winners = r.index + at;
+      const In** to = rows[task % 2];
       for (int k = 0; k < count; ++k) {
-        const index_t at = t * grid.cells + first + k;
-        uint64_t key = r.keys[at];
-        for (index_t s = 1; s < r.slices; ++s) key = std::min(key, r.keys[s * all + at]);
-        const bool seen = key != kEmptyKey;
-        r.mask[at] = seen;
-        r.depth[at] = seen ? key_depth(key) : 0.0f;
-        r.index[at] = seen ? static_cast<int64_t>(key_index(key)) : -1;
-        const In* row = seen ? features + static_cast<index_t>(key_index(key)) * channels : zeros.data();
-        rows[task % 2][k] = row;
-        if (!seen) continue;
+        const In* row = winners[k] < 0 ? zeros.data() : features + winners[k] * channels;
+        to[k] = row;
         const char* bytes = reinterpret_cast<const char*>(row);
-        for (index_t offset = 0; offset < channels * static_cast<index_t>(sizeof(In)); offset += 64)
-          __builtin_prefetch(bytes + offset);
+        for (index_t offset = 0; offset < row_bytes; offset += 64) __builtin_prefetch(bytes + offset);
       }
       return count;
     };

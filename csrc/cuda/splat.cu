@@ -53,7 +53,6 @@ __global__ void __launch_bounds__(kReadThreads)
                     Out* __restrict__ latents, bool* __restrict__ mask, float* __restrict__ depth,
                     int64_t* __restrict__ index) {
   constexpr int kWords = kChannels * static_cast<int>(sizeof(In)) / 4;
-  constexpr int kPerWord = 4 / static_cast<int>(sizeof(In));
   __shared__ uint32_t tile[kCells][kWords + 1];
   __shared__ int64_t winner[kCells];
   const index_t tiles = (cells + kCells - 1) / kCells;
@@ -96,15 +95,13 @@ __global__ void __launch_bounds__(kReadThreads)
     const int cell = threadIdx.x % kCells;
     if (cell < count) {
       for (int c = threadIdx.x / kCells; c < number; c += kReadThreads / kCells) {
-        const uint32_t word = tile[cell][c / kPerWord];
-        In value;
-        if constexpr (kPerWord == 1) {
-          value = __uint_as_float(word);
+        const In value = reinterpret_cast<const In*>(tile[cell])[c];
+        Out& latent = latents[(view * channels + base + c) * cells + first + cell];
+        if constexpr (std::is_same_v<In, Out>) {
+          latent = value;  // a NaN would not survive the way through float with its bits
         } else {
-          const unsigned short half = static_cast<unsigned short>(c % 2 == 0 ? word & 0xffffu : word >> 16);
-          value = reinterpret_cast<const In&>(half);
+          latent = from_float<Out>(to_float(value));
         }
-        latents[(view * channels + base + c) * cells + first + cell] = from_float<Out>(to_float(value));
       }
     }
     __syncthreads();
