@@ -127,7 +127,7 @@ class NinjaBuild(build_ext):
                 lines.append(f"build {object_file}: {'nvcc' if cuda else 'cxx'} {ROOT / source}\n  flags = {flags}")
                 objects.append(str(object_file))
             target = build / Path(self.get_ext_filename(extension.name)).name
-            flags = " ".join(escape(argument) for argument in link_flags(extension))
+            flags = " ".join(escape(argument) for argument in link_flags(extension, build))
             lines.append(f"build {target}: link {' '.join(objects)}\n  flags = {flags}")
             targets[extension.name] = target
         (build / "build.ninja").write_text("\n".join(lines) + "\n")
@@ -173,7 +173,7 @@ def compile_flags(extension: Extension, cuda: bool) -> list[str]:
     return [*CXX_FLAGS, *TORCH_DEFINES, *TORCH_INCLUDES, *sanitize]
 
 
-def link_flags(extension: Extension) -> list[str]:
+def link_flags(extension: Extension, build: Path) -> list[str]:
     if extension.name.endswith("_build_info"):
         return []
     libraries = [f"-L{TORCH_LIB}", "-ltorch_cpu"]
@@ -185,8 +185,22 @@ def link_flags(extension: Extension) -> list[str]:
             if directory.is_dir()
         ]
         libraries += [f"-L{directory}" for directory in directories]
+        libraries += [f"-L{torch_cuda_folder(build)}", "-Wl,--no-as-needed", "-ltorch_cuda"]
         libraries += ["-lcudart_static", "-lrt", "-lpthread", "-ldl"]
     return libraries + (SANITIZERS[:1] if SANITIZE else [])
+
+
+def torch_cuda_folder(build: Path) -> Path:
+    """Where libtorch_cuda.so is: in torch, or, for a torch without CUDA, an empty library of that name.
+
+    The module must name it as needed: that torch has loaded it does not let the loader find its functions.
+    """
+    if (Path(TORCH_LIB) / "libtorch_cuda.so").exists():
+        return Path(TORCH_LIB)
+    stub = build / "stub" / "libtorch_cuda.so"
+    stub.parent.mkdir(exist_ok=True)
+    run([*CXX.split(), "-shared", "-x", "c++", os.devnull, "-o", str(stub), "-Wl,-soname,libtorch_cuda.so"])
+    return stub.parent
 
 
 def cuda_home() -> Path:

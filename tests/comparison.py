@@ -151,7 +151,9 @@ def assert_same_lift(
     both = valid & expected.valid
     bound = _lift_bound(expected.magnitude, depth, depth_sampling)[both]
     assert (np.abs(points[both][:, :3] - expected.points[both][:, :3]).max(-1, initial=0) <= bound).all()
-    np.testing.assert_allclose(points[both][:, 3], expected.points[both][:, 3], rtol=1e-6 + _blend(depth, depth_sampling))
+    np.testing.assert_allclose(
+        points[both][:, 3], expected.points[both][:, 3], rtol=1e-6 + _blend(depth, depth_sampling)
+    )
     return int(valid.sum())
 
 

@@ -245,7 +245,7 @@ def test_bilinear_blends_zeros_into_surfaces(backend):
 @pytest.mark.parametrize("size", [(5, 7), (12, 20), (15, 27), (6, 10)])
 def test_bilinear_is_torchs_interpolation(backend, size):
     """Half-pixel centres, edges clamped, no antialiasing: `torch.nn.functional.interpolate` is what users know."""
-    depth, intrinsics, cam2world = make(9, 2, (12, 20), 0.0)
+    depth, intrinsics, _ = make(9, 2, (12, 20), 0.0)
     lifted = lift(backend, depth, intrinsics, torch.eye(4).expand(2, 4, 4), size, depth_sampling="bilinear")
     expected = torch.nn.functional.interpolate(depth[:, None], size, mode="bilinear", align_corners=False)[:, 0]
     assert lifted.valid.all() and (expected > 0).all()
@@ -346,9 +346,7 @@ def test_strided_and_expanded_inputs(backend, depth_sampling):
     mask = scenes.static_masks(np.random.default_rng(17), 2, (37, 53), 0.005)
     plain = check(backend, depth, intrinsics, cam2world, (5, 7), mask=mask, depth_sampling=depth_sampling)
     strided = [scenes.strided(x) for x in (depth, intrinsics, cam2world)]
-    assert_equal_bits(
-        lift(backend, *strided, (5, 7), mask=scenes.strided(mask), depth_sampling=depth_sampling), plain
-    )
+    assert_equal_bits(lift(backend, *strided, (5, 7), mask=scenes.strided(mask), depth_sampling=depth_sampling), plain)
     transposed = depth.mT.contiguous().mT, intrinsics.mT.contiguous().mT, cam2world.mT.contiguous().mT
     assert_equal_bits(lift(backend, *transposed, (5, 7), mask=mask, depth_sampling=depth_sampling), plain)
     one = [x[:1].expand(3, -1, -1) for x in (depth, intrinsics, cam2world)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -124,7 +125,7 @@ def test_frame_centers_are_the_camera_centers():
         cache.write(*arguments)
         centers.append(arguments[2].centers.float())
     assert cache.num_frames == 150
-    assert torch.equal(cache.frame_centers, torch.cat(centers))
+    assert torch.equal(cache.frame_centers, torch.cat(centers)) and len(cache) > 1000
 
 
 def test_cameras_of_another_image_size_are_resized_to_the_depth():
@@ -201,7 +202,7 @@ def test_reading_an_empty_cache(backend, views):
         assert view.latents.shape == (views, 4, *GRID) and view.latents.dtype == torch.float16
         assert not view.latents.any() and not view.mask.any() and (view.index == -1).all()
         cache.write(*arguments)
-        assert views == 0 or cache.read(arguments[2], size=GRID).mask.any()
+        assert len(cache) > 20 and cache.read(arguments[2], size=GRID).mask.any()
 
 
 def test_reading_does_not_write():
@@ -237,10 +238,10 @@ def test_growth_is_geometric_and_keeps_everything():
         capacities.append(cache.capacity)
         assert len(cache) <= cache.capacity
     assert 60 * 15 < len(cache) < 60 * 35
-    moves = sum(a != b for a, b in zip(generations, generations[1:], strict=False))
-    grown = [b for a, b in zip(capacities, capacities[1:], strict=False) if a != b]
+    moves = sum(a != b for a, b in pairwise(generations))
+    grown = [b for a, b in pairwise(capacities) if a != b]
     assert moves == len(grown) and 3 <= moves <= 14
-    assert all(b >= 1.4 * a for a, b in zip(grown, grown[1:], strict=False))
+    assert all(b >= 1.4 * a for a, b in pairwise(grown))
     assert_equal_bits(contents(cache)[:4], [torch.cat(column) for column in zip(*parts, strict=True)])
 
 
@@ -307,7 +308,12 @@ def test_sizes_in_bytes(dtype):
 
 def test_properties():
     cache = filled(torch.bfloat16)
-    assert (cache.channels, cache.dtype, cache.device, cache.write_policy) == (4, torch.bfloat16, torch.device("cpu"), "append")
+    assert (cache.channels, cache.dtype, cache.device, cache.write_policy) == (
+        4,
+        torch.bfloat16,
+        torch.device("cpu"),
+        "append",
+    )
     n = len(cache)
     assert cache.points.shape == (n, 3) and cache.points.dtype == torch.float32
     assert cache.features.shape == (n, 4) and cache.features.dtype == torch.bfloat16
@@ -385,7 +391,12 @@ REFUSED_WRITES = [
     ("latents", lambda x: x[:1], ValueError, r"cameras must be 1 views like latents, got 2"),
     ("depth", lambda x: x[0], ValueError, r"depth must be \(T, H, W\) float, got \(25, 35\)"),
     ("depth", lambda x: x[:1], ValueError, r"mask must be .* with the T of depth, 1"),
-    ("depth", lambda x: x[:, :3], ValueError, r"depth must be .*at least as fine as the token grid \(5, 7\), got \(2, 3, 35\)"),
+    (
+        "depth",
+        lambda x: x[:, :3],
+        ValueError,
+        r"depth must be .*at least as fine as the token grid \(5, 7\), got \(2, 3, 35\)",
+    ),
     ("depth", lambda x: x[:, :0], ValueError, r"depth must be .*got \(2, 0, 35\)"),
     ("depth", lambda x: x.nan_to_num(0, 0, 0).long(), TypeError, r"depth must be .*got .*int64"),
     ("depth", lambda x: x.to("meta"), ValueError, r"must be on (cpu|meta) like \w+, got (meta|cpu)"),
@@ -485,7 +496,9 @@ def test_round_trip_of_an_empty_cache(tmp_path, capacity):
     again = LatentCache.load(tmp_path / "x.safetensors")
     assert len(again) == 0 and again.channels == 4 and again.dtype == torch.float16
     report = again.write(*frames(0))
-    assert report.written + report.refused > 20 and report.written == (min(capacity, 9) if capacity is not None else len(again))
+    assert report.written + report.refused > 20 and report.written == (
+        min(capacity, 9) if capacity is not None else len(again)
+    )
 
 
 def test_path_may_be_a_string(tmp_path):
@@ -551,8 +564,12 @@ def settings_with(**changes):
         pytest.param(lambda t, m: t.update(features=t["features"].half()), "features must be", id="features dtype"),
         pytest.param(lambda t, m: t.update(features=t["features"][:, :3].clone()), "features must be", id="channels"),
         pytest.param(lambda t, m: t.update(frame_ids=t["frame_ids"].long()), "frame_ids must be", id="ids dtype"),
-        pytest.param(lambda t, m: t.update(frame_centers=torch.zeros(2, 4)), "frame_centers must be", id="centers shape"),
-        pytest.param(lambda t, m: t.update(frame_centers=torch.tensor(0.0)), "frame_centers must be", id="centers scalar"),
+        pytest.param(
+            lambda t, m: t.update(frame_centers=torch.zeros(2, 4)), "frame_centers must be", id="centers shape"
+        ),
+        pytest.param(
+            lambda t, m: t.update(frame_centers=torch.tensor(0.0)), "frame_centers must be", id="centers scalar"
+        ),
         pytest.param(settings_with(channels=5), "must be", id="other channels"),
         pytest.param(settings_with(channels="4"), "channels|features", id="channels no number"),
         pytest.param(settings_with(dtype="float64"), "dtype|features", id="dtype not stored"),

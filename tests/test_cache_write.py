@@ -71,7 +71,14 @@ def test_dtype_pairs(backend, dtype, stored, channels):
 
 @pytest.mark.parametrize(
     "grid, image_size",
-    [((1, 1), (8, 8)), ((1, 9), (17, 64)), ((6, 1), (6, 16)), ((6, 9), (6, 9)), ((7, 33), (15, 70)), ((3, 16), (9, 80))],
+    [
+        ((1, 1), (8, 8)),
+        ((1, 9), (17, 64)),
+        ((6, 1), (6, 16)),
+        ((6, 9), (6, 9)),
+        ((7, 33), (15, 70)),
+        ((3, 16), (9, 80)),
+    ],
 )
 def test_grids(backend, grid, image_size):
     arguments = make(3, 2, 3, grid, image_size, unknown=0.1)
@@ -155,7 +162,12 @@ def test_range_is_inclusive(backend):
     """Bounds are compared in float32, as depth is: 0.1 holds a depth of 0.1."""
     depth = [[0.1, 0.2, 0.3, 0.7, 0.9]]
     arguments = cell_scene([[[1.0, 2, 3, 4, 5]]], depth)
-    for low, high, kept in ((0.2, 0.7, [2, 3, 4]), (0.1, 0.1, [1]), (0.0, 0.9, [1, 2, 3, 4, 5]), (0.3, math.inf, [3, 4, 5])):
+    for low, high, kept in (
+        (0.2, 0.7, [2, 3, 4]),
+        (0.1, 0.1, [1]),
+        (0.0, 0.9, [1, 2, 3, 4, 5]),
+        (0.3, math.inf, [3, 4, 5]),
+    ):
         after, report = write(backend, scenes.buffers(9, 1), arguments, min_depth=low, max_depth=high)
         assert after[1][: len(kept), 0].tolist() == kept
         assert report.tolist() == [len(kept), 0, 0, 0, 5 - len(kept), 0]
@@ -245,7 +257,7 @@ def test_what_does_not_fit_is_refused_and_counted(backend, room):
 
 def test_no_room_at_all(backend):
     arguments = make(10)
-    whole, full = write(backend, scenes.buffers(100, 4), arguments)
+    _, full = write(backend, scenes.buffers(100, 4), arguments)
     after, report = write(backend, scenes.buffers(0, 4), arguments)
     assert full[0] > 30 and report[0] == 0 and report[1] == full[0] and after[3].item() == 0
 
@@ -262,7 +274,7 @@ def test_a_count_outside_the_buffers_writes_nothing(backend, count):
         backend.sync()
         assert report[0] == 0
     except (ValueError, RuntimeError) as error:
-        assert "count" in str(error)  # noqa: PT017
+        assert "count" in str(error)
     assert_equal_bits(buffers, before)
 
 
@@ -294,7 +306,9 @@ def test_written_tokens_are_back_projected_tokens(backend):
 def test_what_is_written_is_what_the_same_camera_sees(backend):
     latents, depth, intrinsics, cam2world = make(14, 1, image_size=(25, 35), unknown=0.0)
     latents.nan_to_num_(0.5, 0.5, 0.5)
-    (points, features, _, count), report = write(backend, scenes.buffers(50, 4), (latents, depth, intrinsics, cam2world))
+    (points, features, _, count), report = write(
+        backend, scenes.buffers(50, 4), (latents, depth, intrinsics, cam2world)
+    )
     assert report[0] == 35
     intrinsics[:, :2] /= 5
     arguments = [backend.put(x) for x in (points, features, intrinsics, cam2world)]
@@ -330,7 +344,7 @@ def test_strided_and_expanded_inputs(backend, dtype, channels):
     arguments = make(17, channels=channels, dtype=dtype)
     mask = scenes.static_masks(np.random.default_rng(17), 2, IMAGE, 0.01)
     before = scenes.buffers(300, channels, dtype)
-    plain, report = check(backend, before, arguments, mask=mask, least_written=20)
+    plain, _ = check(backend, before, arguments, mask=mask, least_written=20)
     strided = [scenes.strided(x) for x in arguments]
     assert_equal_bits(write(backend, before, strided, mask=scenes.strided(mask))[0], plain)
     channels_last = [arguments[0].permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2), *arguments[1:]]
@@ -348,7 +362,9 @@ def test_strided_and_expanded_inputs(backend, dtype, channels):
 def test_a_count_of_any_shape_of_one(backend):
     arguments = make(18)
     points, features, frame_ids, _ = scenes.buffers(100, 4)
-    results = [write(backend, (points, features, frame_ids, torch.full(s, 2)), arguments)[0] for s in ((), (1,), (1, 1))]
+    results = [
+        write(backend, (points, features, frame_ids, torch.full(s, 2)), arguments)[0] for s in ((), (1,), (1, 1))
+    ]
     assert int(results[0][3]) > 30
     for result in results[1:]:
         assert_equal_bits(result[:3], results[0][:3])

@@ -51,17 +51,37 @@ COMMON_CAMERAS = [
     ("cam2world", lambda x: x.bool(), TypeError, r"cam2world must be \(T, 4, 4\) float, got \(2, 4, 4\) bool"),
     ("cam2world", lambda x: None, TypeError, r"cam2world must be a tensor, \(T, 4, 4\) float, got NoneType"),
     ("cam2world", meta, ValueError, r"cam2world must be on cpu like {like}, got meta"),
-    ("cam2world", lambda x: x[:1], ValueError, r"cam2world must be \(T, 4, 4\) with the T of intrinsics, 2, got \(1, 4, 4\)"),
+    (
+        "cam2world",
+        lambda x: x[:1],
+        ValueError,
+        r"cam2world must be \(T, 4, 4\) with the T of intrinsics, 2, got \(1, 4, 4\)",
+    ),
 ]
 COMMON_SIZE = [
     ("size", lambda x: 5, ValueError, r"size must be \(height, width\), two positive integers, got 5"),
-    ("size", lambda x: (5, 7, 3), ValueError, r"size must be \(height, width\), two positive integers, got \(5, 7, 3\)"),
+    (
+        "size",
+        lambda x: (5, 7, 3),
+        ValueError,
+        r"size must be \(height, width\), two positive integers, got \(5, 7, 3\)",
+    ),
     ("size", lambda x: (0, 7), ValueError, r"size must be \(height, width\), two positive integers, got \(0, 7\)"),
     ("size", lambda x: (5, -7), ValueError, r"size must be \(height, width\), two positive integers, got \(5, -7\)"),
     ("size", lambda x: (5.0, 7.0), ValueError, r"size must be \(height, width\), two positive .*got \(5\.0, 7\.0\)"),
     ("size", lambda x: (True, 7), ValueError, r"size must be \(height, width\), two positive .*got \(True, 7\)"),
-    ("size", lambda x: ("5", "7"), (TypeError, ValueError), r"size must be \(height, width\), two positive .*got \('5', '7'\)"),
-    ("size", lambda x: (None, 7), (TypeError, ValueError), r"size must be \(height, width\), two positive .*got \(None, 7\)"),
+    (
+        "size",
+        lambda x: ("5", "7"),
+        (TypeError, ValueError),
+        r"size must be \(height, width\), two positive .*got \('5', '7'\)",
+    ),
+    (
+        "size",
+        lambda x: (None, 7),
+        (TypeError, ValueError),
+        r"size must be \(height, width\), two positive .*got \(None, 7\)",
+    ),
 ]
 HUGE_SIZE = [
     ("size", lambda x: (2**16, 2**16), ValueError, r"size must have fewer than 2\^31 cells, got \(65536, 65536\)"),
@@ -84,15 +104,35 @@ COMMON_DEPTH = [
     ("depth", lambda x: x[:, None], ValueError, r"depth must be \(T, H, W\) float, got \(2, 1, 23, 36\) float32"),
     ("depth", lambda x: x.nan_to_num(0, 0, 0).int(), TypeError, r"depth must be \(T, H, W\).*got \(2, 23, 36\) int32"),
     ("depth", lambda x: [1.0], TypeError, r"depth must be a tensor, \(T, H, W\) float, got list \[1\.0\]"),
-    ("depth", lambda x: x[:, :4], ValueError, r"depth must be .*at least as fine as the token grid \(5, 7\), got \(2, 4, 36\)"),
-    ("depth", lambda x: x[:, :, :6], ValueError, r"depth must be .*at least as fine as the .* \(5, 7\), got \(2, 23, 6\)"),
+    (
+        "depth",
+        lambda x: x[:, :4],
+        ValueError,
+        r"depth must be .*at least as fine as the token grid \(5, 7\), got \(2, 4, 36\)",
+    ),
+    (
+        "depth",
+        lambda x: x[:, :, :6],
+        ValueError,
+        r"depth must be .*at least as fine as the .* \(5, 7\), got \(2, 23, 6\)",
+    ),
     ("depth_sampling", lambda x: "mean", ValueError, r"depth_sampling must be one of median, bilinear, got 'mean'"),
     ("depth_sampling", lambda x: None, ValueError, r"depth_sampling must be one of median, bilinear, got None"),
-    ("mask", lambda x: x.float(), TypeError, r"mask must be \(T, H, W\) bool, True = static, got \(2, 23, 36\) float32"),
+    (
+        "mask",
+        lambda x: x.float(),
+        TypeError,
+        r"mask must be \(T, H, W\) bool, True = static, got \(2, 23, 36\) float32",
+    ),
     ("mask", lambda x: x.numpy(), TypeError, r"mask must be a tensor, \(T, H, W\) bool, True = static, got ndarray"),
     ("mask", lambda x: x[0], ValueError, r"mask must be \(T, H, W\) bool, True = static, got \(23, 36\) bool"),
     ("mask", lambda x: x[:1], ValueError, r"mask must be \(T, H, W\) with the T of depth, 2, got \(1, 23, 36\) bool"),
-    ("mask", lambda x: x[:, :4], ValueError, r"mask must be .*at least as fine as the token grid \(5, 7\), got \(2, 4, 36\)"),
+    (
+        "mask",
+        lambda x: x[:, :4],
+        ValueError,
+        r"mask must be .*at least as fine as the token grid \(5, 7\), got \(2, 4, 36\)",
+    ),
     ("mask", meta, ValueError, r"mask must be on cpu like depth, got meta"),
 ]
 
@@ -114,34 +154,69 @@ CASES = {
         *HUGE_SIZE,
         *like(COMMON_CAMERAS, "points"),
         ("features", lambda x: x[0], ValueError, r"features must be \(N, C\) float, got \(4,\) float32"),
-        ("features", lambda x: x[:59], ValueError, r"features must be \(N, C\) with the N of points, 60, got \(59, 4\)"),
+        (
+            "features",
+            lambda x: x[:59],
+            ValueError,
+            r"features must be \(N, C\) with the N of points, 60, got \(59, 4\)",
+        ),
         ("features", lambda x: x.int(), TypeError, r"features must be \(N, C\) float, got \(60, 4\) int32"),
         ("features", lambda x: x.to(torch.complex64), TypeError, r"features must be \(N, C\) float, got .*complex64"),
         ("features", lambda x: None, TypeError, r"features must be a tensor, \(N, C\) float, got NoneType None"),
         ("features", meta, ValueError, r"features must be on cpu like points, got meta"),
-        ("dtype", lambda x: torch.int32, TypeError, r"dtype must be float32, float16, bfloat16 or float64, got torch\.int32"),
+        (
+            "dtype",
+            lambda x: torch.int32,
+            TypeError,
+            r"dtype must be float32, float16, bfloat16 or float64, got torch\.int32",
+        ),
         ("dtype", lambda x: "float16", TypeError, r"dtype must be float32, float16, bfloat16 or float64, got float16"),
     ],
     cache_write: [
         *COMMON_DEPTH,
         *like(COMMON_CAMERAS, "latents"),
         ("depth", lambda x: x.double(), TypeError, r"depth must be .*float32, float16 or bfloat16, got .*float64"),
-        ("depth", lambda x: x.expand(2, *IMAGE)[:1], ValueError, r"mask must be .* with the T of depth, 1, got \(2, 23, 36\)"),
+        (
+            "depth",
+            lambda x: x.expand(2, *IMAGE)[:1],
+            ValueError,
+            r"mask must be .* with the T of depth, 1, got \(2, 23, 36\)",
+        ),
         ("latents", lambda x: x[0], ValueError, r"latents must be \(T, C, h, w\) float, got \(4, 5, 7\) float32"),
-        ("latents", lambda x: x.double(), TypeError, r"latents must be \(T, C, h, w\) float32.*got \(2, 4, 5, 7\) float64"),
+        (
+            "latents",
+            lambda x: x.double(),
+            TypeError,
+            r"latents must be \(T, C, h, w\) float32.*got \(2, 4, 5, 7\) float64",
+        ),
         ("latents", lambda x: x.int(), TypeError, r"latents must be \(T, C, h, w\) float32.*got \(2, 4, 5, 7\) int32"),
         ("latents", lambda x: [x], TypeError, r"latents must be a tensor, \(T, C, h, w\) float, got list"),
         ("latents", lambda x: x[:, :, :0], ValueError, r"latents.*two positive integers, got \(0, 7\)"),
-        ("latents", lambda x: x[:1], ValueError, r"depth must be \(T, H, W\) with the T of latents, 1, got \(2, 23, 36\)"),
+        (
+            "latents",
+            lambda x: x[:1],
+            ValueError,
+            r"depth must be \(T, H, W\) with the T of latents, 1, got \(2, 23, 36\)",
+        ),
         ("latents", meta, ValueError, r"depth must be on meta like latents, got cpu"),
         ("latents", lambda x: x[:, :3], ValueError, r"features must be \(100, 3\) float32.*got \(100, 4\) float32"),
-        ("points", lambda x: x[:, :3].contiguous(), ValueError, r"points must be \(N, 4\) float32.*got \(100, 3\) float32"),
+        (
+            "points",
+            lambda x: x[:, :3].contiguous(),
+            ValueError,
+            r"points must be \(N, 4\) float32.*got \(100, 3\) float32",
+        ),
         ("points", lambda x: x.double(), ValueError, r"points must be \(100, 4\) float32, got \(100, 4\) float64"),
         ("points", meta, ValueError, r"points must be on cpu like latents, got meta"),
         ("points", scenes.strided, ValueError, r"points must be contiguous.*got strides \(18, 2\)"),
         ("points", lambda x: x[:99], ValueError, r"features must be \(99, 4\) float32.*got \(100, 4\) float32"),
         ("features", lambda x: x[:, :3], ValueError, r"features must be \(100, 4\) float32 or.*got \(100, 3\) float32"),
-        ("features", lambda x: x.double(), ValueError, r"features must be \(100, 4\) float32 or.*got \(100, 4\) float64"),
+        (
+            "features",
+            lambda x: x.double(),
+            ValueError,
+            r"features must be \(100, 4\) float32 or.*got \(100, 4\) float64",
+        ),
         ("features", lambda x: x.int(), ValueError, r"features must be \(100, 4\) float32 or.*got \(100, 4\) int32"),
         ("features", lambda x: x.T.contiguous().T, ValueError, r"features must be contiguous.*got strides \(1, 100\)"),
         ("features", meta, ValueError, r"features must be on cpu like latents, got meta"),
@@ -154,12 +229,27 @@ CASES = {
         ("count", lambda x: torch.tensor([1, 2]), ValueError, r"count must be one int64, got \(2,\) int64"),
         ("count", lambda x: 3, TypeError, r"count must be a tensor.*got int 3"),
         ("count", meta, ValueError, r"count must be on cpu like latents, got meta"),
-        ("min_depth", lambda x: -1.0, ValueError, r"min_depth must be in \[0, max_depth\], got min_depth=-1\.0, max_depth=inf"),
+        (
+            "min_depth",
+            lambda x: -1.0,
+            ValueError,
+            r"min_depth must be in \[0, max_depth\], got min_depth=-1\.0, max_depth=inf",
+        ),
         ("min_depth", lambda x: math.nan, ValueError, r"min_depth must be in \[0, max_depth\], got min_depth=nan"),
         ("max_depth", lambda x: -2.0, ValueError, r"min_depth must be in \[0, max_depth\], got .*max_depth=-2\.0"),
         ("max_depth", lambda x: math.nan, ValueError, r"min_depth must be in \[0, max_depth\], got .*max_depth=nan"),
-        ("first_frame", lambda x: -1, ValueError, r"first_frame must be an int >= 0 with room for 2 frames in int32, got -1"),
-        ("first_frame", lambda x: 2**31 - 2, ValueError, r"first_frame must be .* room for 2 frames in int32, got 2147483646"),
+        (
+            "first_frame",
+            lambda x: -1,
+            ValueError,
+            r"first_frame must be an int >= 0 with room for 2 frames in int32, got -1",
+        ),
+        (
+            "first_frame",
+            lambda x: 2**31 - 2,
+            ValueError,
+            r"first_frame must be .* room for 2 frames in int32, got 2147483646",
+        ),
     ],
     view_overlap: [
         *COMMON_POINTS,
@@ -167,7 +257,12 @@ CASES = {
         *HUGE_SIZE,
         *like(COMMON_CAMERAS, "points"),
         ("target_intrinsics", lambda x: x[0], ValueError, r"target_intrinsics must be \(T, 3, 3\) float, got \(3, 3\)"),
-        ("target_intrinsics", lambda x: x.int(), TypeError, r"target_intrinsics must be \(T, 3, 3\) float, got .*int32"),
+        (
+            "target_intrinsics",
+            lambda x: x.int(),
+            TypeError,
+            r"target_intrinsics must be \(T, 3, 3\) float, got .*int32",
+        ),
         ("target_intrinsics", meta, ValueError, r"target_intrinsics must be on cpu like points, got meta"),
         ("target_cam2world", lambda x: x[0], ValueError, r"target_cam2world must be \(T, 4, 4\) float, got \(4, 4\)"),
         (
@@ -178,8 +273,18 @@ CASES = {
         ),
         ("voxel_size", lambda x: 0.0, ValueError, r"voxel_size must be a finite length > 0 in world units, got 0\.0"),
         ("voxel_size", lambda x: -0.1, ValueError, r"voxel_size must be a finite length > 0 in world units, got -0\.1"),
-        ("voxel_size", lambda x: math.nan, ValueError, r"voxel_size must be a finite length > 0 in world units, got nan"),
-        ("voxel_size", lambda x: math.inf, ValueError, r"voxel_size must be a finite length > 0 in world units, got inf"),
+        (
+            "voxel_size",
+            lambda x: math.nan,
+            ValueError,
+            r"voxel_size must be a finite length > 0 in world units, got nan",
+        ),
+        (
+            "voxel_size",
+            lambda x: math.inf,
+            ValueError,
+            r"voxel_size must be a finite length > 0 in world units, got inf",
+        ),
     ],
 }
 PARAMETERS = [
@@ -241,7 +346,9 @@ def test_views_that_do_not_match_the_depth():
 def test_depth_without_pixels():
     arguments = {**good(back_project), "mask": None, "depth_sampling": "bilinear"}
     arguments["depth"] = arguments["depth"][:, :0]
-    with pytest.raises(ValueError, match=r"depth must be \(T, H, W\) with at least one pixel, got \(2, 0, 36\) float32"):
+    with pytest.raises(
+        ValueError, match=r"depth must be \(T, H, W\) with at least one pixel, got \(2, 0, 36\) float32"
+    ):
         back_project(**arguments)
 
 

@@ -10,7 +10,7 @@ import scenes
 import torch
 from comparison import assert_equal_bits
 
-from mirage_kernels import back_project, cache_write, splat, use_backend, view_overlap
+from mirage_kernels import back_project, cache_write, reference, splat, use_backend, view_overlap
 from mirage_kernels.schemas import FAMILIES, SCHEMAS, private_operator
 
 SIZE = (5, 7)
@@ -43,6 +43,10 @@ def operator_arguments(name, seed=0, count=200, views=2, dtype=torch.float32, ma
     return points, live, *cameras, cameras[0][:1], cameras[1][:1], *SIZE, 0.5, 0.05
 
 
+def family(kernels):
+    return "triton" if kernels.name == "triton" else "compiled"
+
+
 def non_trivial(name, results):
     results = results if isinstance(results, (tuple, list)) else [results]
     return all(bool(x.any()) for x in results) and (name != "splat" or int(results[1].sum()) > 5)
@@ -63,10 +67,7 @@ def test_every_operator_has_a_schema_per_family():
 
 @pytest.mark.parametrize("name", SCHEMAS)
 def test_fakes_give_the_shapes_and_dtypes_of_the_real_results(kernels, name):
-    if kernels.name == "triton" and name == "splat_backward":
-        pytest.skip("the Triton backward is reached through autograd only")
-    family = "triton" if kernels.name == "triton" else "compiled"
-    operator = private_operator(name, family)
+    operator = private_operator(name, family(kernels))
     for masked in (False, True):
         arguments = [kernels.put(x) for x in operator_arguments(name, masked=masked)]
         real = operator(*arguments)
@@ -83,7 +84,7 @@ def test_fakes_give_the_shapes_and_dtypes_of_the_real_results(kernels, name):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_opcheck(kernels, name, masked, dtype):
     """Schema, autograd registration, fake tensors, and AOT dispatch with dynamic shapes."""
-    operator = private_operator(name, "triton" if kernels.name == "triton" else "compiled")
+    operator = private_operator(name, family(kernels))
     arguments = [kernels.put(x) for x in operator_arguments(name, dtype=dtype, masked=masked)]
     assert non_trivial(name, operator(*[x.clone() if isinstance(x, torch.Tensor) else x for x in arguments]))
     if name == "splat" and dtype == torch.float32:
@@ -130,13 +131,9 @@ def test_backward_is_that_of_the_definition(kernels, dtype, out):
 
 
 def test_backward_operator_is_the_definition(kernels):
-    from mirage_kernels import reference
-
-    if kernels.name == "triton":
-        pytest.skip("the Triton backward is reached through autograd only")
     for dtype in scenes.DTYPES:
         arguments = operator_arguments("splat_backward", dtype=dtype)
-        got = private_operator("splat_backward", "compiled")(*[kernels.put(x) for x in arguments])
+        got = private_operator("splat_backward", family(kernels))(*[kernels.put(x) for x in arguments])
         assert got.any()
         assert_equal_bits([got], [reference.splat_backward(*arguments)])
 

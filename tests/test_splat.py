@@ -44,7 +44,7 @@ def check(backend, points, features, intrinsics, cam2world, size, *, num_points=
 
 
 def facing(points, channels=3):
-    """Points (N, 3 or 4) before one camera that maps (x, y, 1) to column x, row y, and features that tell them apart."""
+    """Points (N, 3 or 4) before a camera that maps (x, y, 1) to column x, row y, and features that tell them apart."""
     points = torch.as_tensor(points, dtype=torch.float32)
     if points.shape[1] == 3:
         points = torch.cat([points, torch.full((len(points), 1), 0.1)], 1)
@@ -473,7 +473,9 @@ def test_gradient_is_the_sum_over_the_cells_won(backend, dtype, out):
     points, features, *cameras = make(25, 60, 3, views=3)
     features = features.to(dtype)
     leaf = backend.put(features).requires_grad_()
-    view = splat(*[backend.put(x) if x is not features else leaf for x in (points, features, *cameras)], SIZE, dtype=out)
+    view = splat(
+        *[backend.put(x) if x is not features else leaf for x in (points, features, *cameras)], SIZE, dtype=out
+    )
     assert view.latents.requires_grad
     assert not (view.mask.requires_grad or view.depth.requires_grad or view.index.requires_grad)
     weights = torch.from_numpy(np.random.default_rng(25).uniform(-1, 1, view.latents.shape)).to(out)

@@ -171,6 +171,7 @@ Tensor cache_write(Tensor points, Tensor features, Tensor frame_ids, Tensor coun
   if (mask_.has_value()) mask = checked(*mask_, ScalarType::Bool, "mask");
   STD_TORCH_CHECK(points.is_contiguous() && features.is_contiguous() && frame_ids.is_contiguous(),
                   "points, features and frame_ids must be contiguous: they are written in place");
+  STD_TORCH_CHECK(is_aligned(points), "points must begin at a multiple of 16 bytes: they are written in place");
   const cudaStream_t stream = current_stream(latents);
   const index_t channels = latents.size(1), height = latents.size(2), width = latents.size(3);
   const DepthSource source = make_source(depth, mask, height, width, bilinear);

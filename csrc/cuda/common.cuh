@@ -42,6 +42,14 @@ inline Tensor checked(const Tensor& tensor, ScalarType dtype, const char* name) 
   return as_contiguous(tensor);
 }
 
+// Points are loaded 16 bytes at a time; a view may begin anywhere in its storage.
+inline bool is_aligned(const Tensor& points) { return reinterpret_cast<uintptr_t>(points.const_data_ptr()) % 16 == 0; }
+
+inline Tensor checked_points(const Tensor& points_) {
+  const Tensor points = checked(points_, ScalarType::Float, "points");
+  return is_aligned(points) ? points : torch::stable::clone(points);
+}
+
 template <typename T>
 inline const T* input(const Tensor& tensor) {
   return static_cast<const T*>(tensor.const_data_ptr());

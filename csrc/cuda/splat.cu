@@ -140,7 +140,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> splat(const Tensor& points_, const Te
                                                  const Tensor& cam2world_, int64_t height, int64_t width, double near,
                                                  ScalarType dtype) {
   const torch::stable::accelerator::DeviceGuard guard(points_.get_device_index());
-  const Tensor points = checked(points_, ScalarType::Float, "points");
+  const Tensor points = checked_points(points_);
   const Tensor features = as_contiguous(features_);
   const Tensor intrinsics = checked(intrinsics_, ScalarType::Double, "intrinsics");
   const Tensor cam2world = checked(cam2world_, ScalarType::Double, "cam2world");

@@ -97,7 +97,7 @@ Tensor view_overlap(const Tensor& points_, const std::optional<Tensor>& num_poin
                     const Tensor& cam2world_, const Tensor& target_intrinsics_, const Tensor& target_cam2world_,
                     int64_t height, int64_t width, double voxel_size, double near) {
   const torch::stable::accelerator::DeviceGuard guard(points_.get_device_index());
-  const Tensor points = checked(points_, ScalarType::Float, "points");
+  const Tensor points = checked_points(points_);
   const Tensor intrinsics = checked(intrinsics_, ScalarType::Double, "intrinsics");
   const Tensor cam2world = checked(cam2world_, ScalarType::Double, "cam2world");
   const Tensor target_intrinsics = checked(target_intrinsics_, ScalarType::Double, "target_intrinsics");

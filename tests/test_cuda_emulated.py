@@ -1,0 +1,658 @@
+"""The CUDA operators' own source files, run on the CPU by ``cuda_emulator``, against the CPU operators, bit for bit.
+
+This checks what the kernels compute and how their threads work together (barriers, warp collectives, atomics, tails),
+and the emulator stops at every race, unwritten value and access out of bounds. It cannot check what only a GPU has: its
+compiler, its memory model, its speed.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+import math
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import scenes
+import torch
+from comparison import assert_equal_bits
+from cuda_emulator.build import NAMESPACE, VARIANTS, NotSupported, build
+from torch import Tensor
+
+from mirage_kernels import available_backends, reference
+from mirage_kernels.schemas import SCHEMAS, private_operator
+
+NEAR = 0.05
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+PAIRS = list(itertools.product(DTYPES, DTYPES))
+CHANNELS = (1, 3, 8, 48, 64, 65, 130)
+
+
+class Order(NamedTuple):
+    """The order in which threads and blocks run, and the byte that memory holds before anything is written."""
+
+    policy: int
+    seed: int = 0
+    poison: int = 0xCD
+    processors: int = 1
+
+
+ASCENDING, DESCENDING = Order(0), Order(1, poison=0xFF)
+ORDERS = (ASCENDING, DESCENDING, Order(2, seed=1), Order(2, seed=2, poison=0x00, processors=3))
+names = {ASCENDING: "ascending", DESCENDING: "descending", ORDERS[2]: "random 1", ORDERS[3]: "random 2"}
+every_order = pytest.mark.parametrize("order", ORDERS, ids=names.__getitem__)
+
+
+class Emulated:
+    """The operators of the emulated library."""
+
+    def __init__(self, path: str) -> None:
+        self._configure = ctypes.CDLL(path).emulator_configure
+
+    def run(self, name: str, *arguments: Any, order: Order = ASCENDING, variant: str = "") -> Any:
+        self._configure(order.policy, order.seed, order.processors, order.poison)
+        return getattr(getattr(torch.ops, NAMESPACE + variant), name)(*arguments)
+
+
+_libraries = []  # a torch library is gone when its object is
+
+
+@pytest.fixture(scope="module")
+def emulated() -> Emulated:
+    try:
+        path = str(build())
+    except NotSupported as reason:
+        pytest.skip(str(reason))
+    if not _libraries:
+        for suffix in VARIANTS:
+            library = torch.library.Library(NAMESPACE + suffix, "DEF")
+            for name, schema in SCHEMAS.items():
+                library.define(f"{name}_compiled{schema}")
+            _libraries.append(library)
+        _libraries[0].define("run_faulty(Tensor input, int which) -> Tensor")
+        torch.ops.load_library(path)
+    return Emulated(path)
+
+
+def definition(name: str, *arguments: Any) -> Any:
+    """What the operator must give: the compiled CPU operator, or reference.py where it was not built."""
+    if available_backends()["cpu"]:
+        return private_operator(name, "compiled")(*arguments)
+    if name == "back_project":
+        *tensors, height, width, bilinear = arguments
+        return reference.back_project(*tensors, (height, width), "bilinear" if bilinear else "median")
+    if name == "splat":
+        *tensors, height, width, near, dtype = arguments
+        return reference.splat(*tensors, (height, width), near, dtype)
+    if name == "cache_write":
+        *tensors, first_frame, bilinear, low, high = arguments
+        return reference.cache_write(*tensors, first_frame, "bilinear" if bilinear else "median", low, high)
+    if name == "view_overlap":
+        *tensors, height, width, voxel_size, near = arguments
+        return reference.view_overlap(*tensors, (height, width), voxel_size, near)
+    return reference.splat_backward(*arguments)
+
+
+def as_tuple(result: Any) -> tuple[Tensor, ...]:
+    return (result,) if isinstance(result, Tensor) else tuple(result)
+
+
+def assert_same(emulated: Emulated, name: str, *arguments: Any, order: Order, variant: str = "") -> tuple[Tensor, ...]:
+    """The emulated operator gives the definition's bits; returns them."""
+    expected = as_tuple(definition(name, *arguments))
+    got = as_tuple(emulated.run(f"{name}_compiled", *arguments, order=order, variant=variant))
+    assert_equal_bits(got, expected)
+    return expected
+
+
+def orders() -> Iterator[Order]:
+    """One order after the other, for the cases of a loop."""
+    return itertools.cycle(ORDERS)
+
+
+# The emulator itself.
+
+FAULTS = [
+    None,
+    None,
+    "which nothing has written|a race in __shared__ shared, byte",
+    "a race in __shared__ shared, byte .* no barrier between",
+    "waits at the __syncthreads of line",
+    "no thread can go on: .*__ballot_sync.*__syncthreads",
+    "exits while other lanes|names lane 5, which has exited",
+    "while other lanes of the warp wait at __(ballot|all)_sync",
+    "outside of all tensors|reads past the end",
+    "outside of all tensors|writes past the end",
+    "past the end of a __shared__ variable",
+    "reads __shared__ shared at byte 252, which nothing has written",
+    "reads memory that nothing has written",
+    "writes to an input",
+    "not aligned",
+    "__ldg of memory that the same launch writes",
+    "a race in global memory, byte .* in another block",
+    None,
+    "a race in global memory",
+    "not launched on the current stream",
+    "an invalid launch configuration",
+    "the launch before it was not checked",
+]
+
+
+@every_order
+@pytest.mark.parametrize("which", range(len(FAULTS)))
+def test_emulator_stops_at_faults(emulated: Emulated, which: int, order: Order) -> None:
+    values = torch.arange(1, 65, dtype=torch.int32)
+    message = FAULTS[which]
+    if message is not None:
+        with pytest.raises(RuntimeError, match=message):
+            emulated.run("run_faulty", values, which, order=order)
+        return
+    result = emulated.run("run_faulty", values, which, order=order)
+    lane = torch.arange(64) % 32
+    mirrored = values.flip(0)
+    above = torch.where(lane == 0, mirrored, mirrored.roll(1))
+    swapped = mirrored.view(-1, 2).flip(1).flatten()
+    halves = values.clone()
+    halves[:32] += values[32:]
+    expected = {0: above + swapped, 1: halves, 17: torch.full((64,), 0x7F7F7F7F, dtype=torch.int32)}[which]
+    if which == 17:
+        expected[0], expected[1] = 1, 0  # the 64-bit minimum
+    assert torch.equal(result, expected.int())
+
+
+# splat
+
+
+def splat_scene(
+    seed: int, count: int, channels: int, views: int, size: tuple[int, int], dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    rng = np.random.default_rng(seed)
+    points, features = scenes.cloud(rng, count, channels, dtype)
+    return points, features, scenes.intrinsics(rng, views, size), scenes.poses(rng, views)
+
+
+@pytest.mark.parametrize("pair", PAIRS, ids=lambda pair: "-".join(str(dtype).removeprefix("torch.") for dtype in pair))
+def test_splat_reads_out_every_dtype_and_channel_count(
+    emulated: Emulated, pair: tuple[torch.dtype, torch.dtype]
+) -> None:
+    for channels, order in zip(CHANNELS, orders(), strict=False):
+        size = ((7, 11), (4, 8), (1, 33))[channels % 3]
+        points, features, intrinsics, cam2world = splat_scene(channels, 301, channels, 2, size, pair[0])
+        cameras = (intrinsics, cam2world)
+        view = assert_same(emulated, "splat", points, features, None, *cameras, *size, NEAR, pair[1], order=order)
+        covered = int(view[1].sum())
+        assert 10 < covered and view[0].abs().gt(0.4).any(1).sum() == covered
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_splat_reads_unaligned_features(emulated: Emulated, dtype: torch.dtype) -> None:
+    # The rows would divide into 16-byte loads, but for where they begin.
+    points, features, *cameras = splat_scene(5, 200, 16, 2, (6, 9), dtype)
+    shifted = torch.empty(features.numel() + 1, dtype=dtype)[1:].view(features.shape).copy_(features)
+    for order in ORDERS[:2]:
+        view = assert_same(emulated, "splat", points, shifted, None, *cameras, 6, 9, NEAR, dtype, order=order)
+    assert view[1].any()
+
+
+def shifted_by_a_float(points: Tensor) -> Tensor:
+    """The same points, contiguous, where no 16-byte load may begin."""
+    return torch.empty(points.numel() + 1)[1:].view(points.shape).copy_(points)
+
+
+def test_points_may_begin_anywhere(emulated: Emulated) -> None:
+    points, features, *cameras = splat_scene(5, 200, 4, 2, (6, 9))
+    points = shifted_by_a_float(points)
+    view = assert_same(emulated, "splat", points, features, None, *cameras, 6, 9, NEAR, torch.float32, order=ASCENDING)
+    assert view[1].any()
+    (counts,) = assert_same(
+        emulated, "view_overlap", points, None, *cameras, *cameras, 6, 9, 0.5, NEAR, order=ASCENDING
+    )
+    assert counts.gt(0).all()
+
+
+@every_order
+@pytest.mark.parametrize("views", [0, 1, 15, 16, 17, 35])
+def test_splat_any_number_of_views(emulated: Emulated, views: int, order: Order) -> None:
+    points, features, *cameras = splat_scene(views, 150, 3, views, (5, 7))
+    view = assert_same(emulated, "splat", points, features, None, *cameras, 5, 7, NEAR, torch.float32, order=order)
+    assert view[1].flatten(1).any(1).all()
+
+
+@every_order
+def test_splat_more_points_than_threads(emulated: Emulated, order: Order) -> None:
+    # 16 blocks of 256 for one processor: the loop over points goes round.
+    points, features, *cameras = splat_scene(1, 4500, 2, 1, (24, 24))
+    points[:4096, 2] += 8
+    view = assert_same(emulated, "splat", points, features, None, *cameras, 24, 24, NEAR, torch.float32, order=order)
+    assert int((view[3] >= 4096).sum()) > 50
+
+
+@every_order
+@pytest.mark.parametrize("live", [-3, 0, 1, 255, 256, 300, 301, 302, 2**40])
+def test_splat_counts_live_points_on_the_device(emulated: Emulated, live: int, order: Order) -> None:
+    points, features, *cameras = splat_scene(2, 301, 5, 2, (5, 7))
+    points[:, 2] = points[:, 2].abs()
+    view = assert_same(
+        emulated, "splat", points, features, torch.tensor([live]), *cameras, 5, 7, NEAR, torch.float32, order=order
+    )
+    assert view[1].any() == (live > 0)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 31), (1, 32), (33, 1), (5, 13), (8, 8)])
+def test_splat_grids_with_tails(emulated: Emulated, size: tuple[int, int]) -> None:
+    points, features, *cameras = splat_scene(3, 400, 4, 3, size)
+    for order in ORDERS:
+        view = assert_same(emulated, "splat", points, features, None, *cameras, *size, NEAR, torch.float16, order=order)
+        assert view[1].any()
+
+
+@pytest.mark.parametrize("shape", [(0, 4), (100, 0), (0, 0)])
+def test_splat_of_nothing(emulated: Emulated, shape: tuple[int, int]) -> None:
+    points, features, *cameras = splat_scene(4, *shape, 2, (5, 7))
+    view = assert_same(emulated, "splat", points, features, None, *cameras, 5, 7, NEAR, torch.float32, order=ASCENDING)
+    assert view[1].any() == (shape[0] > 0)
+
+
+@every_order
+def test_splat_ties_go_to_the_lowest_index(emulated: Emulated, order: Order) -> None:
+    points, features, *cameras = splat_scene(6, 40, 3, 2, (5, 7))
+    again = torch.from_numpy(np.random.default_rng(6).permutation(np.repeat(np.arange(40), 9)))
+    points, features = points[again], torch.randn(len(again), 3)
+    view = assert_same(emulated, "splat", points, features, None, *cameras, 5, 7, NEAR, torch.float32, order=order)
+    first = {int(token): k for k, token in reversed(list(enumerate(again)))}
+    winners = view[3][view[1]]
+    assert len(winners) > 10 and set(winners.tolist()) <= set(first.values())
+
+
+@every_order
+def test_splat_of_points_in_one_cell(emulated: Emulated, order: Order) -> None:
+    # Every thread of every warp meets the others at one address.
+    rng = np.random.default_rng(7)
+    points = torch.zeros(700, 4)
+    points[:, 2] = torch.from_numpy(rng.integers(1, 40, 700)).float()
+    features = torch.arange(1, 701.0)[:, None]
+    intrinsics, cam2world = torch.eye(3, dtype=torch.float64)[None], torch.eye(4, dtype=torch.float64)[None]
+    view = assert_same(
+        emulated, "splat", points, features, None, intrinsics, cam2world, 1, 1, NEAR, torch.float32, order=order
+    )
+    assert view[2].item() == 1 and view[3].item() == int((points[:, 2] == 1).nonzero()[0])
+
+
+@every_order
+def test_splat_of_extreme_values(emulated: Emulated, order: Order) -> None:
+    # Any bits a float can have, in points and cameras, and depths on both sides of `near`.
+    rng = np.random.default_rng(8)
+    points, features, intrinsics, cam2world = splat_scene(8, 600, 4, 4, (6, 10))
+    points[:200] = torch.from_numpy(rng.integers(0, 2**32, (200, 4), dtype=np.uint64).astype(np.uint32)).view(
+        torch.float32
+    )
+    points[200:210, 2] = math.nan
+    points[210:220, :3] = torch.tensor([math.inf, -math.inf, math.inf])
+    points[220:240] = torch.tensor([0.0, 0.0, NEAR, 1.0]) * torch.linspace(0.999, 1.001, 20)[:, None]
+    points[240] = torch.tensor([0.0, 0.0, torch.finfo(torch.float32).max, 1.0])
+    cam2world[0] = torch.eye(4)
+    cam2world[2, :3, :3] = 0  # nothing to invert
+    intrinsics[3, 0, 0] = math.nan
+    cameras = (intrinsics, cam2world)
+    for near in (NEAR, 0.0):
+        view = assert_same(emulated, "splat", points, features, None, *cameras, 6, 10, near, torch.float32, order=order)
+        assert view[1][:2].flatten(1).any(1).all()
+        assert not view[1][2:].any()
+
+
+def one_each(count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Points, intrinsics and pose such that point k falls alone into cell k of a row of ``count``."""
+    points = torch.zeros(count, 4)
+    points[:, 0], points[:, 2] = torch.arange(count) + 0.5, 1
+    points[:, 1] = 0.5
+    return points, torch.eye(3, dtype=torch.float64)[None], torch.eye(4, dtype=torch.float64)[None]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_splat_keeps_every_bit_pattern(emulated: Emulated, dtype: torch.dtype) -> None:
+    # NaN too, with its bits: what goes out in the dtype it came in is copied.
+    rng = np.random.default_rng(9)
+    if dtype == torch.float32:
+        bits = torch.from_numpy(rng.integers(-(2**31), 2**31, (300, 64)).astype(np.int32))
+    else:
+        bits = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(512, 128)
+    features = bits.view(dtype)
+    points, *cameras = one_each(len(features))
+    view = assert_same(
+        emulated, "splat", points, features, None, *cameras, 1, len(features), NEAR, dtype, order=DESCENDING
+    )
+    assert view[1].all() and features.isnan().any()
+    assert_equal_bits([view[0][0, :, 0].t().contiguous()], [features])
+
+
+@pytest.mark.parametrize("pair", [pair for pair in PAIRS if pair[0] != pair[1]], ids=str)
+def test_splat_rounds_as_torch_does(emulated: Emulated, pair: tuple[torch.dtype, torch.dtype]) -> None:
+    # Random bits, ties between neighbours, subnormals and what overflows; a NaN's bits are the GPU's own.
+    rng = np.random.default_rng(10)
+    bits = torch.from_numpy(rng.integers(-(2**31), 2**31, 64 * 192).astype(np.int32))
+    halves = torch.from_numpy(rng.integers(-(2**15), 2**15, 64 * 64).astype(np.int16)).view(torch.float16).float()
+    neighbours = torch.from_numpy(rng.integers(-1, 2, 64 * 64) * 2.0**-25).float()
+    values = torch.cat(
+        [bits.view(torch.float32), halves * (1 + 2.0**-11), halves + neighbours, torch.full((64,), 65520.0)]
+    )
+    features = torch.where(values.isnan(), 1.0, values).view(-1, 64).to(pair[0])
+    points, *cameras = one_each(len(features))
+    view = assert_same(
+        emulated, "splat", points, features, None, *cameras, 1, len(features), NEAR, pair[1], order=ASCENDING
+    )
+    assert view[1].all() and torch.equal(view[0][0, :, 0].t(), features.to(pair[1]))
+
+
+# splat_backward
+
+
+@every_order
+@pytest.mark.parametrize("channels", [0, 1, 48, 65, 130])
+def test_splat_backward(emulated: Emulated, channels: int, order: Order) -> None:
+    points, features, *cameras = splat_scene(channels, 90, channels, 4, (7, 11))
+    index = definition("splat", points, features, None, *cameras, 7, 11, NEAR, torch.float32)[3]
+    assert (
+        int((index.flatten().bincount(minlength=90) if (index >= 0).all() else index[index >= 0].bincount()).max()) > 1
+    )
+    for grad_dtype, dtype in PAIRS if channels == 48 else PAIRS[::4]:
+        grad = torch.randn(4, channels, 7, 11, generator=torch.Generator().manual_seed(channels)).to(grad_dtype)
+        (sums,) = assert_same(emulated, "splat_backward", grad, index, 90, dtype, order=order)
+        assert sums.dtype == dtype and sums.abs().gt(0).any() == (channels > 0)
+
+
+def test_splat_backward_of_nothing(emulated: Emulated) -> None:
+    for views, count in ((0, 5), (2, 0), (2, 5)):
+        grad, index = torch.randn(views, 3, 4, 4), torch.full((views, 4, 4), -1)
+        (sums,) = assert_same(emulated, "splat_backward", grad, index, count, torch.float32, order=ASCENDING)
+        assert sums.shape == (count, 3) and not sums.any()
+
+
+def test_gradient_of_strided_latents(emulated: Emulated) -> None:
+    points, features, *cameras = splat_scene(11, 90, 5, 3, (7, 11))
+    index = definition("splat", points, features, None, *cameras, 7, 11, NEAR, torch.float32)[3]
+    grad = scenes.strided(torch.randn(3, 5, 7, 11))
+    (sums,) = assert_same(emulated, "splat_backward", grad, index, 90, torch.float32, order=DESCENDING)
+    assert sums.any()
+
+
+# back_project
+
+LIFTS = {
+    "16 x 16": ((64, 96), (4, 6)),
+    "ragged": ((37, 53), (5, 7)),
+    "one pixel": ((7, 9), (7, 9)),
+    "narrow": ((64, 9), (4, 9)),
+    "flat": ((5, 96), (5, 6)),
+    "one or two": ((11, 13), (8, 9)),
+    "wider than a warp": ((10, 150), (2, 3)),
+    "32 wide, held": ((16, 64), (2, 2)),
+    "32 wide, past registers": ((18, 64), (2, 2)),
+    "17 wide": ((16, 34), (2, 2)),
+    "tall": ((260, 10), (2, 2)),
+    "one token": ((24, 40), (1, 1)),
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=["sm80", "older"])
+@pytest.mark.parametrize("case", LIFTS)
+def test_back_project_cells_of_any_shape(emulated: Emulated, case: str, variant: str) -> None:
+    image, size = LIFTS[case]
+    rng = np.random.default_rng(len(case))
+    cameras = scenes.intrinsics(rng, 2, image), scenes.poses(rng, 2)
+    for noise, order in zip((0.01, 3.0, 1e-6, 0.0), ORDERS, strict=True):
+        depth = scenes.depth_maps(rng, 2, image, unknown=0.3, noise=noise)
+        mask = scenes.static_masks(rng, 2, image, moving=0.3 * size[0] * size[1] / (image[0] * image[1]))
+        lift = assert_same(emulated, "back_project", depth, *cameras, mask, *size, False, order=order, variant=variant)
+        assert lift[1].any() and lift[0][lift[1]].abs().gt(0).all()
+
+
+@pytest.mark.parametrize("case", LIFTS)
+def test_back_project_depths_of_any_size(emulated: Emulated, case: str) -> None:
+    # The search for the median starts from the least and greatest bits: here from one end of float32 to the other.
+    image, size = LIFTS[case]
+    rng = np.random.default_rng(20)
+    cameras = scenes.intrinsics(rng, 3, image), scenes.poses(rng, 3)
+    bits = torch.from_numpy(rng.integers(1, 0x7F800000, (3, *image)).astype(np.int32))
+    bits[1] = torch.where(bits[1] % 3 == 0, 1, 0x7F7FFFFF)
+    bits[2] = torch.arange(bits[2].numel(), dtype=torch.int32).view(image) + 0x3F800000
+    depth = bits.view(torch.float32)
+    for order in ORDERS[1:3]:
+        lift = assert_same(emulated, "back_project", depth, *cameras, None, *size, False, order=order)
+        assert lift[1][2].all()
+
+
+@every_order
+def test_back_project_needs_half_of_a_cell(emulated: Emulated, order: Order) -> None:
+    rng = np.random.default_rng(21)
+    image, size = (32, 64), (2, 4)
+    for invalid in scenes.UNKNOWN:
+        for valid in (0, 1, 127, 128, 129, 256):
+            depth = torch.full((1, 2, 4, 256), invalid)
+            for i, j in itertools.product(range(2), range(4)):
+                depth[0, i, j, rng.permutation(256)[:valid]] = torch.from_numpy(rng.uniform(1, 2, valid)).float()
+            depth = depth.view(1, 2, 4, 16, 16).transpose(2, 3).reshape(1, *image)
+            cameras = scenes.intrinsics(rng, 1, image), scenes.poses(rng, 1)
+            lift = assert_same(emulated, "back_project", depth, *cameras, None, *size, False, order=order)
+            assert int(lift[1].sum()) == (8 if valid >= 128 else 0)
+
+
+@pytest.mark.parametrize("mask_size", [(5, 7), (37, 53), (74, 106), (9, 100), (200, 8)])
+def test_back_project_masks_of_another_resolution(emulated: Emulated, mask_size: tuple[int, int]) -> None:
+    rng = np.random.default_rng(22)
+    depth = scenes.depth_maps(rng, 2, (37, 53))
+    cameras = scenes.intrinsics(rng, 2, (37, 53)), scenes.poses(rng, 2)
+    mask = scenes.static_masks(rng, 2, mask_size, moving=min(0.2, 20 / (mask_size[0] * mask_size[1])))
+    for order in ORDERS:
+        for bilinear in (False, True):
+            lift = assert_same(emulated, "back_project", depth, *cameras, mask, 5, 7, bilinear, order=order)
+            assert lift[1].any() and not lift[1].all()
+
+
+@pytest.mark.parametrize("views", [0, 1, 3])
+@pytest.mark.parametrize("size", [(1, 1), (5, 7), (37, 53), (50, 60)])
+def test_back_project_bilinear(emulated: Emulated, size: tuple[int, int], views: int) -> None:
+    rng = np.random.default_rng(23)
+    depth = scenes.depth_maps(rng, views, (37, 53), unknown=0.1)
+    cameras = scenes.intrinsics(rng, views, (37, 53)), scenes.poses(rng, views)
+    lift = assert_same(emulated, "back_project", depth, *cameras, None, *size, True, order=ORDERS[views])
+    assert lift[1].any() == (views > 0) or size == (1, 1)
+
+
+def test_back_project_more_views_than_a_block_of_cameras(emulated: Emulated) -> None:
+    rng = np.random.default_rng(24)
+    depth = scenes.depth_maps(rng, 70, (6, 5))
+    cameras = scenes.intrinsics(rng, 70, (6, 5)), scenes.poses(rng, 70)
+    cameras[1][3] = math.nan
+    lift = assert_same(emulated, "back_project", depth, *cameras, None, 3, 2, False, order=ORDERS[2])
+    assert lift[1].flatten(1).any(1).sum() == 69
+
+
+# cache_write
+
+
+def write(
+    emulated: Emulated,
+    channels: int,
+    image: tuple[int, int],
+    size: tuple[int, int],
+    *,
+    order: Order,
+    views: int = 3,
+    pair: tuple[torch.dtype, torch.dtype] = (torch.float32, torch.float32),
+    capacity: int = 1000,
+    held: int = 0,
+    seed: int = 0,
+    mask: float | None = 0.01,
+    unknown: float = 0.3,
+    bilinear: bool = False,
+    low: float = 0.0,
+    high: float = math.inf,
+    spoil: Callable[[Tensor], object] = lambda latents: None,
+    variant: str = "",
+) -> list[int]:
+    """Both write into equal buffers: every buffer and the report end equal, bit for bit. Returns the report."""
+    rng = np.random.default_rng(seed)
+    depth = scenes.depth_maps(rng, views, image, unknown=unknown, noise=3.0)
+    latents = torch.from_numpy(rng.normal(size=(views, channels, *size))).to(pair[0])
+    spoil(latents)
+    cameras = scenes.intrinsics(rng, views, image), scenes.poses(rng, views)
+    static = None if mask is None else scenes.static_masks(rng, views, image, moving=mask)
+    rest = (latents, depth, *cameras, static, 7, bilinear, low, high)
+    expected = scenes.buffers(capacity, channels, pair[1], held)
+    got = scenes.buffers(capacity, channels, pair[1], held)
+    report = definition("cache_write", *expected, *rest)
+    emulated_report = emulated.run("cache_write_compiled", *got, *rest, order=order, variant=variant)
+    assert_equal_bits([*got, emulated_report], [*expected, report])
+    assert int(report.sum()) == views * size[0] * size[1]
+    return report.tolist()
+
+
+@pytest.mark.parametrize("pair", PAIRS, ids=lambda pair: "-".join(str(dtype).removeprefix("torch.") for dtype in pair))
+def test_cache_write_every_dtype_and_channel_count(emulated: Emulated, pair: tuple[torch.dtype, torch.dtype]) -> None:
+    for channels, order in zip(CHANNELS, orders(), strict=False):
+        report = write(emulated, channels, (30, 41), (10, 13), pair=pair, order=order, seed=channels, held=channels)
+        assert report[0] > 100 and report[2] > 0 and report[3] > 0
+
+
+@every_order
+@pytest.mark.parametrize(
+    ("capacity", "held"), [(0, 0), (1, 0), (1, 1), (100, 0), (400, 300), (300, 300), (290, 33), (256, 0), (257, 1)]
+)
+def test_cache_write_refuses_what_does_not_fit(emulated: Emulated, capacity: int, held: int, order: Order) -> None:
+    report = write(emulated, 5, (24, 30), (12, 15), capacity=capacity, held=held, order=order, views=2, unknown=0.1)
+    assert report[0] == capacity - held and report[1] > 0
+
+
+@every_order
+def test_cache_write_rejects(emulated: Emulated, order: Order) -> None:
+    def spoil(latents: Tensor) -> None:
+        latents[0, 1, 2, :3] = torch.tensor([math.nan, math.inf, -math.inf], dtype=latents.dtype)
+        latents[1, -1, :, 0] = math.nan
+
+    for dtype in DTYPES:
+        report = write(
+            emulated, 66, (24, 30), (12, 15), spoil=spoil, low=2.5, high=4.0, pair=(dtype, dtype), order=order
+        )
+        assert all(report[k] > 0 for k in (0, 2, 3, 4, 5))
+
+
+def test_cache_write_of_nothing_to_keep(emulated: Emulated) -> None:
+    for order in ORDERS:
+        tokens = 3 * 12 * 15
+        assert write(emulated, 3, (24, 30), (12, 15), mask=1.0, order=order)[2] == tokens
+        assert write(emulated, 3, (24, 30), (12, 15), unknown=1.0, mask=None, order=order)[3] == tokens
+        assert write(emulated, 3, (24, 30), (12, 15), low=50.0, mask=None, unknown=0.0, order=order)[4] == tokens
+        nan = lambda latents: latents.fill_(math.nan)  # noqa: E731
+        assert write(emulated, 3, (24, 30), (12, 15), spoil=nan, mask=None, unknown=0.0, order=order)[5] == tokens
+    assert write(emulated, 3, (24, 30), (12, 15), views=0, order=ASCENDING) == [0] * 6
+    assert write(emulated, 0, (24, 30), (12, 15), order=ASCENDING)[0] > 0
+
+
+@pytest.mark.parametrize("size", [(1, 1), (16, 16), (1, 255), (257, 1), (16, 33)])
+def test_cache_write_blocks_with_tails(emulated: Emulated, size: tuple[int, int]) -> None:
+    # 256 tokens a block, 32 a turn: views that end on their borders, before them and behind.
+    for views, order in zip((1, 2, 1, 2), ORDERS, strict=True):
+        report = write(
+            emulated, 7, (2 * size[0], size[1]), size, views=views, mask=None, unknown=0.0, order=order, capacity=2000
+        )
+        assert report[0] == views * size[0] * size[1]
+
+
+@pytest.mark.parametrize("held", [0, 300])
+def test_cache_write_scans_more_blocks_than_threads(emulated: Emulated, held: int) -> None:
+    # The variant scans 64 blocks of 256 tokens at a time.
+    for order, capacity in ((ORDERS[0], 12_000), (ORDERS[2], 40_000)):
+        report = write(
+            emulated, 2, (34, 1000), (34, 1000), views=1, capacity=capacity, held=held, order=order, bilinear=True,
+            mask=None, variant="_small",
+        )  # fmt: skip
+        assert report[0] > 11_000 and (report[1] > 0) == (capacity == 12_000)
+
+
+@every_order
+@pytest.mark.parametrize("variant", VARIANTS, ids=["sm80", "older"])
+def test_cache_write_bilinear(emulated: Emulated, variant: str, order: Order) -> None:
+    report = write(emulated, 4, (9, 21), (12, 15), bilinear=True, mask=None, order=order, variant=variant)
+    assert report[0] > 100
+
+
+@pytest.mark.parametrize("count", [-5, 1001, 2**62, -(2**62)])
+def test_cache_write_with_a_false_count_writes_nothing(emulated: Emulated, count: int) -> None:
+    # The count lives on the device: an operator that cannot refuse it must at least stay within its buffers.
+    rng = np.random.default_rng(30)
+    depth, latents = scenes.depth_maps(rng, 2, (24, 30)), torch.randn(2, 3, 12, 15)
+    cameras = scenes.intrinsics(rng, 2, (24, 30)), scenes.poses(rng, 2)
+    before, buffers = scenes.buffers(1000, 3, held=count), scenes.buffers(1000, 3, held=count)
+    report = emulated.run("cache_write_compiled", *buffers, latents, depth, *cameras, None, 0, False, 0.0, math.inf)
+    assert_equal_bits(buffers[:3], before[:3])
+    assert report[0] <= 0 and report[1] > 100
+
+
+def test_cache_write_refuses_points_that_begin_anywhere(emulated: Emulated) -> None:
+    rng = np.random.default_rng(31)
+    depth, latents = scenes.depth_maps(rng, 1, (24, 30)), torch.randn(1, 3, 12, 15)
+    cameras = scenes.intrinsics(rng, 1, (24, 30)), scenes.poses(rng, 1)
+    points, *buffers = scenes.buffers(100, 3)
+    rest = (latents, depth, *cameras, None, 0, False, 0.0, math.inf)
+    with pytest.raises(RuntimeError, match="points must begin at a multiple of 16 bytes"):
+        emulated.run("cache_write_compiled", shifted_by_a_float(points), *buffers, *rest)
+
+
+# view_overlap
+
+
+def overlap_scene(seed: int, count: int, views: int, targets: int, size: tuple[int, int]) -> tuple[Tensor, ...]:
+    rng = np.random.default_rng(seed)
+    points, _ = scenes.cloud(rng, count, 1)
+    cameras = scenes.intrinsics(rng, views, size), scenes.poses(rng, views, angle=0.8)
+    return points, *cameras, scenes.intrinsics(rng, targets, size), scenes.poses(rng, targets, angle=0.8)
+
+
+@every_order
+@pytest.mark.parametrize(("views", "targets"), [(1, 1), (31, 2), (32, 1), (33, 32), (3, 33), (70, 0), (0, 2), (2, 70)])
+def test_view_overlap(emulated: Emulated, views: int, targets: int, order: Order) -> None:
+    points, *cameras = overlap_scene(views, 350, views, targets, (5, 7))
+    (counts,) = assert_same(emulated, "view_overlap", points, None, *cameras, 5, 7, 0.5, NEAR, order=order)
+    assert counts.shape == (views, 2) and counts[:, 1].gt(0).all()
+    assert counts[:, 0].gt(0).all() == (targets > 0) or views == 0
+
+
+@every_order
+@pytest.mark.parametrize("voxel_size", [1e-9, 0.05, 1.0, 1e9])
+def test_view_overlap_voxels_of_any_size(emulated: Emulated, voxel_size: float, order: Order) -> None:
+    points, *cameras = overlap_scene(40, 700, 4, 2, (5, 7))
+    points[::3] = (
+        points[1::3][: len(points[::3])].clone().resize_as_(points[::3])
+    )  # tokens that share voxels at any size
+    points[:40] = torch.tensor([math.nan, math.inf, -math.inf, 0.0]) * torch.ones(40, 4)
+    points[40:80, 0] *= 1e12
+    (counts,) = assert_same(emulated, "view_overlap", points, None, *cameras, 5, 7, voxel_size, NEAR, order=order)
+    assert counts.gt(0).all()
+
+
+@every_order
+@pytest.mark.parametrize("live", [-1, 0, 1, 299, 300, 301])
+def test_view_overlap_counts_live_points_on_the_device(emulated: Emulated, live: int, order: Order) -> None:
+    points, *cameras = overlap_scene(41, 300, 5, 2, (5, 7))
+    points[0] = torch.tensor([0.0, 0.0, 4.0, 0.1])
+    number = torch.tensor([live])
+    (counts,) = assert_same(emulated, "view_overlap", points, number, *cameras, 5, 7, 0.3, NEAR, order=order)
+    assert counts.any() == (live > 0)
+
+
+def test_view_overlap_of_one_point_and_of_none(emulated: Emulated) -> None:
+    points, *cameras = overlap_scene(42, 1, 3, 2, (5, 7))
+    points[0] = torch.tensor([0.0, 0.0, 4.0, 0.1])
+    (counts,) = assert_same(emulated, "view_overlap", points, None, *cameras, 5, 7, 0.1, NEAR, order=ASCENDING)
+    assert counts.any()
+    assert_same(emulated, "view_overlap", points[:0], None, *cameras, 5, 7, 0.1, NEAR, order=ASCENDING)
+
+
+@every_order
+def test_view_overlap_more_points_than_threads(emulated: Emulated, order: Order) -> None:
+    points, *cameras = overlap_scene(43, 4500, 3, 2, (5, 7))
+    points[4096:, :3] += 0.01
+    (counts,) = assert_same(emulated, "view_overlap", points, None, *cameras, 5, 7, 0.2, NEAR, order=order)
+    assert counts.gt(50).all()
