@@ -182,8 +182,8 @@ def back_project(
         mask: (T, H', W') bool, True = static, of any resolution no coarser than the grid; a token is static only if
             all its pixels are.
         depth_sampling: ``"median"``: the lower median of the valid depths in a cell, unknown where under half of them
-            are valid. ``"bilinear"``: for parity with the published code, blends raw values: zeros of unknown pixels mix
-            into surfaces, and NaN or Inf makes every token it touches unknown.
+            are valid. ``"bilinear"``: for parity with the published code, blends raw values: zeros of unknown pixels
+            mix into surfaces, and NaN or Inf makes every token it touches unknown.
 
     Returns:
         ``points`` (T, h, w, 4) float32: x, y, z and footprint z / fx in world units, 0 where not valid;
