@@ -295,9 +295,14 @@ void check_order(Shadow& shadow, Access access, uint32_t since, const std::strin
   const bool writes = access == Access::kWrite || access == Access::kAtomic;
   const auto race = [&](const char* earlier, const Record& record) {
     std::ostringstream text;
-    text << "a race in " << memory << ", byte " << offset << ": " << (writes ? "written" : "read") << " here, "
-         << earlier << (record.many_blocks || record.interval < now.block_interval ? " in another block" : " by thread ");
-    if (!record.many_blocks && record.interval >= now.block_interval) text << record.thread;
+    text << "a race in " << memory << ", byte " << offset << ": " << (writes ? "written" : "read") << " here, " << earlier;
+    if (record.many_blocks || record.interval < now.block_interval) {
+      text << " in another block";
+    } else if (record.many_threads) {
+      text << " by several threads";
+    } else {
+      text << " by thread " << record.thread;
+    }
     fail(text.str() + ", no barrier between");
   };
   if (unordered(shadow.written, since) && (!atomic || shadow.written.plain)) race("written", shadow.written);
