@@ -19,17 +19,18 @@ bench: $(READY)
 	$(BIN)/python -m pytest benchmarks
 
 lint: $(READY)
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
-	$(BIN)/mypy
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
+	$(BIN)/python -m mypy
+
+ASAN_TESTS := back_project splat cache_write view_overlap cache
 
 # The CPU operators under address and undefined-behaviour sanitizers, from a build of their own.
 asan: $(READY)
 	MIRAGE_SANITIZE=1 MIRAGE_BUILD_CUDA=0 $(BIN)/python setup.py -q build --build-lib build/asan
-	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
-	ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=build/asan MIRAGE_REQUIRE_CPU=1 OMP_NUM_THREADS=2 \
-	$(BIN)/pytest -q -p no:cacheprovider tests/test_back_project.py tests/test_splat.py tests/test_cache_write.py \
-	    tests/test_view_overlap.py tests/test_cache.py
+	cd build/asan && LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
+	ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=. MIRAGE_REQUIRE_CPU=1 OMP_NUM_THREADS=2 \
+	$(CURDIR)/$(BIN)/python -m pytest -q -p no:cacheprovider $(addprefix ../../tests/test_,$(addsuffix .py,$(ASAN_TESTS)))
 
 # Compiles every CUDA source for every architecture of the list, warnings as errors; needs nvcc, no GPU.
 cuda: $(READY)
