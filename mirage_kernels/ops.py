@@ -222,9 +222,9 @@ def splat(
     """Splat tokens onto the latent grids of T cameras: z-buffer, then gather.
 
     A token falls into cell (floor(v), floor(u)) of its projection when z > ``near``; in each cell the smallest z wins,
-    at equal z the lowest index. The same bits on every backend, run and thread count (only which NaN a NaN feature turns
-    into, in another dtype, is up to the processor). On a GPU it neither waits for the device nor allocates by data, so
-    it can be captured in a CUDA graph.
+    at equal z the lowest index. The same bits on every backend, run and thread count (only which NaN a NaN feature
+    turns into, in another dtype, is up to the processor). On a GPU it neither waits for the device nor allocates by
+    data, so it can be captured in a CUDA graph.
 
     Args:
         points: (N, 4) float32: x, y, z, footprint in world units (float64 is computed by the definition). Points with a
