@@ -64,14 +64,47 @@ Cell load_cell(const float* depth, index_t row_stride, int rows, int columns, in
   return {rows * padded, reduce(valid, kAdd), reduce(least, kLesser), reduce(greatest, kGreater)};
 }
 
-// The element of the given rank (0 = least), by counting passes over the bits, which vectorise. Each pass tries three
-// pivots: the rank interpolated in the bracket (a cell mostly shows one smooth surface), and one to either side, about a
-// standard deviation of that guess away, so that a bracket of n values shrinks to some sqrt(n). A pass that does not
-// halve the bracket is followed by one at its quarters, which bounds the passes for any cell. A pivot that separates
-// exactly the wanted rank ends the search with one more pass.
-MIRAGE_SIMD
-int32_t select_rank(const int32_t* bits, int count, int rank, int32_t low, int32_t high, int valid) {
+// Calls f with every vector of `rows` rows of kVectors vectors each, `stride` values apart.
+template <int kVectors, typename F>
+inline __attribute__((always_inline)) void each(const int32_t* row, index_t stride, int rows, const F& f) {
+  for (int r = 0; r < rows; ++r, row += stride) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) f(load(row + v * kLanes));
+  }
+}
+
+#define MIRAGE_LAMBDA __attribute__((always_inline))
+
+// The element of the given rank (0 = least) among rows of values, padded with +Inf, by counting passes, which vectorise.
+// The first pass tries the rank interpolated between least and greatest: a cell mostly shows one smooth surface. Further
+// passes try three pivots: the interpolated rank, and one to either side, about a standard deviation of that guess away,
+// so that a bracket of n values shrinks to some sqrt(n). A pass that does not halve the bracket is followed by one at
+// its quarters, which bounds the passes for any cell. A pivot that separates exactly the wanted rank ends the search
+// with one more pass.
+template <int kVectors>
+inline __attribute__((always_inline)) int32_t select_rank(const int32_t* bits, index_t stride, int rows, int rank,
+                                                          int32_t low, int32_t high, int valid) {
+  const int count = rows * kVectors * kLanes;
+  const auto greatest_up_to = [&](int32_t pivot) MIRAGE_LAMBDA {
+    const Lanes limit = Lanes{} + pivot;
+    Lanes greatest = {};
+    each<kVectors>(bits, stride, rows, [&](Lanes value) MIRAGE_LAMBDA {
+      greatest = kGreater(value & ~(value > limit), greatest);
+    });
+    return reduce(greatest, kGreater);
+  };
   int below_low = 0, up_to_high = valid;
+  if (low < high) {
+    const float share = (static_cast<float>(rank) + 0.5f) / static_cast<float>(valid);
+    const int32_t pivot = std::min(low + static_cast<int32_t>(share * static_cast<float>(high - low)), high - 1);
+    const Lanes limit = Lanes{} + pivot;
+    Lanes above = {};
+    each<kVectors>(bits, stride, rows, [&](Lanes value) MIRAGE_LAMBDA { above += value > limit; });
+    const int32_t below = count + reduce(above, kAdd);
+    if (below == rank + 1) return greatest_up_to(pivot);
+    (below > rank ? high : low) = below > rank ? pivot : pivot + 1;
+    (below > rank ? up_to_high : below_low) = below;
+  }
   bool interpolate = true;
   while (low < high) {
     const int32_t range = high - low;
@@ -87,45 +120,48 @@ int32_t select_rank(const int32_t* bits, int count, int rank, int32_t low, int32
     for (int k = 0; k < 3; ++k) pivot[k] = std::min(pivot[k], high - 1);
     const Lanes first = Lanes{} + pivot[0], second = Lanes{} + pivot[1], third = Lanes{} + pivot[2];
     Lanes a = {}, b = {}, c = {};
-#pragma GCC unroll 4
-    for (int i = 0; i < count; i += kLanes) {
-      const Lanes value = load(bits + i);
+    each<kVectors>(bits, stride, rows, [&](Lanes value) MIRAGE_LAMBDA {
       a += value > first;
       b += value > second;
       c += value > third;
-    }
+    });
     // What is not above a pivot, padding being above any.
     const int32_t counts[3] = {count + reduce(a, kAdd), count + reduce(b, kAdd), count + reduce(c, kAdd)};
     for (int k = 0; k < 3; ++k) {
-      const int32_t below = counts[k];
-      if (below == rank + 1) {
-        Lanes greatest = {};
-        for (int i = 0; i < count; i += kLanes) {
-          const Lanes value = load(bits + i);
-          const Lanes candidate = value & (value <= pivot[k]);
-          greatest = candidate > greatest ? candidate : greatest;
-        }
-        return reduce(greatest, kGreater);
-      }
+      if (counts[k] == rank + 1) return greatest_up_to(pivot[k]);
       // Pivots ascend: the last too low and the first too high make the bracket.
-      if (below > rank) {
+      if (counts[k] > rank) {
         high = pivot[k];
-        up_to_high = below;
+        up_to_high = counts[k];
         break;
       }
       low = pivot[k] + 1;
-      below_low = below;
+      below_low = counts[k];
     }
     interpolate = !interpolate || high - low <= range / 2;
   }
   return low;
 }
 
-// Half-pixel source position without antialiasing; the weight is rounded once, as in reference.py.
-struct Tap {
-  index_t low, high;
-  float weight_low, weight_high;
-};
+MIRAGE_SIMD
+int32_t median_of_copy(const int32_t* bits, const Cell& cell) {
+  return select_rank<1>(bits, kLanes, cell.count / kLanes, (cell.valid - 1) / 2, cell.least, cell.greatest, cell.valid);
+}
+
+// The usual cell, 16 wide as the VAE's patches are and without a hole: its median, read where it lies; 0 where a value
+// is not valid.
+MIRAGE_SIMD
+int32_t median_of_full_cell(const float* depth, index_t stride, int rows) {
+  const int32_t* bits = reinterpret_cast<const int32_t*>(depth);
+  Lanes least = Lanes{} + kInfinity, greatest = {};
+  each<2>(bits, stride, rows, [&](Lanes value) MIRAGE_LAMBDA {
+    least = kLesser(value, least);
+    greatest = kGreater(value, greatest);
+  });
+  const int32_t low = reduce(least, kLesser), high = reduce(greatest, kGreater);
+  if (low <= 0 || high >= kInfinity) return 0;
+  return select_rank<2>(bits, stride, rows, (16 * rows - 1) / 2, low, high, 16 * rows);
+}
 
 Tap make_tap(index_t i, index_t cells, index_t pixels) {
   const double scale = static_cast<double>(pixels) / static_cast<double>(cells);
@@ -142,6 +178,8 @@ Tap make_tap(index_t i, index_t cells, index_t pixels) {
 
 CellColumns make_columns(const DepthSource& source) {
   CellColumns columns;
+  if (source.bilinear)
+    for (index_t j = 0; j < source.width; ++j) columns.taps.push_back(make_tap(j, source.width, source.depth_width));
   for (index_t j = 0; j <= source.width; ++j) {
     columns.depth_begin.push_back(cell_begin(j, source.width, source.depth_width));
     if (source.mask) columns.mask_begin.push_back(cell_begin(j, source.width, source.mask_width));
@@ -157,7 +195,7 @@ void token_row_depth(const DepthSource& source, const CellColumns& columns, inde
     const float* top = image + row.low * source.depth_width;
     const float* bottom = image + row.high * source.depth_width;
     for (index_t j = 0; j < source.width; ++j) {
-      const Tap column = make_tap(j, source.width, source.depth_width);
+      const Tap& column = columns.taps[j];
       const float upper = column.weight_low * top[column.low] + column.weight_high * top[column.high];
       const float lower = column.weight_low * bottom[column.low] + column.weight_high * bottom[column.high];
       const float value = row.weight_low * upper + row.weight_high * lower;
@@ -169,14 +207,16 @@ void token_row_depth(const DepthSource& source, const CellColumns& columns, inde
   const index_t rows = cell_begin(i + 1, source.height, source.depth_height) - begin;
   for (index_t j = 0; j < source.width; ++j) {
     const index_t left = columns.depth_begin[j], width = columns.depth_begin[j + 1] - left;
-    cell.resize(rows * divide_up(width, kLanes) * kLanes);
-    const Cell loaded = load_cell(image + begin * source.depth_width + left, source.depth_width,
-                                  static_cast<int>(rows), static_cast<int>(width), cell.data());
-    const bool known = loaded.valid > 0 && 2 * index_t{loaded.valid} >= rows * width;
-    depth[j] = known ? bits_float(static_cast<uint32_t>(select_rank(
-                           cell.data(), loaded.count, (loaded.valid - 1) / 2, loaded.least, loaded.greatest,
-                           loaded.valid)))
-                     : 0.0f;
+    const float* corner = image + begin * source.depth_width + left;
+    int32_t median = width == 16 ? median_of_full_cell(corner, source.depth_width, static_cast<int>(rows)) : 0;
+    if (median == 0) {
+      cell.resize(rows * divide_up(width, kLanes) * kLanes);
+      const Cell loaded = load_cell(corner, source.depth_width, static_cast<int>(rows), static_cast<int>(width),
+                                    cell.data());
+      const bool known = loaded.valid > 0 && 2 * index_t{loaded.valid} >= rows * width;
+      median = known ? median_of_copy(cell.data(), loaded) : 0;
+    }
+    depth[j] = bits_float(static_cast<uint32_t>(median));
   }
 }
 

@@ -14,9 +14,16 @@ struct DepthSource {
   bool bilinear;
 };
 
-// Columns of every token, and room for one cell: made once per call (columns) and per thread (cell).
+// Half-pixel source position without antialiasing; the weight is rounded once, as in reference.py.
+struct Tap {
+  index_t low, high;
+  float weight_low, weight_high;
+};
+
+// What every row of tokens needs to know of the columns, made once per call.
 struct CellColumns {
   std::vector<index_t> depth_begin, mask_begin;
+  std::vector<Tap> taps;
 };
 
 CellColumns make_columns(const DepthSource& source);
