@@ -24,6 +24,7 @@ class Backend(NamedTuple):
 
 
 _status: dict[str, Backend] = {}
+_automatic: dict[str, str] = {}  # device type: the best backend there
 _forced: str | None = None
 
 
@@ -78,6 +79,8 @@ def find_backends() -> None:
     _status["triton"] = _find_triton()
     _status["cpu"] = _find_cpu()
     _status["reference"] = Backend(True, "plain PyTorch, the definition")
+    for device, order in (("cuda", ("cuda", "triton", "reference")), ("cpu", ("cpu", "reference"))):
+        _automatic[device] = next(name for name in order if _status[name])
 
 
 def available_backends() -> dict[str, Backend]:
@@ -135,7 +138,4 @@ def choose_backend(device: torch.device, dtype: torch.dtype) -> str:
         if device.type not in runs_on[_forced]:
             raise RuntimeError(f"backend {_forced!r} runs on {' or '.join(runs_on[_forced])} tensors, got {device}")
         return _forced
-    if dtype == torch.float64:
-        return "reference"
-    order = {"cuda": ("cuda", "triton"), "cpu": ("cpu",)}.get(device.type, ())
-    return next((name for name in order if _status[name]), "reference")
+    return "reference" if dtype == torch.float64 else _automatic.get(device.type, "reference")

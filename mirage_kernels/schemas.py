@@ -6,6 +6,8 @@ Defined here, in Python, so that they exist without a compiler. ``compiled`` is 
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 NAMESPACE = "mirage"
@@ -39,6 +41,7 @@ for _family in FAMILIES:
         _library.define(f"{_name}_{_family}{_schema}", tags=(torch.Tag.pt2_compliant_tag,))
 
 
+@functools.cache
 def private_operator(name: str, family: str) -> torch._ops.OpOverload:
     """The private operator ``mirage::{name}_{family}``."""
     return getattr(getattr(torch.ops, NAMESPACE), f"{name}_{family}").default

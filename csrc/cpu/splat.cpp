@@ -35,8 +35,9 @@ void fill_keys(const float* points, index_t begin, index_t end, const Projection
         for (int i = 0; i < kGroup; ++i) {
           const int32_t at = cell[k * kGroup + i];
           if (at < 0) continue;
+          // Stored either way: which of two tokens is nearer is a coin toss that no branch predictor wins.
           const uint64_t key = make_key(depth[k * kGroup + i], index + i);
-          if (key < view[at]) view[at] = key;
+          view[at] = std::min(key, view[at]);
         }
       }
     }
@@ -51,7 +52,12 @@ inline __attribute__((always_inline)) void transpose_rows(const Word* const* row
   const int whole = count / 8 * 8;
   index_t c = 0;
   for (; c + 8 <= channels; c += 8) {
-    for (int k = 0; k < whole; k += 8) transpose_8x8(rows + k, c, out + c * stride + k, stride);
+    for (int k = 0; k < whole; k += 8) {
+      // The lines this group of channels will write in the next tile: a plane apart, no hardware prefetcher finds them.
+      if (k % 16 == 0)
+        for (index_t i = c; i < c + 8; ++i) __builtin_prefetch(out + i * stride + k + kTile, 1);
+      transpose_8x8(rows + k, c, out + c * stride + k, stride);
+    }
     for (int k = whole; k < count; ++k)
       for (index_t i = c; i < c + 8; ++i) out[i * stride + k] = rows[k][i];
   }
