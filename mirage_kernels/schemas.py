@@ -6,8 +6,6 @@ Defined here, in Python, so that they exist without a compiler. ``compiled`` is 
 
 from __future__ import annotations
 
-import functools
-
 import torch
 
 NAMESPACE = "mirage"
@@ -41,7 +39,14 @@ for _family in FAMILIES:
         _library.define(f"{_name}_{_family}{_schema}", tags=(torch.Tag.pt2_compliant_tag,))
 
 
-@functools.cache
+# Looked up once: torch.ops resolves names in Python, and torch.compile warns of cached functions.
+_operators = {
+    (name, family): getattr(getattr(torch.ops, NAMESPACE), f"{name}_{family}").default
+    for name in SCHEMAS
+    for family in FAMILIES
+}
+
+
 def private_operator(name: str, family: str) -> torch._ops.OpOverload:
     """The private operator ``mirage::{name}_{family}``."""
-    return getattr(getattr(torch.ops, NAMESPACE), f"{name}_{family}").default
+    return _operators[name, family]
