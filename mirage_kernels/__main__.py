@@ -25,7 +25,7 @@ def build_facts() -> dict[str, str]:
     try:
         built = importlib.import_module("mirage_kernels._build_info")
     except ImportError:
-        facts["built"] = "nothing compiled: no C++ compiler at install time"
+        facts["built"] = "nothing compiled: no C++ compiler at install time, or sources that were not built"
         return facts
     facts["built with torch"] = built.torch_version
     facts["built with CUDA"] = (

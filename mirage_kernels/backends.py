@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
+import warnings
 from pathlib import Path
 from typing import NamedTuple
 
@@ -36,6 +37,8 @@ def _load_module(stem: str) -> str | None:
     try:
         torch.ops.load_library(str(found[0]))
     except OSError as error:
+        # Not built is a choice; built and not loading is a fault, which slower kernels must not hide.
+        warnings.warn(f"mirage_kernels: loading {found[0].name} failed, falling back: {error}", stacklevel=2)
         return f"loading {found[0].name} failed: {error}"
     return None
 

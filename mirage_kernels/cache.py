@@ -287,10 +287,10 @@ class LatentCache:
         """Room for so many more tokens, unless the capacity is fixed. Waits for the device only if it may be full."""
         if self._fixed_capacity is not None or self._at_most + tokens <= self.capacity:
             return
-        needed = len(self) + tokens
+        live = len(self)
+        needed = live + tokens
         if needed <= self.capacity:
             return
-        live = len(self)
         grown = self._new_buffers(max(needed, int(self.capacity * _GROWTH)))
         for new, old in zip(grown, self._buffers(), strict=True):
             new[:live] = old[:live]

@@ -265,7 +265,7 @@ def splat(
     arguments = (points, features, num_points, intrinsics, cam2world, height, width, near, dtype)
     if torch.compiler.is_compiling() or (features.requires_grad and torch.is_grad_enabled()):
         return View(*operator(*arguments))
-    # Reads in inference skip the autograd layer, which is Python: 30 of 400 microseconds for 9 views of 9 frames.
+    # Reads in inference skip the autograd layer, which is Python: half of the 36 microseconds of an empty call.
     with torch._C._AutoDispatchBelowAutograd():
         return View(*operator(*arguments))
 

@@ -90,3 +90,14 @@ def test_versions_agree() -> None:
         assert version("mirage-kernels") == mirage_kernels.__version__
     except PackageNotFoundError:
         pytest.skip("the package is imported from its sources, not installed")
+
+
+def test_a_module_that_does_not_load_is_a_warning_not_a_silence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mirage_kernels import backends
+
+    (tmp_path / "_cpu.so").write_bytes(b"no library")
+    monkeypatch.setattr(backends, "__file__", str(tmp_path / "backends.py"))
+    with pytest.warns(UserWarning, match=r"loading _cpu\.so failed"):
+        assert "failed" in str(backends._load_module("_cpu"))
