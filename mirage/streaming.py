@@ -102,10 +102,10 @@ class DecoderState:
 class StreamingDecoder:
     """Decodes a video's latents in pieces of any length; the frames are those of one `vae.decode` of all of them.
 
-    The bits are the same where the vae's 1x1x1 convolution on the latents rounds alike for any number of frames. (It
-    does in the libraries at hand but for grids of a few tokens. It is applied to a piece at once as the vae does,
-    without tiles, so that decoding everything in one piece is always exact. With tiles the vae itself goes frame by
-    frame, and every split is exact.)
+    The bits are those of `vae.decode`. One step needs a word: without tiles the vae applies its 1x1x1 convolution to
+    all latent frames at once, and so does this to a piece. A video decoded as one piece is exact always; in several
+    pieces it is exact where that convolution rounds alike for any number of frames, which on the CPU it does but for
+    grids of a few tokens (2x3), where the last bit may differ. With tiles the vae goes frame by frame: always exact.
 
     The state is the decoder's own: several decoders share one vae, and `vae.encode` and `vae.decode` in between do no
     harm. `vae.enable_tiling()` is honoured, with a state per tile, and so are offloading hooks. Nothing is recorded
@@ -159,7 +159,7 @@ class StreamingDecoder:
         The arguments are checked at once. The position moves on with each item, so a consumer that stops early may go
         on from there. Meanwhile nothing else may move this decoder: the next item is then a RuntimeError.
         """
-        return self._iterate(latents, self._start(latents))
+        return self._iterate(latents, self._state, self._start(latents))
 
     def _start(self, latents: Tensor) -> DecoderState:
         """The current state, made ready for a video like `latents` if there is none; nothing is touched."""
@@ -178,8 +178,7 @@ class StreamingDecoder:
             raise ValueError(f"vae must keep its tiling within a video, {state.tiling}, got {tiling}; or reset()")
         return state
 
-    def _iterate(self, latents: Tensor, state: DecoderState) -> Iterator[Tensor]:
-        expected = self._state
+    def _iterate(self, latents: Tensor, expected: DecoderState, state: DecoderState) -> Iterator[Tensor]:
         latents = _prepare(self.vae, latents, state)
         for frame in latents.split(1, dim=2):
             if self._state is not expected:
