@@ -68,12 +68,21 @@ class GivenDepth:
     alignment = "none"
 
     def __init__(self, depth: Tensor | np.ndarray) -> None:
-        floats = depth.is_floating_point() if isinstance(depth, Tensor) else depth.dtype.kind == "f"
+        if isinstance(depth, Tensor):
+            floats = depth.is_floating_point()
+        else:
+            floats = isinstance(depth, np.ndarray) and depth.dtype.kind == "f"
         if not floats:
-            raise TypeError(f"depth must be (H, W) or (N, H, W) float, got {depth.dtype}")
+            got = getattr(depth, "dtype", type(depth).__name__)
+            raise TypeError(f"depth must be a float tensor or array, (H, W) or (N, H, W), got {got}")
         if depth.ndim not in (2, 3):
             raise ValueError(f"depth must be (H, W) or (N, H, W) float, got {tuple(depth.shape)}")
         self._depth = depth if depth.ndim == 3 else depth[None]
+
+    @property
+    def num_frames(self) -> int:
+        """Frames it holds, from frame 0 on."""
+        return self._depth.shape[0]
 
     def __call__(self, frames: Tensor | None, cameras: Cameras, frame_numbers: Sequence[int]) -> Tensor:
         """See `DepthEstimator`; `frames` only say the device, without them it is that of `cameras`.
@@ -373,7 +382,7 @@ def make_depth_estimator(name: str, **options: Any) -> DepthEstimator:
 
 
 def _import_foreign(module: str, requirement: str) -> ModuleType:
-    """The module called `module`, of a package that no extra of this distribution may name: it is not on an index."""
+    """The module called `module`, of a package in none of our extras: it is installed from its repository."""
     top = module.split(".")[0]
     try:
         return importlib.import_module(module)
@@ -423,8 +432,8 @@ class DepthAlignment:
         inlier_fraction: (T,) float64 on the CPU: the share of the cells of `overlap` that the fit explains.
         overlap: (T,) int64 on the CPU: cells whose depth is known to both sides, which the fit was made from: of the
             view itself, or of the pool; 0 where there was no fit.
-        source: T of ``"own"``; ``"pooled"``: the view shares too little with the memory, the fit is that of the
-            chunk's others; ``"none"``: neither was to be had, scale 1 and shift 0.
+        source: T of ``"own"``; ``"pooled"``: the view shares too little with the memory, or no fit explains half of
+            what it shares, and takes that of the chunk; ``"none"``: neither was to be had, scale 1 and shift 0.
     """
 
     depth: Tensor

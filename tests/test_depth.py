@@ -105,9 +105,11 @@ class TestGivenDepth:
             GivenDepth(torch.ones(480, 640))(None, make_cameras(1, (720, 1280)), [0])
 
     def test_other_errors(self) -> None:
-        with pytest.raises(TypeError, match="depth must be .* float, got torch.int32"):
+        with pytest.raises(TypeError, match="depth must be a float tensor or array, .*, got list"):
+            GivenDepth([[1.0]])
+        with pytest.raises(TypeError, match="depth must be .* float .*, got torch.int32"):
             GivenDepth(torch.ones(4, 6, dtype=torch.int32))
-        with pytest.raises(TypeError, match="depth must be .* float, got uint16"):
+        with pytest.raises(TypeError, match="depth must be .* float .*, got uint16"):
             GivenDepth(np.ones((4, 6), np.uint16))
         with pytest.raises(ValueError, match=r"depth must be .*, got \(1, 1, 4, 6\)"):
             GivenDepth(torch.ones(1, 1, 4, 6))
