@@ -500,16 +500,15 @@ def align_depth(depth: Tensor, memory_depth: Tensor, memory_mask: Tensor, mode: 
         pooled = _fit(new_pool, memory_pool, mode, least)
     fits = [fit or pooled for fit in own]
 
-    scale = [fit.scale if fit else 1.0 for fit in fits]
-    shift = [fit.shift if fit else 0.0 for fit in fits]
-    aligned = torch.empty_like(depth)
-    for t in range(views):
-        values = torch.nan_to_num(depth[t] * scale[t] + shift[t], 0.0, 0.0, 0.0)
-        aligned[t] = F.threshold(values, max(shift[t], 0.0), 0.0)  # an unknown 0 has become the shift
+    scale = torch.tensor([fit.scale if fit else 1.0 for fit in fits], dtype=torch.float64)
+    shift = torch.tensor([fit.shift if fit else 0.0 for fit in fits], dtype=torch.float64)
+    factor, term = (value.to(depth)[:, None, None] for value in (scale, shift))
+    aligned = (depth * factor).add_(term).nan_to_num_(0.0, 0.0, 0.0)
+    aligned.masked_fill_(aligned <= term.clamp(min=0.0), 0.0)  # an unknown 0 has become the shift
     return DepthAlignment(
         depth=aligned,
-        scale=torch.tensor(scale, dtype=torch.float64),
-        shift=torch.tensor(shift, dtype=torch.float64),
+        scale=scale,
+        shift=shift,
         inlier_fraction=torch.tensor([fit.inliers.mean() if fit else 0.0 for fit in fits], dtype=torch.float64),
         overlap=torch.tensor([len(fit.inliers) if fit else 0 for fit in fits], dtype=torch.int64),
         source=tuple("own" if mine else "pooled" if fit else "none" for mine, fit in zip(own, fits, strict=True)),
