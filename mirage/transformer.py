@@ -41,7 +41,7 @@ class MirageRotaryPosEmbed(WanRotaryPosEmbed):
     """Wan's rotary embedding, with reference frames at negative times and in rows of their own."""
 
     def forward(self, hidden_states: Tensor, num_reference_frames: int = 0) -> tuple[Tensor, Tensor]:
-        """cos and sin (1, tokens, 1, head_dim) for `hidden_states` (B, C, F, h, w), the first of which are references."""
+        """cos and sin (1, tokens, 1, head_dim) for `hidden_states` (B, C, F, h, w), whose first frames are references."""
         _, _, frames, height, width = hidden_states.shape
         frames, rows, columns = (
             size // patch for size, patch in zip((frames, height, width), self.patch_size, strict=True)
@@ -135,6 +135,7 @@ class MirageTransformer3DModel(WanTransformer3DModel):
 
     _no_split_modules = ["MirageTransformerBlock"]
     _repeated_blocks = ["MirageTransformerBlock"]
+    _skip_keys = ["memory_adapter"]  # an argument that offloading must not move: the adapter has hooks of its own
     _cp_plan = {
         "rope": {
             0: ContextParallelInput(split_dim=1, expected_dims=4, split_output=True),
@@ -261,7 +262,9 @@ class MirageTransformer3DModel(WanTransformer3DModel):
         if tuple(timestep.shape) != (batch, frames):
             raise ValueError(f"timestep must be (B, F) = {(batch, frames)}, one per frame, got {tuple(timestep.shape)}")
         if not 0 <= num_reference_frames < frames or num_reference_frames % patch_time:
-            raise ValueError(f"num_reference_frames must be in [0, {frames}), got {num_reference_frames}")
+            raise ValueError(
+                f"num_reference_frames must be in [0, {frames}), a multiple of {patch_time}, got {num_reference_frames}"
+            )
         if (memory_adapter is None) != (memory_context is None):
             given, missing = ("memory_context", "memory_adapter")[:: 1 if memory_adapter is None else -1]
             raise ValueError(f"{missing} must be given with {given}, got None")
