@@ -311,8 +311,8 @@ def _build_transformer(weights: _Weights) -> MirageTransformer3DModel:
     dim, in_channels, *patch_size = _needed_shape(weights, "patch_embedding.weight")
     if dim % _HEAD_DIM:
         raise ValueError(
-            f"transformer must be given: {weights.label} is {dim} wide, which is no multiple of {_HEAD_DIM}, the channels"
-            " of a head in every Wan model, and shapes do not say how many heads there are, got None"
+            f"transformer must be given, got None: {weights.label} is {dim} wide, which is no multiple of {_HEAD_DIM},"
+            " the channels of a head in every Wan model, and its shapes do not say how many heads there are"
         )
     return _empty(
         MirageTransformer3DModel,
