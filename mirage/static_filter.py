@@ -460,9 +460,10 @@ class Sam3Filter(_LearnedFilter):
             ids, attention = (row.to(pixels.device).expand(len(frames), -1) for row in (ids, attention))
             found = self.model(vision_embeds=seen, input_ids=ids, attention_mask=attention)
             scores = found.pred_logits.sigmoid() * found.presence_logits.sigmoid()
-            instances = torch.where((scores > self.threshold)[..., None, None], found.pred_masks.float(), -torch.inf)
-            # The instances' union, as a probability: infinities would not survive the resizing.
-            marked |= _resize(instances.amax(1, keepdim=True).sigmoid(), frames.shape[2:])[:, 0] > 0.5
+            # One by one: all 200 queries at the size of the frames would be 720 MB a frame of 704x1280.
+            for frame, query in (scores > self.threshold).nonzero().tolist():
+                mask = found.pred_masks[frame, query].float().sigmoid()
+                marked[frame] |= _resize(mask[None, None], frames.shape[2:])[0, 0] > 0.5
         return marked
 
 
@@ -543,9 +544,10 @@ class Sam2Filter:
         )
         area, part = ((segments * one).sum((1, 2)) for one in (seen, gone))
         dropped = (part > self.least_part * area) & (found.iou_scores[0].flatten() >= self.least_iou)
-        if not dropped.any():
-            return torch.zeros_like(moving)
-        return (_resize(logits[dropped].amax(0)[None, None], size)[0, 0] > 0).to(moving.device)
+        outline = torch.zeros_like(moving)
+        for segment in logits[dropped]:
+            outline |= (_resize(segment[None, None], size)[0, 0] > 0).to(moving.device)
+        return outline
 
 
 _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
