@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import subprocess
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -184,6 +184,20 @@ def join_videos(path: str | os.PathLike[str], parts: Sequence[str | os.PathLike[
             raise ValueError(f"parts must be videos of one size and rate: {done.stderr.strip()}")
 
     replace_file(Path(path), write)
+
+
+def load_video(path: str | os.PathLike[str]) -> Iterator[Tensor]:
+    """The frames of a video, each (3, H, W) float32 in [0, 1].
+
+    Raises:
+        MissingExtraError: imageio-ffmpeg is not installed.
+        OSError: no such video.
+    """
+    reader = import_extra("imageio_ffmpeg", "demo").read_frames(str(path))
+    width, height = next(reader)["size"]
+    for content in reader:
+        pixels = torch.frombuffer(bytearray(content), dtype=torch.uint8).reshape(height, width, 3)
+        yield pixels.permute(2, 0, 1).float() / 255.0
 
 
 def _to_bytes(image: Tensor) -> Any:

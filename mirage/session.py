@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from mirage_kernels import Cameras, LatentCache, View
@@ -439,8 +440,13 @@ class MirageSession:
         """
         source = self._depth.source(numbers)
         if isinstance(source, LatentDepth):
-            output = source.predict(latents.movedim(0, 1), cameras, view)
-            return output.depth[0], output.confidence[0], {}
+            output = source.predict(latents, cameras, view)
+            return output.depth, output.confidence, {}
+        if isinstance(source, GivenDepth):  # of the image's own aspect, which the frames' size may have rounded
+            depth = source(None, cameras.resized(self._given_image_size), numbers).to(cameras.device)
+            if frames is not None and depth.shape[1:] != frames.shape[2:]:  # pixels are picked, never blended
+                depth = F.interpolate(depth[:, None], self.image_size, mode="nearest-exact")[:, 0]
+            return depth, None, {}
         keyframes = None if frames is None else frames[[number - numbers[-1] - 1 for number in numbers]]
         depth = source(keyframes, cameras, numbers)  # type: ignore[arg-type]  # None only where it needs none
         if not isinstance(depth, Tensor) or depth.ndim != 3 or len(depth) != len(numbers):
