@@ -154,16 +154,18 @@ class ConfidenceFilter:
         return views.confidence >= self.threshold
 
 
-_CELLS_PER_TOKEN = 2  # along either side: depth is tested at 2 x 2 points a token
+# Depth is tested at so many points along either side of a token. In the real room below, before growing, 1 caught
+# 95.8 % of the moving cube and marked 0.02 % of the room; 2: 97.1 % and 0.10 %; 4: 97.8 % and 0.39 %, at four times
+# the work.
+_CELLS_PER_TOKEN = 2
 _OVERLAP_SAMPLE = 2048  # points that choose among earlier views
 
 
 class GeometricFilter:
     """Not static is what other views saw through: a free-space test, without a network and without frames.
 
-    Each token is lifted at 2 x 2 points, which are projected into witnesses: the other views of the
-    chunk with their own depth, and up to `max_past_views` earlier views with the depth that the cache shows there. A
-    witness votes
+    Each token is lifted at 2 x 2 points, which are projected into witnesses: the other views of the chunk with their
+    own depth, and up to `max_past_views` earlier views with the depth that the cache shows there. A witness votes
 
     - against the point, where all surfaces it shows in the 3x3 cells about it lie behind the point, by more than
       `tolerance` of its depth: light came through where the point is;
@@ -177,13 +179,16 @@ class GeometricFilter:
     latents; then all is grown by one cell, half a token, for cells of which it covers less than half.
 
     What it cannot see: motion within `tolerance` of what is behind (feet on a floor), things that do not move before
-    its eyes, and what crosses a view within the pixel frames of one latent frame.
+    its eyes, what crosses a view within the pixel frames of one latent frame, and where things of the chunk before
+    stood when it ended.
 
     Measured on 120 real RGB-D frames of a static room (7-Scenes, 640x480, 30x40 tokens, chunks of 8, each written as
     filtered before the next): 0.10 % of the tokens are marked, 1.1 % in the worst chunk. With a cube of 0.35 m added
     to the depth that moves 0.5 m a view through each chunk, 97.8 % of the tokens it covers at least half (0.2 m a
     view: 94.2 %) and 1.0 % of those it neither touches nor left. With every view's depth scaled by a random 2 %, as
     an imperfect alignment does, 0.10 % of the static room, with 4 %, 3.2 %; at a tolerance of 0.05, 0.7 % and 10 %.
+    In a ray-cast room (8 views, a cube of 0.5 m, 0.6 m a view): nothing of the static room; of the cube 97 % at first
+    sight, 100 % against a memory. 8 views of 704x1280 and 64 earlier ones take 0.17 s of one CPU thread.
 
     Args:
         tolerance: relative depth error to allow.

@@ -555,8 +555,22 @@ def tiny_sam3(transformers: Any) -> Any:
 def to_ids(prompts: list[str], max_length: int, **_: Any) -> dict[str, Tensor]:
     ids = torch.zeros(len(prompts), max_length, dtype=torch.int64)
     for row, prompt in zip(ids, prompts, strict=True):
-        row[:3] = torch.tensor([1, 3 + len(prompt), 2])
+        row[:3] = torch.tensor([1, {"person": 3, "cat": 4}[prompt], 2])
     return {"input_ids": ids, "attention_mask": (ids > 0).long()}
+
+
+def test_sam3_loads_its_tokenizer_too(tmp_path: Path) -> None:
+    transformers, tokenizers = pytest.importorskip("transformers"), pytest.importorskip("tokenizers")
+    torch.manual_seed(0)
+    tiny_sam3(transformers).save_pretrained(tmp_path)
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<pad>": 0, "<s>": 1, "</s>": 2, "person": 3, "cat": 4}))
+    words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    words.post_processor = tokenizers.processors.TemplateProcessing("<s> $A </s>", None, [("<s>", 1), ("</s>", 2)])
+    transformers.PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>").save_pretrained(tmp_path)
+    views = sky_chunk(torch.rand(9, 3, *SIZE, generator=torch.Generator().manual_seed(0)))
+    static = Sam3Filter(tmp_path, prompts=("person", "cat"), threshold=0.2)(views)
+    by_hand = Sam3Filter(tmp_path, to_ids, prompts=("person", "cat"), threshold=0.2)(views)
+    assert torch.equal(static, by_hand) and not static.all()
 
 
 def test_sam3_drops_every_instance_of_every_prompt(tmp_path: Path) -> None:
