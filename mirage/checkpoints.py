@@ -323,8 +323,8 @@ def _build_transformer(weights: _Weights) -> MirageTransformer3DModel:
         out_channels=_needed_shape(weights, "proj_out.weight")[0] // math.prod(patch_size),
         text_dim=_needed_shape(weights, "condition_embedder.text_embedder.linear_1.weight")[1],
         freq_dim=_needed_shape(weights, "condition_embedder.time_embedder.linear_1.weight")[1],
-        num_layers=_count_blocks(weights),
         **_block_config(weights),
+        num_layers=_count_blocks(weights),
     )
 
 
@@ -334,6 +334,7 @@ def _build_adapter(weights: _Weights, transformer: MirageTransformer3DModel | No
             "adapter must be given with vace, or transformer or dit, to say where its blocks belong, got None"
         )
     dim, control_channels, *patch_size = _needed_shape(weights, "patch_embedding.weight")
+    block_config = _block_config(weights)
     blocks, layers = _count_blocks(weights), transformer.config.num_layers
     if layers % blocks:
         raise ValueError(
@@ -349,13 +350,13 @@ def _build_adapter(weights: _Weights, transformer: MirageTransformer3DModel | No
     return _empty(
         MirageMemoryAdapter,
         control_channels=control_channels,
-        memory_layers=tuple(range(0, layers, layers // blocks)),
+        memory_layers=list(range(0, layers, layers // blocks)),
         patch_size=tuple(patch_size),
         num_attention_heads=transformer.config.num_attention_heads,
         attention_head_dim=head_dim,
         eps=transformer.config.eps,
         rope_max_seq_len=transformer.config.rope_max_seq_len,
-        **_block_config(weights),
+        **block_config,
     )
 
 

@@ -41,7 +41,7 @@ class MirageRotaryPosEmbed(WanRotaryPosEmbed):
     """Wan's rotary embedding, with reference frames at negative times and in rows of their own."""
 
     def forward(self, hidden_states: Tensor, num_reference_frames: int = 0) -> tuple[Tensor, Tensor]:
-        """cos and sin (1, tokens, 1, head_dim) for `hidden_states` (B, C, F, h, w), whose first frames are references."""
+        """cos and sin (1, tokens, 1, head_dim) for `hidden_states` (B, C, F, h, w), references first along F."""
         _, _, frames, height, width = hidden_states.shape
         frames, rows, columns = (
             size // patch for size, patch in zip((frames, height, width), self.patch_size, strict=True)
