@@ -33,7 +33,7 @@ class ChunkViews:
         frames_per_latent: T counts, which sum to N: how many of the frames belong to each latent frame, in order, as
             (1, 4, 4) at the start of a video and (4, 4, 4) later. The last of each is the one of `depth` and `cameras`.
         depth: (T, H', W') float32, z in world units, aligned to the memory; 0, negative, NaN and Inf mean unknown.
-            H' x W' is the size of the frames or of the latents.
+            H' x W' is at least h x w: the size of the frames, of the latents, or that of given depth.
         cameras: T views.
         cache: the memory before the chunk is written.
         past: cameras of the views in the memory, in order of time; None where there are none.
@@ -64,22 +64,19 @@ class ChunkViews:
         if len(self.frames_per_latent) != count or any(frames < 1 for frames in self.frames_per_latent):
             expected_counts = f"{count} positive ints, one per view of cameras"
             raise ValueError(f"frames_per_latent must be {expected_counts}, got {self.frames_per_latent!r}")
-        sizes = [(height, width)]
         if self.frames is not None:
             total = sum(self.frames_per_latent)
             if self.frames.dim() != 4 or self.frames.shape[:2] != (total, 3) or self.frames.dtype != torch.float32:
                 expected_frames = f"({total}, 3, H, W) float32 as frames_per_latent says"
                 raise ValueError(f"frames must be {expected_frames}, got {_describe(self.frames)}")
-            sizes.insert(0, (self.frames.shape[2], self.frames.shape[3]))
-            if sizes[0][0] < height or sizes[0][1] < width:
-                raise ValueError(f"frames must be at least as fine as latent_size {sizes[1]}, got {sizes[0]}")
-        depth, size = self.depth, tuple(self.depth.shape[1:])
+            if self.frames.shape[2] < height or self.frames.shape[3] < width:
+                expected_frames = f"at least as fine as latent_size {(height, width)}"
+                raise ValueError(f"frames must be {expected_frames}, got {_describe(self.frames)}")
+        depth = self.depth
         if depth.dim() != 3 or depth.shape[0] != count or depth.dtype != torch.float32:
             raise ValueError(f"depth must be ({count}, H', W') float32 as cameras say, got {_describe(depth)}")
-        if self.frames is not None and size not in sizes:
-            raise ValueError(f"depth must be of the size of the frames or the latents, {sizes}, got {_describe(depth)}")
-        if size[0] < height or size[1] < width:
-            raise ValueError(f"depth must be at least as fine as latent_size {sizes[-1]}, got {_describe(depth)}")
+        if depth.shape[1] < height or depth.shape[2] < width:
+            raise ValueError(f"depth must be at least as fine as latent_size {(height, width)}, got {_describe(depth)}")
         if depth.device != self.cache.device:
             raise ValueError(f"depth must be on {self.cache.device} like cache, got {depth.device}")
         if self.confidence is not None and (
@@ -324,8 +321,11 @@ class _LearnedFilter:
 
 
 def _pool(static: Tensor, size: Sequence[int]) -> Tensor:
-    """(B, H, W) bool to a size no larger: a cell is static only if all its pixels are."""
-    return static if static.shape[1:] == tuple(size) else pool_mask(static, check_size(tuple(size)))
+    """(B, H, W) bool to another size: a cell is static only if all its pixels are."""
+    finer = [max(sides) for sides in zip(static.shape[1:], size, strict=True)]
+    if static.shape[1:] != tuple(finer):
+        static = F.interpolate(static[:, None].float(), finer, mode="nearest-exact")[:, 0] > 0
+    return static if finer == list(size) else pool_mask(static, check_size(tuple(size)))
 
 
 def _require_frames(views: ChunkViews, wants: StaticFilter) -> Tensor:

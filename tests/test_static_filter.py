@@ -331,6 +331,14 @@ def test_sky_at_the_latents_size_takes_every_cell_it_touches() -> None:
     assert not static[1, :6].any() and static[1, 6:].all() and static[0].all() and static[2].all()
 
 
+@pytest.mark.parametrize("size", [(352, 640), (66, 400), (100, 170)])
+def test_sky_at_the_size_of_given_depth(size: tuple[int, int]) -> None:
+    patch = (slice(0, 88), slice(0, 320))
+    static = SkyFilter(ByColour(), to_pixels)(sky_chunk(painted(9, {2: patch}), size))
+    assert static.shape == (3, *size)
+    assert not static[1, : size[0] // 2].any() and static[1, size[0] // 2 :].all() and static[0].all()
+
+
 def test_sky_labels() -> None:
     water = sky_chunk(painted(9, {0: (slice(0, 80), slice(0, 80))}, colour=1))
     assert SkyFilter(ByColour(), to_pixels)(water).all()
@@ -712,7 +720,6 @@ def test_options_are_checked(make: Any, message: str) -> None:
         ({"depth": torch.ones(2, *SIZE)}, ValueError, r"depth must be \(3, H', W'\) float32 as cameras say"),
         ({"depth": torch.ones(3, *SIZE).double()}, ValueError, r"depth must be .* float64"),
         ({"depth": torch.ones(3, 11, 20), "frames": None}, ValueError, "depth must be at least as fine as latent_size"),
-        ({"depth": torch.ones(3, 88, 160)}, ValueError, "depth must be of the size of the frames or the latents"),
         ({"cache": LatentCache(2, device="meta")}, ValueError, "depth must be on meta like cache, got cpu"),
         ({"confidence": torch.ones(3, *LATENT)}, ValueError, r"confidence must be \(3, 176, 320\) float32 like depth"),
     ],
