@@ -30,6 +30,7 @@ from mirage_kernels.storage import replace_file
 from .adapter import MirageMemoryAdapter
 from .transformer import MirageTransformer3DModel
 
+# A state dict, a file of one, or the files of its shards.
 Source = Mapping[str, Any] | str | Path | Sequence[str | Path]
 
 # Module names that stand before a weight's own, in any number and order.
@@ -178,7 +179,7 @@ def _label(part: str, source: Source) -> str:
 
 
 def _read(part: str, source: Source) -> tuple[dict[str, Any], dict[str, str]]:
-    """The state dict of one part ("dit", "vace", "lora") with its prefixes taken off, and its file's metadata."""
+    """The state dict of one part ("dit", "vace", "lora") out of its wrappers, and the metadata of its files."""
     metadata: dict[str, str] = {}
     if isinstance(source, Mapping):
         state = dict(_unwrapped(source, part))
@@ -414,13 +415,32 @@ def _read_lora(
         raise ValueError(f"adapter_name must be new, but the transformer has a LoRA {adapter_name!r} already")
     state, metadata = _read("lora", source)
     label = _label(part, source)
+    found = _matched_lora(label, state, transformer)
+    described = _described(label, metadata)
+    ranks = {module: int(of["A"].shape[0]) for module, of in found.items()}
+    alphas = {module: factor * _alpha(of, module, ranks[module], described) for module, of in found.items()}
+    rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
+    config = {
+        "r": rank,
+        "lora_alpha": alpha,
+        "rank_pattern": {f"^{module}": value for module, value in ranks.items() if value != rank},
+        "alpha_pattern": {f"^{module}": value for module, value in alphas.items() if value != alpha},
+        "target_modules": sorted(found),
+    }
+    tensors = {f"{module}.lora_{kind}.weight": of[kind] for module, of in found.items() for kind in "AB"}
+    return _Lora(tensors, config)
+
+
+def _matched_lora(
+    label: str, state: dict[str, Any], transformer: MirageTransformer3DModel
+) -> dict[str, dict[str, Tensor]]:
+    """{linear layer: {"A": (rank, in), "B": (out, rank) and perhaps "alpha"}}; raises unless everything fits."""
     linear = {
         name.removesuffix(".weight").removesuffix(".base_layer"): shape
         for name, shape in _shapes(transformer).items()
         if name.endswith(".weight") and len(shape) == 2 and ".lora_" not in name
     }
-
-    found: dict[str, dict[str, Any]] = {}
+    found: dict[str, dict[str, Tensor]] = {}
     keys: dict[tuple[str, str], str] = {}
     left_over = []
     for key, value in state.items():
@@ -439,24 +459,12 @@ def _read_lora(
     reshaped = []
     for module, of in found.items():
         down, up, (rows, columns) = _shape(of.get("A")), _shape(of.get("B")), linear[module]
-        if "A" in of and "B" in of and not (down[1:] == (columns,) and up == (rows, down[0])):
+        fits = down[1:] == (columns,) and down[0] > 0 and up == (rows, down[0])
+        if "A" in of and "B" in of and not fits:
             reshaped.append(f"{module} {down} and {up} where (rank, {columns}) and ({rows}, rank) are expected")
     if left_over or missing or reshaped or not found:
         _refuse(label, len(keys), len(state), "transformer's linear layers", left_over, missing, reshaped)
-
-    described = _described(label, metadata)
-    ranks = {module: int(of["A"].shape[0]) for module, of in found.items()}
-    alphas = {module: factor * _alpha(of, module, ranks[module], described) for module, of in found.items()}
-    rank, lora_alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
-    config = {
-        "r": rank,
-        "lora_alpha": lora_alpha,
-        "rank_pattern": {f"^{module}": value for module, value in ranks.items() if value != rank},
-        "alpha_pattern": {f"^{module}": value for module, value in alphas.items() if value != lora_alpha},
-        "target_modules": sorted(found),
-    }
-    tensors = {f"{module}.lora_{kind}.weight": of[kind] for module, of in found.items() for kind in "AB"}
-    return _Lora(tensors, config)
+    return found
 
 
 def _linear_name(name: str) -> str:

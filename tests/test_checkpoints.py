@@ -496,6 +496,10 @@ def test_a_second_lora_beside_the_first() -> None:
             lambda state: {**state, "transformer.blocks.0.attn1.to_q.lora_A.weight": torch.zeros(3, 48)},
             r"of another shape: blocks.0.attn1.to_q \(3, 48\) and \(48, 4\) where \(rank, 48\) and \(48, rank\) are",
         ),
+        (
+            lambda state: {key: value[:0] if "lora_A" in key else value[:, :0] for key, value in state.items()},
+            r"of another shape: blocks.0.attn1.to_q \(0, 48\) and \(48, 0\) where",
+        ),
     ],
 )
 def test_lora_that_does_not_fit(change: Callable[[State], State], message: str) -> None:
@@ -559,12 +563,21 @@ def test_a_saved_lora_has_the_same_effect_everywhere(config: LoraConfig, tmp_pat
     assert (output - run(tiny_transformer(), inputs)).abs().max() > 0.01
 
 
-def test_a_saved_lora_is_the_same_file_every_time(tmp_path: Path) -> None:
-    trained = trained_lora(SAVED[3], "mine")
-    for name in ("one.safetensors", "two.safetensors"):
-        save_lora(trained, tmp_path / name, "mine")
-    assert (tmp_path / "one.safetensors").read_bytes() == (tmp_path / "two.safetensors").read_bytes()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["one.safetensors", "two.safetensors"]
+def test_a_saved_lora_is_one_file_as_diffusers_writes_it(tmp_path: Path) -> None:
+    save_lora(trained_lora(SAVED[3], "mine"), tmp_path / "lora.safetensors", "mine")
+    assert list(tmp_path.iterdir()) == [tmp_path / "lora.safetensors"]
+    weights, settings = WanImageToVideoPipeline.lora_state_dict(
+        tmp_path / "lora.safetensors", return_lora_metadata=True
+    )
+    assert len(weights) == 4 * 5 * 2
+    assert weights["transformer.blocks.0.attn1.to_q.lora_A.weight"].shape == (4, 48)
+    assert weights["transformer.blocks.1.attn1.to_q.lora_A.weight"].shape == (3, 48)
+    assert settings["transformer.target_modules"] == [
+        "net.0.proj",
+        "to_q",
+        "to_v",
+    ]  # a set, in the same order each time
+    assert (settings["transformer.r"], settings["transformer.lora_alpha"]) == (4, 6)
 
 
 def test_a_failed_save_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ The tiny models made here also serve the tests of the adapter and of the checkpo
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -554,7 +555,9 @@ def test_caches_that_skip_blocks_are_refused(config: Any, apply: Any, monkeypatc
     # Registered by hand, as diffusers' documentation tells, the cache can be put on: then the memory is refused.
     blocks = dict(TransformerBlockRegistry._registry)
     monkeypatch.setattr(TransformerBlockRegistry, "_registry", blocks)
-    TransformerBlockRegistry.register(MirageTransformerBlock, TransformerBlockRegistry.get(WanTransformerBlock))
+    TransformerBlockRegistry.register(
+        MirageTransformerBlock, replace(TransformerBlockRegistry.get(WanTransformerBlock))
+    )
     transformer = tiny_transformer()
     apply(transformer, config)
     with pytest.raises(ValueError, match="the hook (fbc_|mag_cache|sea_cache).* skips whole blocks"):
@@ -623,8 +626,8 @@ def test_repeated_blocks_compile_once(compiler: None) -> None:
         torch.testing.assert_close(run(transformer, inputs), expected, atol=1e-5, rtol=0)
 
 
-# Context parallelism: Ulysses on two processes. Ring attention needs log-sum-exps of the attention backend and uneven
-# sequences a gather of unequal parts, which diffusers and gloo have on GPUs only; our part in them is the same.
+# Context parallelism: Ulysses on two processes. Not here: ring attention, for which diffusers has no attention backend
+# on CPUs (it needs log-sum-exps), and uneven sequences, as gloo gathers equal parts only. Our part in them is the same.
 
 
 # Each cuts the sequence in the middle of a frame: 3 frames of 6 tokens in 9 + 9, 5 of 12 in 30 + 30.
