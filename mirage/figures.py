@@ -9,7 +9,9 @@ import os
 import subprocess
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -126,38 +128,27 @@ def save_video(path: str | os.PathLike[str], frames: Iterable[Tensor], fps: floa
     Raises:
         MissingExtraError: imageio-ffmpeg is not installed.
         ValueError: no frames, or an odd side, which H.264's colour format cannot hold.
+        OSError: the encoder failed, or its file could not be written.
     """
-    ffmpeg = import_extra("imageio_ffmpeg", "demo")
+    ffmpeg = import_extra("imageio_ffmpeg", "demo").get_ffmpeg_exe()
+    rest = iter(frames)
+    first = next(rest, None)
+    if first is None:
+        raise ValueError("frames must hold at least one frame, got none")
+    height, width = first.shape[1:]
+    if height % 2 or width % 2:
+        raise ValueError(f"frames must have even sides, got {tuple(first.shape)}")
 
-    def write(draft: str) -> None:
-        writer = None
-        try:
-            for frame in frames:
-                height, width = frame.shape[1:]
-                if height % 2 or width % 2:
-                    raise ValueError(f"frames must have even sides, got {tuple(frame.shape)}")
-                if writer is None:
-                    writer = ffmpeg.write_frames(
-                        draft,
-                        (width, height),
-                        fps=fps,
-                        codec="libx264",
-                        pix_fmt_out="yuv420p",
-                        macro_block_size=2,
-                        quality=None,  # by -crf
-                        ffmpeg_log_level="error",
-                        # faststart: the index comes first, so that it plays while it loads.
-                        output_params=["-crf", "18", "-movflags", "+faststart", "-f", "mp4"],
-                    )
-                    writer.send(None)
-                writer.send(_to_bytes(frame))
-        finally:
-            if writer is not None:
-                writer.close()
-        if writer is None:
-            raise ValueError("frames must hold at least one frame, got none")
+    def pixels() -> Iterator[bytes]:
+        for frame in chain([first], rest):
+            if frame.shape != first.shape:
+                raise ValueError(f"frames must all be {tuple(first.shape)}, got {tuple(frame.shape)}")
+            yield _to_bytes(frame).tobytes()
 
-    replace_file(Path(path), write)
+    source = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}", "-r", f"{fps:g}", "-i", "-"]
+    # No B-frames: frames are stored in the order they are shown, so that joined videos need no new timestamps.
+    target = ["-an", "-c:v", "libx264", "-pix_fmt", "yuv420p", "-crf", "18", "-bf", "0", *_PLAYABLE]
+    replace_file(Path(path), lambda draft: _run_ffmpeg(ffmpeg, [*source, *target, draft], pixels()))
 
 
 def join_videos(path: str | os.PathLike[str], parts: Sequence[str | os.PathLike[str]]) -> None:
@@ -165,25 +156,48 @@ def join_videos(path: str | os.PathLike[str], parts: Sequence[str | os.PathLike[
 
     Raises:
         MissingExtraError: imageio-ffmpeg is not installed.
-        ValueError: no parts, or one that is not such a video.
+        ValueError: no parts.
+        OSError: a part is missing or broken, or the file could not be written.
     """
     ffmpeg = import_extra("imageio_ffmpeg", "demo").get_ffmpeg_exe()
     if not parts:
         raise ValueError("parts must hold at least one video, got none")
     quoted = (str(Path(part).resolve()).replace("'", "'\\''") for part in parts)
-    playlist = "".join(f"file '{part}'\n" for part in quoted)
+    with tempfile.NamedTemporaryFile("w", suffix=".txt", encoding="utf-8") as listing:
+        listing.write("".join(f"file '{part}'\n" for part in quoted))
+        listing.flush()
+        source = ["-f", "concat", "-safe", "0", "-i", listing.name]
+        replace_file(Path(path), lambda draft: _run_ffmpeg(ffmpeg, [*source, "-c", "copy", *_PLAYABLE, draft]))
 
-    def write(draft: str) -> None:
-        with tempfile.NamedTemporaryFile("w", suffix=".txt", encoding="utf-8") as listing:
-            listing.write(playlist)
-            listing.flush()
-            command = [ffmpeg, "-y", "-loglevel", "error", "-f", "concat", "-safe", "0", "-i", listing.name]
-            command += ["-c", "copy", "-movflags", "+faststart", "-f", "mp4", draft]
-            done = subprocess.run(command, text=True, capture_output=True)
-        if done.returncode:
-            raise ValueError(f"parts must be videos of one size and rate: {done.stderr.strip()}")
 
-    replace_file(Path(path), write)
+_PLAYABLE = [
+    "-movflags",
+    "+faststart",
+    "-f",
+    "mp4",
+]  # faststart: the index comes first, so that it plays while it loads
+
+
+def _run_ffmpeg(ffmpeg: str, arguments: list[str], content: Iterable[bytes] = ()) -> None:
+    """Run it, with `content` on its standard input; anything it complains of is an OSError, whatever it exits with."""
+    command = [ffmpeg, "-y", "-xerror", "-loglevel", "error", *arguments]
+    with tempfile.TemporaryFile() as complaints:
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=complaints)
+        assert process.stdin is not None
+        try:
+            with suppress(BrokenPipeError):  # it has ended early, and says below why
+                for piece in content:
+                    process.stdin.write(piece)
+                process.stdin.close()
+        except BaseException:
+            process.kill()
+            raise
+        finally:
+            status = process.wait()
+        complaints.seek(0)
+        text = complaints.read().decode(errors="replace").strip()
+    if status or text:
+        raise OSError(f"ffmpeg could not write the video (exit status {status}): {text or 'it gave no reason'}")
 
 
 def load_video(path: str | os.PathLike[str]) -> Iterator[Tensor]:

@@ -24,7 +24,7 @@ from .run_store import CACHE
 from .session import METRICS_LINES, VIDEO
 from .trajectories import TRAJECTORIES, load_npz, load_trajectory, make_trajectory, save_npz
 
-CONTACT, TRAJECTORY = "contact.png", "trajectory.npz"
+CONTACT, TRAJECTORY, PATH = "contact.png", "trajectory.npz", "trajectory.json"
 TINY_RANDOM = "tiny-random"
 
 _PICTURES = 12
@@ -75,8 +75,8 @@ class _Start:
 def run_generate(options: GenerateOptions, progress: bool = True) -> dict[str, Any]:
     """Generate a video and write video.mp4, cache.safetensors, metrics.jsonl and contact.png into `options.out`.
 
-    Beside them trajectory.npz, run.json and the folder chunks/, from which a run that was stopped goes on with
-    `resume`.
+    Beside them trajectory.npz and .json, run.json and the folder chunks/, from which a run that was stopped goes on
+    with `resume`.
 
     Returns:
         frames, size ([H, W]), chunks, tokens, cache_bytes, coverage (mean over chunks after the first), seconds.
@@ -86,12 +86,9 @@ def run_generate(options: GenerateOptions, progress: bool = True) -> dict[str, A
         OSError, ValueError: naming what cannot be used; nothing heavy has been done then.
     """
     began = time.perf_counter()
-    for module in ("diffusers", "transformers", "accelerate", "ftfy", "tqdm", "PIL", "imageio_ffmpeg"):
+    for module in ("diffusers", "transformers", "accelerate", "peft", "ftfy", "tqdm", "PIL", "imageio_ffmpeg"):
         import_extra(module, "generate")
-    from .chunks import check_num_frames
-
-    check_num_frames("frames", options.frames)
-    check_num_frames("chunk_frames", options.chunk_frames)
+    _check(options)
     start = _load_start(options)
     cameras = _load_cameras(options, start)
     pipeline = load_pipeline(options)
@@ -129,6 +126,7 @@ def run_generate(options: GenerateOptions, progress: bool = True) -> dict[str, A
         for chunk in session.run(cameras, options.chunk_frames):
             bar.set_description(f"frames {chunk.start}-{chunk.stop - 1}, {chunk.metrics['tokens']:,} tokens")
         session.finish()
+        session.close()
         pipeline.maybe_free_model_hooks()
     metrics = [json.loads(line) for line in (options.out / METRICS_LINES).read_text(encoding="utf-8").splitlines()]
     later = [entry["coverage"] for entry in metrics[1:]] or [metrics[0]["coverage"]]
@@ -165,21 +163,22 @@ def load_pipeline(options: GenerateOptions) -> Any:
     """
     from .adapter import MirageMemoryAdapter
     from .checkpoints import load_lora, load_published
-    from .pipeline import MiragePipeline
+    from .pipeline import MiragePipeline, check_models
 
-    if options.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device cuda is not available: torch {torch.__version__} sees no GPU")
+    dtype = _DTYPES[options.dtype or ("bfloat16" if options.device == "cuda" else "float32")]
     if options.model == TINY_RANDOM:
         from .tiny import tiny_random_pipeline
 
-        pipeline = tiny_random_pipeline()
+        pipeline = tiny_random_pipeline().to(dtype)
     else:
-        name = options.dtype or ("bfloat16" if options.device == "cuda" else "float32")
-        folder = options.adapter if options.adapter is not None and not Path(options.adapter).is_file() else None
-        pipeline = MiragePipeline.from_pretrained(options.model, memory_adapter=folder, dtype=_DTYPES[name])
-    if options.adapter is not None and Path(options.adapter).is_file():
-        adapter = MirageMemoryAdapter.from_transformer(pipeline.transformer)
-        load_published(adapter=adapter, vace=options.adapter)
+        pipeline = MiragePipeline.from_pretrained(options.model, dtype=dtype)
+    if options.adapter is not None:
+        if Path(options.adapter).is_file():  # of the published release
+            adapter = MirageMemoryAdapter.from_transformer(pipeline.transformer)
+            load_published(adapter=adapter, vace=options.adapter)
+        else:
+            adapter = MirageMemoryAdapter.from_pretrained(options.adapter, dtype=dtype)
+        check_models(pipeline.vae, pipeline.transformer, adapter)
         pipeline.register_modules(memory_adapter=adapter)
     if options.lora is not None:
         load_lora(pipeline.transformer, options.lora)
@@ -189,6 +188,36 @@ def load_pipeline(options: GenerateOptions) -> Any:
     else:
         pipeline.to(options.device)
     return pipeline
+
+
+def _check(options: GenerateOptions) -> None:
+    """What can be seen before anything is loaded."""
+    from .chunks import check_num_frames
+    from .depth import DEPTH_ESTIMATORS
+    from .run_store import CHUNKS
+    from .static_filter import STATIC_FILTERS
+
+    check_num_frames("frames", options.frames)
+    check_num_frames("chunk-frames", options.chunk_frames)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device cuda is not available: torch {torch.__version__} sees no GPU")
+    if not 0 < options.fov < 180:
+        raise ValueError(f"fov must be degrees between 0 and 180, got {options.fov:g}")
+    if options.distance is not None and not 0 < options.distance < math.inf:
+        raise ValueError(f"distance must be positive and finite, got {options.distance:g}")
+    if options.size is not None and (min(options.size) < 32 or any(side % 32 for side in options.size)):
+        raise ValueError(f"size must be multiples of 32, got {options.size[0]}x{options.size[1]}")
+    if options.steps < 1:
+        raise ValueError(f"steps must be at least 1, got {options.steps}")
+    for part in options.static_filter.split("+"):
+        if part.strip() not in STATIC_FILTERS:
+            raise ValueError(f"static-filter must be of {', '.join(STATIC_FILTERS)}, joined by +, got {part!r}")
+    if options.depth_estimator not in (None, *DEPTH_ESTIMATORS):
+        raise ValueError(f"depth-estimator must be of {', '.join(DEPTH_ESTIMATORS)}, got {options.depth_estimator!r}")
+    if not options.resume and (options.out / CHUNKS / "0000").exists():
+        raise FileExistsError(
+            f"{options.out} holds a run already: add --resume to go on with it, or name another --out"
+        )
 
 
 def _load_start(options: GenerateOptions) -> _Start:
@@ -209,7 +238,12 @@ def _load_cameras(options: GenerateOptions, start: _Start) -> Cameras | None:
     """The path where it is known before anything has been generated: from a file, or of the run that is resumed."""
     begun = options.out / TRAJECTORY
     size = (start.image.height, start.image.width)
-    if options.resume and begun.exists():
+    if options.resume and begun.exists() and options.trajectory in TRAJECTORIES:
+        was = json.loads((options.out / PATH).read_text(encoding="utf-8"))
+        now = _path_options(options)
+        differences = [f"{name} was {was[name]}, got {now[name]}" for name in now if was.get(name) != now[name]]
+        if differences:
+            raise ValueError(f"{options.out} can be resumed only along its path: {'; '.join(differences)}")
         cameras = load_npz(begun)
     elif options.trajectory in TRAJECTORIES:
         return None
@@ -227,8 +261,6 @@ def _make_cameras(options: GenerateOptions, start: _Start, session: Any) -> Came
     camera = start.camera
     if camera is None:
         height, width = start.image.height, start.image.width
-        if not 0 < options.fov < 180:
-            raise ValueError(f"fov must be degrees between 0 and 180, got {options.fov}")
         focal = 0.5 * width / math.tan(math.radians(options.fov) / 2)
         intrinsics = [[focal, 0.0, width / 2], [0.0, focal, height / 2], [0.0, 0.0, 1.0]]
         camera = Cameras(torch.tensor(intrinsics), torch.eye(4)[None], (height, width))
@@ -238,8 +270,19 @@ def _make_cameras(options: GenerateOptions, start: _Start, session: Any) -> Came
         raise ValueError("distance must be given: the image's depth is not known anywhere")
     distance = known.median().item() if options.distance is None else options.distance
     cameras = make_trajectory(options.trajectory, camera, options.frames, distance)
+    described = json.dumps(_path_options(options)) + "\n"
+
+    def write(draft: str) -> None:
+        Path(draft).write_text(described, encoding="utf-8")
+
+    replace_file(options.out / PATH, write)
     save_npz(options.out / TRAJECTORY, cameras)
     return cameras
+
+
+def _path_options(options: GenerateOptions) -> dict[str, Any]:
+    """What a path by name was made from."""
+    return {name: getattr(options, name) for name in ("trajectory", "frames", "fov", "distance")}
 
 
 def _draw_sheet(options: GenerateOptions, start: _Start, metrics: list[dict[str, Any]], report: dict[str, Any]) -> Any:

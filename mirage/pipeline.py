@@ -10,7 +10,7 @@ import hashlib
 import inspect
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -32,6 +32,7 @@ from transformers import AutoTokenizer, UMT5EncoderModel
 from mirage_kernels import Cameras, LatentCache
 
 from .adapter import MirageMemoryAdapter
+from .checkpoints import load_lora
 from .chunks import CHUNK_FRAMES, STRIDE, check_num_frames
 from .depth import DepthEstimator, GivenDepth, make_depth_estimator
 from .extras import import_extra
@@ -45,6 +46,7 @@ from .transformer import MirageTransformer3DModel
 Callback: TypeAlias = Callable[..., dict[str, Any]] | PipelineCallback | MultiPipelineCallbacks
 
 _ASPECT_TOLERANCE = 0.01
+_SAMPLED_WEIGHTS = 64
 _FOREIGN_COMPONENTS = ("transformer_2", "boundary_ratio", "expand_timesteps", "image_encoder", "image_processor")
 
 
@@ -103,7 +105,7 @@ class MiragePipeline(DiffusionPipeline, WanLoraLoaderMixin):
         latent_depth: LatentDepth | None = None,
     ) -> None:
         super().__init__()
-        _check_models(vae, transformer, memory_adapter, latent_depth)
+        check_models(vae, transformer, memory_adapter, latent_depth)
         self.register_modules(
             tokenizer=tokenizer,
             text_encoder=text_encoder,
@@ -132,13 +134,11 @@ class MiragePipeline(DiffusionPipeline, WanLoraLoaderMixin):
             memory_adapter: the model, or its folder or id; None takes the pipeline's own, if it has one.
             kwargs: as of `DiffusionPipeline.from_pretrained`: `dtype`, `vae=...`, and so on.
         """
-        loading = {name: kwargs[name] for name in _LOADING_OPTIONS if name in kwargs}
-        if kwargs.get("transformer") is None:
-            # A Wan pipeline names the stock class for this folder; the weights are the same.
-            kwargs["transformer"] = MirageTransformer3DModel.from_pretrained(
-                pretrained_model_name_or_path, subfolder="transformer", **loading
-            )
         if isinstance(memory_adapter, (str, os.PathLike)):
+            loading = {name: kwargs[name] for name in _LOADING_OPTIONS if name in kwargs}
+            for name in {"dtype", "torch_dtype"} & set(loading):
+                if isinstance(loading[name], dict):  # per component, as diffusers takes it
+                    loading[name] = loading[name].get("memory_adapter", loading[name].get("default"))
             memory_adapter = MirageMemoryAdapter.from_pretrained(memory_adapter, **loading)
         if memory_adapter is not None:
             kwargs["memory_adapter"] = memory_adapter
@@ -147,26 +147,52 @@ class MiragePipeline(DiffusionPipeline, WanLoraLoaderMixin):
 
     @classmethod
     def extract_init_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        # What diffusers' own Wan pipelines record and this one has no use for.
+        # A Wan pipeline names the stock class for the same weights, and records what this one has no use for.
         second = config_dict.get("transformer_2")
         if second is not None and second[0] is not None:
             raise ValueError("a Wan pipeline with one transformer is needed, such as Wan2.2-TI2V-5B; got one with two")
         known = {name: value for name, value in config_dict.items() if name not in _FOREIGN_COMPONENTS}
+        known["transformer"] = [MirageTransformer3DModel.__module__, MirageTransformer3DModel.__name__]
         return super().extract_init_dict(known, **kwargs)
 
     def enable_model_cpu_offload(self, gpu_id: int | None = None, device: torch.device | str | None = None) -> None:
         """As of `DiffusionPipeline`, with the adapter staying beside the transformer, which calls it, and with the
         models of one chunk making room for those of the next."""
         super().enable_model_cpu_offload(gpu_id, device)
-        hooks = {id(hook.model): hook for hook in self._all_hooks}
-        text_encoder, transformer, vae = (hooks[id(model)] for model in (self.text_encoder, self.transformer, self.vae))
-        adapter = hooks.get(id(self.memory_adapter))
-        denoisers = _OffloadTogether([transformer, adapter] if adapter else [transformer])
-        transformer.hook.prev_module_hook = _OffloadTogether([vae, text_encoder])
-        vae.hook.prev_module_hook = denoisers
-        text_encoder.hook.prev_module_hook = denoisers
-        if adapter:
-            adapter.hook.prev_module_hook = None
+        hooks = {id(hook.model): hook for hook in self._all_hooks}  # quantised models have none
+        denoisers = [hooks[id(m)] for m in (self.transformer, self.memory_adapter) if id(m) in hooks]
+        others = [hooks[id(m)] for m in (self.text_encoder, self.vae) if id(m) in hooks]
+        for before, after in ((denoisers, others), (others, denoisers)):
+            for hook in after:
+                hook.hook.prev_module_hook = _OffloadTogether(before) if before else None
+
+    def enable_sequential_cpu_offload(
+        self, gpu_id: int | None = None, device: torch.device | str | None = None
+    ) -> None:
+        """As of `DiffusionPipeline`; the transformer's hook leaves the adapter that it is called with to its own."""
+        super().enable_sequential_cpu_offload(gpu_id, device)
+        hook = self.transformer._hf_hook
+        for one in getattr(hook, "hooks", [hook]):
+            if hasattr(one, "skip_keys"):
+                one.skip_keys = ["memory_adapter"]
+
+    def load_lora_weights(self, source: Any, adapter_name: str | None = None, **kwargs: Any) -> None:
+        """As of diffusers' Wan pipelines, and for files of the published release too; what does not fit is an error.
+
+        Args:
+            source: a file or a state dict, see :func:`~mirage.checkpoints.load_lora`; or a folder or an id on the hub.
+            adapter_name: default "default".
+            kwargs: for folders and ids, as of diffusers: `weight_name`, `subfolder`, and so on.
+
+        Raises:
+            ValueError: nothing in it fits the transformer, or not everything does.
+        """
+        if isinstance(source, Mapping) or Path(source).is_file():
+            return load_lora(self.transformer, source, adapter_name or "default")
+        before = set(getattr(self.transformer, "peft_config", {}))
+        super().load_lora_weights(source, adapter_name=adapter_name or "default", **kwargs)
+        if before == set(getattr(self.transformer, "peft_config", {})):
+            raise ValueError(f"source must hold a LoRA of this transformer, nothing in {source} fits")
 
     # diffusers' properties.
 
@@ -188,7 +214,12 @@ class MiragePipeline(DiffusionPipeline, WanLoraLoaderMixin):
 
     @property
     def interrupt(self) -> bool:
+        """Set it in a callback, or from another thread, and generation stops; chunks that are whole are kept."""
         return self._interrupt
+
+    @interrupt.setter
+    def interrupt(self, value: bool) -> None:
+        self._interrupt = value
 
     # Generation.
 
@@ -242,23 +273,24 @@ class MiragePipeline(DiffusionPipeline, WanLoraLoaderMixin):
             raise ValueError(f'output_type must be "np", "pt", "pil", "latent" or None, got {output_type!r}')
         if output_type is None and options.get("run_dir") is None and callback_on_chunk_end is None:
             raise ValueError("output_type None needs a run_dir or a callback_on_chunk_end for the frames to go to")
-        session = self.start(image, prompt, depth=depth, num_frames=num_frames, **options)
-        resumed, kept = session.num_chunks > 0, []
-        for chunk in session.run(cameras[:num_frames], chunk_frames):
-            if output_type not in ("latent", None) and chunk.frames is not None and not resumed:
-                kept.append(chunk.frames.cpu())
-            if callback_on_chunk_end is not None:
-                callback_on_chunk_end(self, chunk)
-        video = session.finish() if options.get("run_dir") is not None and session.num_chunks else None
         frames: Any = None
-        if output_type == "latent" and session.num_chunks:
-            frames = session.latents()
-        elif output_type is not None and session.num_chunks:
-            pixels = torch.cat(kept or [piece.cpu() for piece in session.decode()])
-            # postprocess_video takes [-1, 1]
-            frames = self.video_processor.postprocess_video(
-                (pixels * 2.0 - 1.0).movedim(0, 1)[None], output_type=output_type
-            )
+        video = None
+        with self.start(image, prompt, depth=depth, num_frames=num_frames, **options) as session:
+            kept: list[Tensor] = []
+            whole = session.num_chunks == 0  # a run that is gone on with has frames that are on disk only
+            for chunk in session.run(cameras[:num_frames], chunk_frames):
+                if output_type not in ("latent", None) and chunk.frames is not None and whole:
+                    kept.append(chunk.frames.cpu())
+                if callback_on_chunk_end is not None:
+                    callback_on_chunk_end(self, chunk)
+            if session.num_chunks and output_type not in ("latent", None):
+                kept = kept or [piece.cpu() for piece in session.decode()]
+                pixels = torch.cat(kept).movedim(0, 1)[None] * 2.0 - 1.0  # postprocess_video takes [-1, 1]
+                frames = self.video_processor.postprocess_video(pixels, output_type=output_type)
+            if session.num_chunks and output_type == "latent":
+                frames = session.latents()
+            if session.num_chunks and options.get("run_dir") is not None:
+                video = session.finish(kept or None)
         self.maybe_free_model_hooks()
         return MiragePipelineOutput(frames=frames, cache=session.cache, video=video) if return_dict else (frames,)
 
@@ -322,7 +354,8 @@ class MiragePipeline(DiffusionPipeline, WanLoraLoaderMixin):
             cache: the memory to use, which may hold a scene already, in whose world `cameras` are then. Default a new
                 one in the transformer's dtype.
             generator: of the noise; its state is saved with a run.
-            run_dir: folder where every chunk is saved, so that a killed run can be resumed; None saves nothing.
+            run_dir: folder where every chunk is saved, so that a killed run can be resumed; None saves nothing. The
+                session holds it until it is closed.
             resume: go on with the run in `run_dir`, if there is one. Pass what it was started with.
             fps: of the video in `run_dir`.
             callback_on_step_end, callback_on_step_end_tensor_inputs: as of diffusers, at every denoising step.
@@ -330,7 +363,7 @@ class MiragePipeline(DiffusionPipeline, WanLoraLoaderMixin):
         Raises:
             ValueError, TypeError, MissingExtraError: before any heavy work, naming the argument.
         """
-        size = _image_size(image)
+        image, size = _check_image(image), _image_size(image)
         height, width = self._frame_size(size, height, width)
         if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
@@ -380,54 +413,67 @@ class MiragePipeline(DiffusionPipeline, WanLoraLoaderMixin):
         elif cache.channels != channels:
             raise ValueError(f"cache must have {channels} channels like the VAE, got {cache.channels}")
         filter_ = make_static_filter(static_filter, device) if isinstance(static_filter, str) else static_filter
+        for name, part in (("static_filter", filter_), ("depth_estimator", depth_estimator)):
+            protocol = StaticFilter if name == "static_filter" else DepthEstimator
+            if part is not None and not isinstance(part, str) and not isinstance(part, protocol):
+                raise TypeError(f"{name} must be a name or a {protocol.__name__}, got {type(part).__name__}")
         sources = self._depth_sources(depth, depth_estimator, num_frames)
         _check_undecoded(decode, sources, filter_)
         if run_dir is not None:
             import_extra("imageio_ffmpeg", "generate")
+        seeded = generator is not None
         if generator is None:
             generator = torch.Generator().manual_seed(int(torch.randint(2**31, ()).item()))
 
-        pixels = self.video_processor.preprocess(image, height=height, width=width)
+        pixels = self.video_processor.preprocess(image, height=height, width=width).to("cpu", torch.float32)
         record = asdict(settings) | {
             "prompt": prompt,
             "negative_prompt": negative_prompt,
             "image": _digest(pixels.numpy().tobytes()),
-            "depth": [type(source).__name__ for source in (sources.given, sources.estimator)],
+            "prompt_embeds": None if prompt_embeds is None else _digest(_bytes(prompt_embeds)),
+            "negative_prompt_embeds": None
+            if negative_prompt_embeds is None
+            else _digest(_bytes(negative_prompt_embeds)),
+            "depth": None if sources.given is None else _describe_depth(sources.given, size),
+            "depth_estimator": None if sources.estimator is None else type(sources.estimator).__name__,
             "static_filter": static_filter if isinstance(static_filter, str) else type(static_filter).__name__,
-            "models": {name: _configuration(model) for name, model in self.components.items()},
-            "tokens_at_start": len(cache),
+            "seed": generator.initial_seed() if seeded else None,
+            **{name: _fingerprint(model) for name, model in self.components.items()},
         }
         store = RunStore(run_dir, record, resume)
-
-        self._guidance_scale = guidance_scale
-        self._interrupt = False
-        self._current_timestep = None
-        embeds, negative_embeds = self.encode_prompt(
-            prompt=prompt,
-            negative_prompt=negative_prompt,
-            do_classifier_free_guidance=self.do_classifier_free_guidance,
-            prompt_embeds=prompt_embeds,
-            negative_prompt_embeds=negative_prompt_embeds,
-            max_sequence_length=max_sequence_length,
-            device=device,
-        )
-        dtype = self.transformer.dtype
-        return MirageSession(
-            pipeline=self,
-            image=pixels.to(device, torch.float32),
-            image_size=size,
-            prompt=Prompt(embeds.to(dtype), None if negative_embeds is None else negative_embeds.to(dtype)),
-            settings=settings,
-            cache=cache,
-            depth=sources,
-            static_filter=filter_,
-            generator=generator,
-            store=store,
-            callbacks={
-                "callback_on_step_end": callback_on_step_end,
-                "callback_on_step_end_tensor_inputs": tuple(callback_on_step_end_tensor_inputs),
-            },
-        )
+        try:
+            self._guidance_scale = guidance_scale
+            self._interrupt = False
+            self._current_timestep = None
+            embeds, negative_embeds = self.encode_prompt(
+                prompt=prompt,
+                negative_prompt=negative_prompt,
+                do_classifier_free_guidance=self.do_classifier_free_guidance,
+                prompt_embeds=prompt_embeds,
+                negative_prompt_embeds=negative_prompt_embeds,
+                max_sequence_length=max_sequence_length,
+                device=device,
+            )
+            dtype = self.transformer.dtype
+            return MirageSession(
+                pipeline=self,
+                image=pixels.to(device),
+                image_size=size,
+                prompt=Prompt(embeds.to(dtype), None if negative_embeds is None else negative_embeds.to(dtype)),
+                settings=settings,
+                cache=cache,
+                depth=sources,
+                static_filter=filter_,
+                generator=generator,
+                store=store,
+                callbacks={
+                    "callback_on_step_end": callback_on_step_end,
+                    "callback_on_step_end_tensor_inputs": tuple(callback_on_step_end_tensor_inputs),
+                },
+            )
+        except BaseException:
+            store.close()
+            raise
 
     # What a session calls.
 
@@ -494,7 +540,6 @@ class MiragePipeline(DiffusionPipeline, WanLoraLoaderMixin):
             (T, C, h, w) float32; None where a callback set `interrupt`.
         """
         device, dtype = self._execution_device, self.transformer.dtype
-        self._interrupt = False
         self.transformer._reset_stateful_cache()  # diffusers' caches hold tensors of the chunk before
 
         def as_video(frames: Tensor | None) -> Tensor:
@@ -621,7 +666,10 @@ class MiragePipeline(DiffusionPipeline, WanLoraLoaderMixin):
             import_extra("ftfy", "generate")  # with which diffusers cleans prompts
 
     def _depth_sources(
-        self, depth: Any, depth_estimator: str | DepthEstimator | None, num_frames: int | None
+        self,
+        depth: Any,
+        depth_estimator: str | DepthEstimator | None,
+        num_frames: int | None,
     ) -> DepthSources:
         given = None if depth is None else GivenDepth(depth)
         estimator: DepthEstimator | LatentDepth | None = self.latent_depth
@@ -629,51 +677,73 @@ class MiragePipeline(DiffusionPipeline, WanLoraLoaderMixin):
             estimator = make_depth_estimator(depth_estimator, device=self._execution_device)
         elif depth_estimator is not None:
             estimator = depth_estimator
-        if estimator is None and (given is None or (num_frames is not None and given.num_frames < num_frames)):
-            missing = "of no frame" if given is None else f"of {given.num_frames} of {num_frames} frames"
-            raise ValueError(
-                f"depth is given {missing}, and there is nobody to ask for the rest: pass depth=(N, H, W) for all,"
-                ' or depth_estimator="depth-anything-v2" or another, or load a pipeline with latent_depth'
-            )
-        return DepthSources(given, estimator)
+        sources = DepthSources(given, estimator)
+        sources.check([0 if num_frames is None else num_frames - 1])
+        return sources
 
 
-_LOADING_OPTIONS = ("dtype", "torch_dtype", "variant", "cache_dir", "force_download", "local_files_only", "token")
-_LOADING_OPTIONS += ("revision",)
+_LOADING_OPTIONS = ("dtype", "torch_dtype", "cache_dir", "force_download", "local_files_only", "token")
 
 
 def _digest(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()[:16]
 
 
-def _configuration(model: Any) -> str | None:
-    """A word that changes with a model's class and configuration, wherever it was loaded from."""
-    config = getattr(model, "config", None)
-    if config is None:
-        return None if model is None else type(model).__name__
-    entries = config.to_dict() if hasattr(config, "to_dict") else dict(config)
-    known = {name: value for name, value in entries.items() if not name.startswith("_")}
-    return f"{type(model).__name__} {_digest(json.dumps(known, sort_keys=True, default=str).encode())}"
+def _bytes(tensor: Tensor) -> bytes:
+    return tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
+
+
+def _describe_depth(depth: GivenDepth, image_size: tuple[int, int]) -> str:
+    """How many frames it has, and a word that changes with that of frame 0; its aspect is checked on the way."""
+    camera = Cameras(torch.eye(3), torch.eye(4)[None], image_size)
+    return f"{depth.num_frames} frames {_digest(_bytes(depth(None, camera, [0])))}"
+
+
+def _fingerprint(component: Any) -> str | None:
+    """A word that changes with a component's class, dtype, shapes and weights (the first few of each tensor), wherever
+    it was loaded from."""
+    if component is None:
+        return None
+    digest = hashlib.sha256()
+    if isinstance(component, torch.nn.Module):
+        for name, weight in sorted(component.state_dict().items()):
+            digest.update(f"{name.replace('_orig_mod.', '')} {tuple(weight.shape)} {weight.dtype}".encode())
+            if not weight.is_meta:  # as under sequential offloading
+                digest.update(_bytes(weight.flatten()[:_SAMPLED_WEIGHTS]))
+    elif hasattr(component, "config"):
+        known = {name: value for name, value in component.config.items() if not name.startswith("_")}
+        digest.update(json.dumps(known, sort_keys=True, default=str).encode())
+    return f"{type(component).__name__} {digest.hexdigest()[:16]}"
 
 
 class _OffloadTogether(UserCpuOffloadHook):
-    """Models that leave the GPU together."""
+    """Models that leave the GPU together, those of them that are there."""
 
     def __init__(self, hooks: list[UserCpuOffloadHook]) -> None:
-        super().__init__(hooks[0].model, hooks[0].hook)
-        self._hooks = hooks
+        self.hooks = hooks
+
+    @property
+    def model(self) -> torch.nn.Module:  # type: ignore[override]
+        """One that is on the GPU, if any is: accelerate looks at it to see whether there is anything to do."""
+        models = [hook.model for hook in self.hooks]
+        return next((m for m in models if next(m.parameters()).device.type != "cpu"), models[0])
 
     def offload(self) -> None:
-        for hook in self._hooks:
+        for hook in self.hooks:
             hook.offload()
 
 
-def _check_models(
+def check_models(
     vae: AutoencoderKLWan,
     transformer: MirageTransformer3DModel,
-    memory_adapter: MirageMemoryAdapter | None,
-    latent_depth: LatentDepth | None,
+    memory_adapter: MirageMemoryAdapter | None = None,
+    latent_depth: LatentDepth | None = None,
 ) -> None:
+    """That models belong together.
+
+    Raises:
+        TypeError, ValueError: they do not; the message says which and why.
+    """
     channels = vae.config.z_dim
     if vae.config.scale_factor_temporal != STRIDE:
         raise ValueError(f"vae must pack {STRIDE} frames in a latent one, got {vae.config.scale_factor_temporal}")
@@ -735,19 +805,27 @@ def _check_undecoded(decode: str, depth: DepthSources, static_filter: StaticFilt
         )
 
 
-def _image_size(image: Any) -> tuple[int, int]:
-    """(height, width) of what diffusers takes as one image."""
+def _check_image(image: Any) -> Any:
+    """What diffusers takes as one image, in three colours."""
     if isinstance(image, (list, tuple)):
         if len(image) != 1:
             raise ValueError(f"image must be one image: a session has one scene, got {len(image)}")
         image = image[0]
     if isinstance(image, PIL.Image.Image):
+        return image.convert("RGB")
+    if not isinstance(image, (Tensor, np.ndarray)):
+        raise TypeError(f"image must be a PIL image, an array or a tensor, got {type(image).__name__}")
+    shape, colours = tuple(image.shape), -3 if isinstance(image, Tensor) else -1
+    if len(shape) not in (3, 4) or (len(shape) == 4 and shape[0] != 1) or shape[colours] != 3:
+        expected = "(3, H, W) or (1, 3, H, W)" if isinstance(image, Tensor) else "(H, W, 3) or (1, H, W, 3)"
+        raise ValueError(f"image must be {expected} as one {type(image).__name__}, got {shape}")
+    return image
+
+
+def _image_size(image: Any) -> tuple[int, int]:
+    """(height, width) of one image."""
+    image = _check_image(image)
+    if isinstance(image, PIL.Image.Image):
         return image.height, image.width
-    if isinstance(image, (Tensor, np.ndarray)):
-        shape = tuple(image.shape)
-        batched = len(shape) == 4
-        if len(shape) not in (3, 4) or (batched and shape[0] != 1):
-            raise ValueError(f"image must be one image, got {type(image).__name__} {shape}")
-        rows, columns = shape[-2:] if isinstance(image, Tensor) else shape[-3:-1]
-        return int(rows), int(columns)
-    raise TypeError(f"image must be a PIL image, an array or a tensor, got {type(image).__name__}")
+    rows, columns = image.shape[-2:] if isinstance(image, Tensor) else image.shape[-3:-1]
+    return int(rows), int(columns)

@@ -1,26 +1,27 @@
 """`RunStore`: a generation run on disk, one folder per chunk, each there whole or not at all.
 
     run.json               what the run was started with
-    seed.safetensors       the memory before the first chunk, while that one is being made
     chunks/0000/           latents.safetensors (latents, read-outs and cameras of its latent frames), metrics.json,
                            segment.mp4 (its frames, where they are decoded chunk by chunk)
     chunks/0004/           the newest one also holds what the next chunk goes on from: cache.safetensors,
                            decoder.safetensors, random.safetensors
 
-A chunk is written into `chunks/.0004` and renamed: a process killed at any moment leaves the chunks it finished.
-Latents are read back from there and not kept in memory, so that a run of any length takes the same memory.
+A chunk is written into `chunks/.0004` and renamed, which is the moment from which it counts: a process killed at any
+moment leaves the chunks it finished. Latents are read back from there and not kept in memory, so that a run of any
+length takes the same memory.
 """
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from safetensors import safe_open
@@ -33,22 +34,26 @@ from mirage_kernels.storage import replace_file
 from .chunks import Chunk
 
 FORMAT, VERSION = "mirage-run", 1
-RUN, CHUNKS = "run.json", "chunks"
+RUN, LOCK, CHUNKS = "run.json", ".lock", "chunks"
 LATENTS, METRICS, SEGMENT = "latents.safetensors", "metrics.json", "segment.mp4"
 CACHE, DECODER, RANDOM = "cache.safetensors", "decoder.safetensors", "random.safetensors"
-SEED = "seed.safetensors"
 
 
 class RunStore:
-    """The chunks of one run.
+    """The chunks of one run. One process at a time holds a folder, until :meth:`close` or its end.
 
     Args:
         folder: of the run; None keeps only the latents, in a temporary folder that goes with this object.
         settings: what the run is started with, plain JSON values.
-        resume: whether to go on with a run that is there already.
+        resume: whether to go on with a run that is there already. A run without a chunk is none.
+
+    Attributes:
+        chunks: of the run, in order.
+        cameras: of the new latent frames of each.
 
     Raises:
-        FileExistsError: there is a run in `folder`, and `resume` is False.
+        FileExistsError: there is a run with chunks in `folder`, and `resume` is False.
+        BlockingIOError: another process, or another session of this one, is using `folder`.
         ValueError: the run there was started with other settings; the message names each that differs.
     """
 
@@ -56,20 +61,40 @@ class RunStore:
         self._temporary = tempfile.TemporaryDirectory(prefix="mirage-") if folder is None else None
         self.folder = Path(self._temporary.name if self._temporary else folder)  # type: ignore[arg-type]
         self.chunks: list[Chunk] = []
-        record = json.loads(json.dumps(settings))  # as it will be read back
+        self.cameras: list[Cameras] = []
+        (self.folder / CHUNKS).mkdir(parents=True, exist_ok=True)
+        self._lock = _lock(self.folder)
+        try:
+            self._open(settings, resume)
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(self, settings: dict[str, Any], resume: bool) -> None:
         path = self.folder / RUN
-        if path.exists():
+        if self._path(0).is_dir():
             if not resume:
                 raise FileExistsError(f"run_dir {self.folder} holds a run already: resume it, or name another folder")
-            _check_settings(path, record)
+            _check_settings(path, settings)
         else:
-            (self.folder / CHUNKS).mkdir(parents=True, exist_ok=True)
-            content = json.dumps({"format": FORMAT, "version": VERSION, "settings": record}, indent=2) + "\n"
+            content = json.dumps({"format": FORMAT, "version": VERSION, "settings": settings}, indent=2) + "\n"
             replace_file(path, lambda draft: _write_text(Path(draft), content))
-        for unfinished in (self.folder / CHUNKS).glob(".[0-9]*"):
-            shutil.rmtree(unfinished)
+            _flush_folder(self.folder)
         while self._path(index := len(self.chunks)).is_dir():
             self.chunks.append(Chunk(index, *self.metrics(index)["frames"]))
+            self.cameras.append(self._load_cameras(index))
+        # What a kill may have left.
+        for unfinished in (self.folder / CHUNKS).glob(".[0-9]*"):
+            shutil.rmtree(unfinished)
+        for draft in (*self.folder.glob(".*.tmp"), *self.folder.glob(f"{CHUNKS}/*/.*.tmp")):
+            draft.unlink()
+        self._tidy()
+
+    def close(self) -> None:
+        """Let others use the folder. The temporary one is removed."""
+        self._lock.close()
+        if self._temporary is not None:
+            self._temporary.cleanup()
 
     @property
     def keeps_all(self) -> bool:
@@ -99,7 +124,7 @@ class RunStore:
         """
         draft = self.folder / CHUNKS / f".{chunk.index:04d}"
         shutil.rmtree(draft, ignore_errors=True)
-        draft.mkdir(parents=True)
+        draft.mkdir()
         try:
             named = {
                 "latents": latents,
@@ -115,18 +140,30 @@ class RunStore:
             shutil.rmtree(draft, ignore_errors=True)
 
     def finish_chunk(self, chunk: Chunk, draft: Path, metrics: dict[str, Any]) -> None:
-        """Make the folder that :meth:`new_chunk` gave the chunk: from here on it is part of the run."""
+        """Make the folder that :meth:`new_chunk` gave the chunk. From the rename on, it is part of the run."""
         _write_text(draft / METRICS, json.dumps(metrics) + "\n")
         if self.keeps_all:
             _flush(draft)
         os.replace(draft, self._path(chunk.index))
-        self.chunks.append(chunk)
-        if self.keeps_all:
-            _flush_folder(self.folder / CHUNKS)
-        if chunk.index:
+
+    def count_chunk(self, chunk: Chunk, cameras: Cameras) -> bool:
+        """Whether a chunk is part of the run; it is counted then, which must happen whatever else fails."""
+        if not self._path(chunk.index).is_dir():
+            return False
+        if len(self.chunks) == chunk.index:
+            self.chunks.append(chunk)
+            self.cameras.append(cameras)
+        with suppress(OSError):  # it is there; that it survives a power cut, or that others go, is the lesser matter
+            if self.keeps_all:
+                _flush_folder(self.folder / CHUNKS)
+            self._tidy()
+        return True
+
+    def _tidy(self) -> None:
+        """Only the newest chunk needs what the next one goes on from."""
+        for chunk in self.chunks[-3:-1]:
             for name in (CACHE, DECODER, RANDOM):
-                (self._path(chunk.index - 1) / name).unlink(missing_ok=True)
-        (self.folder / SEED).unlink(missing_ok=True)
+                (self._path(chunk.index) / name).unlink(missing_ok=True)
 
     def newest(self, name: str) -> Path:
         """A file of the newest chunk."""
@@ -150,14 +187,10 @@ class RunStore:
                 found.append(file.get_slice(name)[frame - chunk.latent_start][None])
         return torch.cat(found)
 
-    def cameras(self) -> list[Cameras]:
-        """Of the new latent frames of each chunk."""
-        found = []
-        for chunk in self.chunks:
-            with safe_open(self._path(chunk.index) / LATENTS, framework="pt") as file:
-                intrinsics, cam2world, size = map(file.get_tensor, ("intrinsics", "cam2world", "image_size"))
-            found.append(Cameras(intrinsics, cam2world, size.tolist()))
-        return found
+    def _load_cameras(self, index: int) -> Cameras:
+        with safe_open(self._path(index) / LATENTS, framework="pt") as file:
+            intrinsics, cam2world, size = map(file.get_tensor, ("intrinsics", "cam2world", "image_size"))
+        return Cameras(intrinsics, cam2world, size.tolist())
 
     def save_random(self, draft: Path, generator: torch.Generator) -> None:
         """The generator's state, into the folder that :meth:`new_chunk` gives."""
@@ -176,20 +209,34 @@ class RunStore:
             generator.set_state(file.get_tensor("state"))
 
 
+def _lock(folder: Path) -> IO[str]:
+    """The folder's lock file, held until it is closed: the system lets go of it when a process dies."""
+    handle = (folder / LOCK).open("w")
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        handle.close()
+        raise BlockingIOError(
+            f"run_dir {folder} is in use: by another process, or by a session that has not been closed"
+        ) from error
+    return handle
+
+
 def _check_settings(path: Path, settings: dict[str, Any]) -> None:
     """That the run at `path` was started with `settings`."""
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
         known = (record["format"], record["version"]) == (FORMAT, VERSION)
-    except (KeyError, TypeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path}: not the record of a run ({error})") from error
+        before: dict[str, Any] = record["settings"]
+    except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path}: not the record of a run ({error!r}), though there are chunks of one") from error
     if not known:
         raise ValueError(f"{path}: must be {FORMAT} version {VERSION}, got {record['format']} {record['version']}")
-    before = record["settings"]
-    names = sorted(name for name in {*before, *settings} if before.get(name) != settings.get(name))
+    now = json.loads(json.dumps(settings))  # tuples become lists, as in the file
+    names = sorted(name for name in {*before, *now} if before.get(name) != now.get(name))
     if names:
-        differences = "; ".join(f"{name} was {before.get(name)!r}, got {settings.get(name)!r}" for name in names)
-        raise ValueError(f"{path}: a run can be resumed only with the settings it was started with: {differences}")
+        differences = "; ".join(f"{name} was {before.get(name)!r}, got {now.get(name)!r}" for name in names)
+        raise ValueError(f"{path}: a run can be resumed only with what it was started with: {differences}")
 
 
 def _write_text(path: Path, content: str) -> None:

@@ -10,8 +10,9 @@ from __future__ import annotations
 import hashlib
 import json
 import resource
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +28,7 @@ from .chunks import CHUNK_FRAMES, STRIDE, Chunk, check_num_frames, plan_chunks
 from .depth import DepthEstimator, GivenDepth, align_depth
 from .figures import join_videos, save_video
 from .latent_depth import LatentDepth
-from .run_store import CACHE, DECODER, SEED, SEGMENT, RunStore
+from .run_store import CACHE, DECODER, SEGMENT, RunStore
 from .static_filter import ChunkViews, StaticFilter
 from .streaming import StreamingDecoder
 
@@ -77,6 +78,19 @@ class DepthSources:
         assert self.estimator is not None
         return self.estimator
 
+    def check(self, numbers: list[int]) -> None:
+        """
+        Raises:
+            ValueError: nobody gives the depth of these frames.
+        """
+        if self.estimator is None and (self.given is None or max(numbers) >= self.given.num_frames):
+            held = 0 if self.given is None else self.given.num_frames
+            raise ValueError(
+                f"depth is given of {held} frames, frame {max(numbers)} is needed, and there is nobody to ask: pass"
+                ' depth=(N, H, W) for all, or depth_estimator="depth-anything-v2" or another, or load a pipeline with'
+                " latent_depth"
+            )
+
 
 @dataclass(frozen=True)
 class MirageChunk:
@@ -118,8 +132,7 @@ class MirageSession:
     """A scene in the making: :meth:`step` generates its next chunk. Made by :meth:`MiragePipeline.start`.
 
     Attributes:
-        cache: the memory. Read it, save it, pass it to the next session. (A step that fails while it saves leaves
-            another object here, equal to the one before.)
+        cache: the memory. Read it, save it, pass it to the next session.
     """
 
     def __init__(
@@ -149,7 +162,6 @@ class MirageSession:
         self._callbacks = callbacks
         self._decoder = StreamingDecoder(pipeline.vae)
         self._seeded_with: _Seed | None = None
-        self._cameras = [cameras.to(cache.device) for cameras in store.cameras()]  # of the latent frames, by chunk
         if store.chunks:
             self.cache = LatentCache.load(store.newest(CACHE), device=cache.device)
             store.load_random(generator)
@@ -180,6 +192,16 @@ class MirageSession:
         return self._settings.height // ratio, self._settings.width // ratio
 
     # What it does.
+
+    def __enter__(self) -> MirageSession:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let others use `run_dir`; the session can then only be looked at. Also at the end of a `with` block."""
+        self._store.close()
 
     @torch.no_grad()
     def seed(self, camera: Cameras) -> Tensor:
@@ -223,23 +245,33 @@ class MirageSession:
             ValueError: cameras of another number or aspect, or what a depth estimator or filter gave is unusable.
             Whatever is raised, the session and its run on disk are as before, and the step can be tried again.
         """
+        self._pipeline.interrupt = False
+        return self._step(cameras)
+
+    def _step(self, cameras: Cameras) -> MirageChunk | None:
         cameras = self._fit(cameras)
         chunk = self._next_chunk(len(cameras))
-        if chunk.index == 0:
-            if self._seeded_with is None:
-                self.seed(cameras[0])
-            elif not torch.equal(self._seeded.camera.cam2world, cameras[0].cam2world):
-                raise ValueError("cameras[0] must be the camera that seed() was given, got another")
+        new_views = cameras[[frame - chunk.start for frame in chunk.keyframes]]
+        self._depth.check(chunk.keyframes)
+        if chunk.index == 0 and self._seeded_with is not None and not _same(self._seeded.camera, cameras[0]):
+            raise ValueError("cameras[0] must be the camera that seed() was given, got another")
+        seeded, memory = self._seeded_with, self.cache.checkpoint()
         random, decoder = self._generator.get_state(), self._decoder.snapshot()
         made = None
         try:
-            made = self._generate(chunk, cameras)
+            if chunk.index == 0 and self._seeded_with is None:
+                self.seed(cameras[0])
+            made = self._generate(chunk, new_views)
         finally:
-            if made is None:
+            # Whatever has happened: the chunk is there and counts, or nothing of it is.
+            if not self._store.count_chunk(chunk, new_views):
                 self._generator.set_state(random)
                 self._decoder.restore(decoder)
+                self.cache.rollback(memory)
+                self._seeded_with = seeded
         return made
 
+    @torch.no_grad()
     def run(self, cameras: Cameras, chunk_frames: int = CHUNK_FRAMES) -> Iterator[MirageChunk]:
         """Generate a video along `cameras`, chunk by chunk, but for the chunks that a resumed run has already.
 
@@ -253,7 +285,7 @@ class MirageSession:
         plan = plan_chunks(len(cameras), chunk_frames)
         self._check_same_run(plan, self._fit(cameras))
         for chunk in plan[self.num_chunks :]:
-            made = self.step(cameras[chunk.start : chunk.stop])
+            made = None if self._pipeline.interrupt else self._step(cameras[chunk.start : chunk.stop])
             if made is None:
                 return
             yield made
@@ -262,14 +294,18 @@ class MirageSession:
         """(1, C, F, h, w) float32 on the CPU: all latent frames so far, normalised."""
         return self._store.latents(list(range(self._store.num_latents))).movedim(0, 1)[None]
 
+    @torch.no_grad()
     def decode(self) -> Iterator[Tensor]:
         """Frames (N, 3, H, W) float32 in [0, 1] of each chunk so far, decoded from the latents on the spot."""
         decoder = StreamingDecoder(self._pipeline.vae)
         for chunk in self._store.chunks:
             yield self._decode(decoder, self._store.latents(chunk.latents))
 
-    def finish(self) -> Path:
+    def finish(self, frames: Iterable[Tensor] | None = None) -> Path:
         """Write video.mp4, metrics.jsonl and cache.safetensors into the run's folder.
+
+        Args:
+            frames: what :meth:`decode` gives, where the caller has it already.
 
         Returns:
             The video's path.
@@ -280,9 +316,9 @@ class MirageSession:
         if not self._store.keeps_all or not self.num_chunks:
             raise ValueError("finish() needs a session with a run_dir and at least one chunk")
         folder, segments = self._store.folder, self._store.segments()
-        if self._settings.decode == "end":
-            for segment, frames in zip(segments, self.decode(), strict=True):
-                save_video(segment, frames, self._settings.fps)
+        if self._settings.decode == "end" or not all(segment.exists() for segment in segments):
+            for segment, piece in zip(segments, self.decode() if frames is None else frames, strict=True):
+                save_video(segment, piece, self._settings.fps)
         join_videos(folder / VIDEO, segments)
         lines = "".join(json.dumps(self._store.metrics(index)) + "\n" for index in range(self.num_chunks))
 
@@ -295,11 +331,10 @@ class MirageSession:
 
     # How a chunk is made.
 
-    def _generate(self, chunk: Chunk, cameras: Cameras) -> MirageChunk | None:
-        """The chunk, committed; None when interrupted. `cameras`: of its new pixel frames, at the frames' size."""
+    def _generate(self, chunk: Chunk, new_views: Cameras) -> MirageChunk | None:
+        """The chunk, on disk and in the memory; None when interrupted. `new_views`: of its new latent frames."""
         settings, store = self._settings, self._store
         seconds: dict[str, float] = {}
-        new_views = cameras[[frame - chunk.start for frame in chunk.keyframes]]
         # The first target is there already: the image, or the last latent frame of the chunk before.
         shared = 1 if chunk.index else 0
         targets = Cameras.cat([self._past()[-1], new_views]) if shared else new_views
@@ -351,7 +386,7 @@ class MirageSession:
         return made
 
     def _commit(self, chunk: Chunk, made: MirageChunk, seconds: dict[str, float]) -> None:
-        """Save the chunk and write its tokens: both or neither."""
+        """Write the chunk's tokens and save it; what is done when it fails half-way, :meth:`step` undoes."""
         store, metrics, began = self._store, made.metrics, time.perf_counter()
         with store.new_chunk(chunk, made.latents, made.view.latents, made.view.mask, made.cameras) as draft:
             if store.keeps_all:
@@ -360,8 +395,6 @@ class MirageSession:
                     self._decoder.save(draft / DECODER)
                     metrics["frames_sha256"] = _digest(made.frames)
                 store.save_random(draft, self._generator)
-                if chunk.index == 0:
-                    self.cache.save(store.folder / SEED)
             first = 1 if chunk.index == 0 else 0  # frame 0 was written by seed()
             with self._timed(seconds, "write"):
                 report = self.cache.write(
@@ -370,31 +403,18 @@ class MirageSession:
                     made.cameras[first:],
                     made.static[first:].to(self.cache.device),
                 )
-            with self._memory_as_saved():
-                metrics |= {
-                    "written": report.as_dict(),
-                    "tokens": len(self.cache),
-                    "cache_bytes": self.cache.nbytes,
-                    "peak_host_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-                }
-                if self.cache.device.type == "cuda":
-                    metrics["peak_device_bytes"] = torch.cuda.max_memory_allocated(self.cache.device)
-                if store.keeps_all:
-                    self.cache.save(draft / CACHE)
-                metrics["seconds"] = seconds | {"save": time.perf_counter() - began - seconds["write"]}
-                store.finish_chunk(chunk, draft, metrics)
-        self._cameras.append(made.cameras)
-
-    @contextmanager
-    def _memory_as_saved(self) -> Iterator[None]:
-        """When the block fails, the memory is again as before the chunk's tokens were written."""
-        try:
-            yield
-        except BaseException:
-            if self._store.keeps_all:
-                saved = self._store.newest(CACHE) if self.num_chunks else self._store.folder / SEED
-                self.cache = LatentCache.load(saved, device=self.cache.device)
-            raise
+            metrics |= {
+                "written": report.as_dict(),
+                "tokens": len(self.cache),
+                "cache_bytes": self.cache.nbytes,
+                "peak_host_bytes": _peak_host_bytes(),
+            }
+            if self.cache.device.type == "cuda":
+                metrics["peak_device_bytes"] = torch.cuda.max_memory_allocated(self.cache.device)
+            if store.keeps_all:
+                self.cache.save(draft / CACHE)
+            metrics["seconds"] = seconds | {"save": time.perf_counter() - began - seconds["write"]}
+            store.finish_chunk(chunk, draft, metrics)
 
     # The parts of it.
 
@@ -405,12 +425,13 @@ class MirageSession:
 
     def _past(self) -> Cameras:
         """Of the latent frames written so far: at first, of the image alone."""
-        return Cameras.cat(self._cameras or [self._seeded.camera])
+        written = [cameras.to(self.cache.device) for cameras in self._store.cameras]
+        return Cameras.cat(written or [self._seeded.camera])
 
     def _choose_references(self, targets: Cameras) -> tuple[list[int], list[float]]:
         """Latent frames that see most of what the targets see, best first, and their overlaps (IoU of voxel sets)."""
         settings = self._settings
-        if not self._cameras or not settings.max_reference_frames:
+        if not self.num_chunks or not settings.max_reference_frames:
             return [], []
         overlaps = self.cache.view_overlap(
             self._past(), targets, self.latent_size, voxel_size=settings.reference_voxel_size
@@ -470,7 +491,7 @@ class MirageSession:
             depth=depth,
             cameras=cameras,
             cache=self.cache,
-            past=self._past() if self._cameras or self._seeded_with else None,
+            past=self._past() if self.num_chunks or self._seeded_with else None,
             latent_size=self.latent_size,
             confidence=confidence,
         )
@@ -500,11 +521,8 @@ class MirageSession:
         if done != plan[: len(done)]:
             was, would = (", ".join(f"{c.start}-{c.stop - 1}" for c in chunks) for chunks in (done, plan))
             raise ValueError(f"num_frames and chunk_frames must continue the run's chunks, {was}, got {would}")
-        if done:
-            asked, begun = cameras[[frame for chunk in done for frame in chunk.keyframes]], self._past()
-            same = torch.equal(asked.cam2world, begun.cam2world) and torch.equal(asked.intrinsics, begun.intrinsics)
-            if not same:
-                raise ValueError("cameras must be those of the run so far, got others")
+        if done and not _same(cameras[[frame for chunk in done for frame in chunk.keyframes]], self._past()):
+            raise ValueError("cameras must be those of the run so far, got others")
 
     @contextmanager
     def _timed(self, seconds: dict[str, float], part: str) -> Iterator[None]:
@@ -514,6 +532,16 @@ class MirageSession:
         if self.cache.device.type == "cuda":
             torch.cuda.synchronize(self.cache.device)
         seconds[part] = time.perf_counter() - began
+
+
+def _same(left: Cameras, right: Cameras) -> bool:
+    return torch.equal(left.cam2world, right.cam2world) and torch.equal(left.intrinsics, right.intrinsics)
+
+
+def _peak_host_bytes() -> int:
+    """Most memory that this process has held so far."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def _digest(frames: Tensor) -> str:

@@ -383,6 +383,25 @@ class LatentCache:
         self._at_most = 0
         self._num_frames = 0
 
+    def checkpoint(self) -> tuple[int, int]:
+        """A mark for :meth:`rollback`: the tokens and frames written so far. Waits for the device."""
+        return len(self), self._num_frames
+
+    def rollback(self, mark: tuple[int, int]) -> None:
+        """Forget what was written since :meth:`checkpoint` gave `mark`; buffers stay where they are.
+
+        Raises:
+            ValueError: the cache holds less than that, so `mark` is of another cache, or of before a :meth:`clear`.
+        """
+        tokens, frames = mark
+        if tokens > len(self) or frames > self._num_frames:
+            raise ValueError(
+                f"mark must be of this cache, which holds {len(self)} tokens of {self._num_frames} frames, got {mark}"
+            )
+        self._count.fill_(tokens)
+        self._at_most = tokens
+        self._num_frames = frames
+
     def to(self, device: torch.device | str) -> LatentCache:
         """The cache on another device: itself where it is there already, else a copy."""
         target = torch.empty(0, device=device).device  # "cuda" means the current one

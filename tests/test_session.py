@@ -276,17 +276,17 @@ def test_a_failed_step_can_be_tried_again(
     expected = pipe(**options(25))
     list(session.run(views, 9))
     assert torch.equal(session.latents(), expected.frames) and same_tokens(session.cache, expected.cache)
-    resumed = start(
-        pipe, 25, depth=None, depth_estimator=Fails(depth, lambda: pytest.fail()), run_dir=copy, resume=True,
-        generator=torch.Generator().manual_seed(99),
-    )  # fmt: skip
-    resumed._depth.estimator.calls = 10  # type: ignore[union-attr]
+    spent = torch.Generator().manual_seed(1)
+    torch.rand(100, generator=spent)  # its state comes from the run
+    again = Fails(depth, what)
+    again.calls = 10
+    resumed = start(pipe, 25, depth=None, depth_estimator=again, run_dir=copy, resume=True, generator=spent)
     list(resumed.run(views, 9))
     assert torch.equal(resumed.latents(), expected.frames) and same_tokens(resumed.cache, expected.cache)
 
 
 @pytest.mark.parametrize("chunk", [0, 1])
-@pytest.mark.parametrize("name", ["save_video", "replace", "save_file"])
+@pytest.mark.parametrize("name", ["save_video", "save_file", "_write_text", "replace"])
 def test_a_full_disk_leaves_session_and_run_as_they_were(
     pipe: MiragePipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int, name: str
 ) -> None:
@@ -301,7 +301,7 @@ def test_a_full_disk_leaves_session_and_run_as_they_were(
 
     place = {"save_video": "mirage.session.save_video", "replace": "mirage.run_store.os.replace"}
     with monkeypatch.context() as patch:
-        patch.setattr(place.get(name, "mirage.run_store.save_file"), full)
+        patch.setattr(place.get(name, f"mirage.run_store.{name}"), full)
         with pytest.raises(OSError, match="No space left"):
             session.step(new)
     assert session.num_chunks == chunk
@@ -416,7 +416,9 @@ def test_a_run_is_resumed_only_as_what_it_was(pipe: MiragePipeline, tmp_path: Pa
         ({"image": torch.zeros(3, *SIZE)}, "image was"),
         ({"height": 128, "width": 192}, "height was 64, got 128"),
         ({"decode": "end"}, "decode was 'chunk', got 'end'"),
-        ({"cache": pipe(**options(5)).cache}, "tokens_at_start was 0, got 48"),
+        ({"depth": options(9)["depth"] * 2}, "depth was"),
+        ({"generator": torch.Generator().manual_seed(2)}, "seed was 1, got 2"),
+        ({"static_filter": "geometric"}, "static_filter was 'none', got 'geometric'"),
     ]
     for change, message in changes:
         with pytest.raises(ValueError, match=message):
@@ -424,8 +426,113 @@ def test_a_run_is_resumed_only_as_what_it_was(pipe: MiragePipeline, tmp_path: Pa
     (tmp_path / "run.json").write_text("{}")
     with pytest.raises(ValueError, match="not the record of a run"):
         pipe(**options(9, run_dir=tmp_path, resume=True))
+    (tmp_path / "run.json").unlink()
+    with pytest.raises(ValueError, match="not the record of a run"):
+        pipe(**options(9, run_dir=tmp_path, resume=True))
     (tmp_path / "run.json").write_bytes(before[tmp_path / "run.json"])
+    other = generation.make_pipeline(seed=1)
+    with pytest.raises(ValueError, match="transformer was 'MirageTransformer3DModel"):
+        other(**options(9, run_dir=tmp_path, resume=True))
+    pipe.save_pretrained(tmp_path / "saved")
+    loaded = MiragePipeline.from_pretrained(tmp_path / "saved")
+    shutil.rmtree(tmp_path / "saved")
+    assert torch.equal(loaded(**options(9, run_dir=tmp_path, resume=True)).frames, pipe(**options(9)).frames)
+    before |= {path: path.read_bytes() for path in before if path.parent == tmp_path and path.suffix != ".json"}
     assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("where", ["rename", "bookkeeping"])
+@pytest.mark.parametrize("chunk", [0, 1])
+def test_an_interrupt_after_the_rename_leaves_the_chunk_counted(
+    pipe: MiragePipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int, where: str
+) -> None:
+    views = generation.cameras(17)
+    session = start(pipe, 17, run_dir=tmp_path)
+    if chunk:
+        session.step(views[:9])
+    replace, flush = run_store.os.replace, run_store._flush_folder
+
+    def interrupted(*args: Any) -> None:
+        (replace if where == "rename" else flush)(*args)
+        if where == "rename" or Path(args[0]).name == "chunks":
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        target = (run_store.os, "replace") if where == "rename" else (run_store, "_flush_folder")
+        patch.setattr(*target, interrupted)
+        # The commit of the first file that is replaced, the memory's, goes through.
+        patch.setattr("mirage_kernels.storage.os.replace", replace)
+        if where == "rename":
+            patch.setattr(run_store.os, "replace", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            session.step(views[9:17] if chunk else views[:9])
+    expected = pipe(**options(17))
+    list(session.run(views, 9))
+    assert torch.equal(session.latents(), expected.frames) and same_tokens(session.cache, expected.cache)
+    session.close()
+    resumed = start(pipe, 17, run_dir=tmp_path, resume=True)
+    assert torch.equal(resumed.latents(), expected.frames) and same_tokens(resumed.cache, expected.cache)
+
+
+def test_a_folder_is_held_by_one_session(pipe: MiragePipeline, tmp_path: Path) -> None:
+    views = generation.cameras(9)
+    with start(pipe, 9, run_dir=tmp_path) as session:
+        with pytest.raises(BlockingIOError, match="is in use"):
+            start(pipe, 9, run_dir=tmp_path, resume=True)
+        session.step(views)
+    assert start(pipe, 9, run_dir=tmp_path, resume=True).num_chunks == 1
+
+
+def test_a_start_that_came_to_nothing_is_in_nobodys_way(pipe: MiragePipeline, tmp_path: Path) -> None:
+    session = start(pipe, 9, run_dir=tmp_path, static_filter=Wrong())
+    with pytest.raises(ValueError, match=r"mask from Wrong must be \(1, 64, 96\) bool like depth"):
+        session.step(generation.cameras(9))
+    assert len(session.cache) == 0  # the image is not in it either
+    session.close()
+    assert pipe(**options(9, run_dir=tmp_path, prompt="another room")).video is not None
+
+
+class Wrong:
+    needs_frames = False
+
+    def __call__(self, views: Any) -> Tensor:
+        return torch.ones(1, 2, 3, dtype=torch.bool)
+
+
+def test_what_a_kill_leaves_is_cleaned_up(pipe: MiragePipeline, tmp_path: Path) -> None:
+    pipe(**options(17, run_dir=tmp_path))
+    left = [tmp_path / ".video.mp4.x.tmp", tmp_path / "chunks" / "0001" / ".cache.safetensors.x.tmp"]
+    left += [tmp_path / "chunks" / "0000" / name for name in ("cache.safetensors", "decoder.safetensors")]
+    for path in left:
+        path.write_bytes(b"left")
+    (tmp_path / "chunks" / ".0002").mkdir()
+    pipe(**options(17, run_dir=tmp_path, resume=True))
+    assert not any(path.exists() for path in left) and not (tmp_path / "chunks" / ".0002").exists()
+
+
+def test_a_lost_segment_is_made_again(pipe: MiragePipeline, tmp_path: Path) -> None:
+    video = pipe(**options(17, run_dir=tmp_path)).video.read_bytes()
+    (tmp_path / "chunks" / "0001" / "segment.mp4").unlink()
+    assert pipe(**options(17, run_dir=tmp_path, resume=True)).video.read_bytes() == video
+
+
+def test_interrupt_between_chunks_stops_the_run(pipe: MiragePipeline) -> None:
+    seen: list[int] = []
+
+    def stop(pipeline: Any, chunk: Any) -> None:
+        seen.append(chunk.index)
+        pipeline.interrupt = True
+
+    assert pipe(**options(25, callback_on_chunk_end=stop)).frames.shape[2] == 3
+    assert seen == [0]
+
+
+def test_depth_that_is_missing_is_told_before_the_step(pipe: MiragePipeline) -> None:
+    bare = generation.make_pipeline(with_depth=False)
+    session = start(bare, 9, depth=options(9)["depth"][0])
+    bare.transformer.forward = lambda *args, **kwargs: pytest.fail("denoised")
+    with pytest.raises(ValueError, match="depth is given of 1 frames, frame 8 is needed, and there is nobody to ask"):
+        session.step(generation.cameras(9))
 
 
 def test_nothing_is_decoded_before_the_end(
