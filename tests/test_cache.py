@@ -706,3 +706,29 @@ def test_saving_over_the_file_it_was_loaded_from(tmp_path):
 def test_a_directory_that_does_not_exist(tmp_path):
     with pytest.raises(FileNotFoundError, match="absent"):
         filled().save(tmp_path / "absent" / "room.safetensors")
+
+
+# Going back.
+
+
+def test_rollback_forgets_what_was_written_since_the_checkpoint(backend):
+    rng = np.random.default_rng(5)
+    cameras = Cameras(scenes.intrinsics(rng, 2, (32, 48)), scenes.poses(rng, 2), (32, 48)).to(backend.device)
+    latents = torch.from_numpy(rng.standard_normal((2, 8, 4, 6))).float().to(backend.device)
+    depth = torch.full((2, 32, 48), 2.0, device=backend.device)
+    cache, never = (LatentCache(8, device=backend.device) for _ in range(2))
+    cache.write(latents, depth, cameras)
+    never.write(latents, depth, cameras)
+    mark = cache.checkpoint()
+    assert mark == (48, 2)
+    cache.write(latents + 1, depth * 2, cameras)  # grows, and moves the buffers
+    cache.rollback(mark)
+    assert len(cache) == 48 and cache.num_frames == 2 and cache.nbytes == never.nbytes
+    seen, expected = cache.read(cameras, (4, 6)), never.read(cameras, (4, 6))
+    assert all(torch.equal(a, b) for a, b in zip(seen, expected, strict=True)) and seen.mask.any()
+    for one in (cache, never):
+        one.write(latents * 3, depth, cameras)
+    assert torch.equal(cache.features, never.features) and torch.equal(cache.frame_ids, never.frame_ids)
+    cache.clear()
+    with pytest.raises(ValueError, match=r"mark must be of this cache, .* 0 tokens of 0 frames, got \(48, 2\)"):
+        cache.rollback(mark)
