@@ -243,7 +243,8 @@ class MirageSession:
 
         Raises:
             ValueError: cameras of another number or aspect, or what a depth estimator or filter gave is unusable.
-            Whatever is raised, the session and its run on disk are as before, and the step can be tried again.
+            Whatever is raised, the session and its run on disk are as before, and the step can be tried again; only an
+            interrupt that comes when the chunk is on disk already leaves it counted.
         """
         self._pipeline.interrupt = False
         return self._step(cameras)
