@@ -45,17 +45,17 @@ class Pictures(NamedTuple):
     seen: Tensor
 
 
-def _blend(weight: Tensor, depth: Tensor, colour: Tensor) -> tuple[Tensor, Tensor]:
-    """Four candidates a pixel to one colour.
+def _shares(du: Tensor, dv: Tensor, depth: Tensor) -> tuple[Tensor, Tensor]:
+    """The share of each of a pixel's four winners in its colour, and which pixels have any: (4, H, W) and bool (H, W).
 
-    ``weight`` (4, ...) bilinear; ``depth`` (4, ...), infinite where there is no candidate; ``colour`` (4, ..., 3).
-    Returns (..., 3) and bool (...).
+    ``du`` and ``dv`` (4, H, W) are distances to the pixel's centre along rows and columns, signed, overwritten;
+    ``depth`` (4, H, W) is infinite where a quadrant is empty.
     """
-    limit = depth.amin(0) * (1 + DEPTH_TOLERANCE)
+    limit = depth.amin(0)
     seen = limit < math.inf
-    weight = torch.where((depth <= limit) & seen, weight, 0)
-    share = weight / torch.where(seen, weight.sum(0), 1)
-    return (share[..., None] * colour).sum(0), seen
+    weight = du.abs_().neg_().add_(1).mul_(dv.abs_().neg_().add_(1))
+    weight.masked_fill_((depth > limit.mul_(1 + DEPTH_TOLERANCE)).logical_or_(~seen), 0)
+    return weight.div_(weight.sum(0).masked_fill_(~seen, 1)), seen
 
 
 class PlainPixelMemory:
@@ -138,10 +138,11 @@ class PlainPixelMemory:
         keys = keys.view(4, height + 2, stride)[:, 1:-1, 1:-1]
         winner = (keys & 0xFFFFFFFF).flatten()
         depth = (keys >> 32).int().view(torch.float32)
-        du = u[winner].view(depth.shape).sub_(torch.arange(width, device=z.device)).abs_()
-        dv = v[winner].view(depth.shape).sub_(torch.arange(height, device=z.device)[:, None]).abs_()
-        colour = self._colours.index_select(0, index[winner]).view(*depth.shape, 3)
-        return _blend((1 - du) * (1 - dv), depth, colour)
+        du = u.index_select(0, winner).view(depth.shape).sub_(torch.arange(width, device=z.device))
+        dv = v.index_select(0, winner).view(depth.shape).sub_(torch.arange(height, device=z.device)[:, None])
+        share, seen = _shares(du, dv, depth)
+        colour = self._colours.index_select(0, index.index_select(0, winner)).view(*depth.shape, 3)
+        return (share[..., None] * colour).sum(0), seen
 
 
 class KernelPixelMemory:
@@ -175,14 +176,15 @@ class KernelPixelMemory:
             view = self.cache.read(cameras, size, near=NEAR)
             return Pictures(view.latents.float(), view.mask)
         cameras = cameras.to(self.cache.device).resized(size)
-        parts = [self._render_bilinear(cameras[t : t + _FRAMES_AT_ONCE], size) for t in self._starts(len(cameras))]
-        return Pictures(torch.cat([rgb for rgb, _ in parts]), torch.cat([seen for _, seen in parts]))
+        rgb = torch.zeros(len(cameras), 3, *size, device=self.cache.device)
+        seen = torch.zeros(len(cameras), *size, dtype=torch.bool, device=self.cache.device)
+        if len(self) > 0:
+            for t in range(0, len(cameras), _FRAMES_AT_ONCE):
+                part = slice(t, t + _FRAMES_AT_ONCE)
+                self._render_bilinear(cameras[part], size, rgb[part], seen[part])
+        return Pictures(rgb, seen)
 
-    @staticmethod
-    def _starts(frames: int) -> range:
-        return range(0, frames, _FRAMES_AT_ONCE)
-
-    def _render_bilinear(self, cameras: Cameras, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    def _render_bilinear(self, cameras: Cameras, size: tuple[int, int], rgb: Tensor, seen: Tensor) -> None:
         points, frames = self.cache._points, len(cameras)
         # Moving the principal point by about half a pixel makes `floor` name one of the four pixels around a point.
         intrinsics = cameras.intrinsics.repeat(4, 1, 1)
@@ -190,27 +192,16 @@ class KernelPixelMemory:
             corner[:, 0, 2] += (0.5 - MARGIN) * (2 * right - 1)
             corner[:, 1, 2] += (0.5 - MARGIN) * (2 * down - 1)
         poses = cameras.cam2world.repeat(4, 1, 1)
-        if len(self) == 0:
-            return points.new_zeros(frames, 3, *size), torch.zeros(
-                frames, *size, dtype=torch.bool, device=points.device
-            )
         view = splat(points, self.cache._features, intrinsics, poses, size, num_points=self.cache._count, near=NEAR)
-        shape = (4, frames, *size)
-        depth = torch.where(view.mask, view.depth, math.inf).view(shape)
-        winner = points.index_select(0, view.index.clamp(min=0).flatten()).view(*shape, 4)
-        projection = make_projection(cameras.intrinsics, cameras.cam2world, torch.float32)
-        x, y, z = winner[..., 0], winner[..., 1], winner[..., 2]
-        a, b = (
-            x.mul(row[:, 0, None, None]).addcmul_(y, row[:, 1, None, None]).addcmul_(z, row[:, 2, None, None])
-            .add_(row[:, 3, None, None])
-            for row in (projection[:, 0], projection[:, 1])
-        )  # fmt: skip
         columns = torch.arange(size[1], device=points.device) + 0.5
         rows = torch.arange(size[0], device=points.device)[:, None] + 0.5
-        weight = a.div_(depth).sub_(columns).abs_().neg_().add_(1) * b.div_(depth).sub_(rows).abs_().neg_().add_(1)
-        colour = view.latents.float().permute(0, 2, 3, 1).view(*shape, 3)
-        rgb, seen = _blend(weight, depth, colour)
-        return rgb.permute(0, 3, 1, 2), seen
+        # Frame by frame, so that what one operation writes the next finds in the cache.
+        for t, projection in enumerate(make_projection(cameras.intrinsics, cameras.cam2world, torch.float32)):
+            depth = view.depth[t::frames].masked_fill(~view.mask[t::frames], math.inf)
+            winner = points.index_select(0, view.index[t::frames].clamp(min=0).flatten())
+            a, b = torch.addmm(projection[:2, 3:], projection[:2, :3], winner[:, :3].T).view(2, *depth.shape)
+            share, seen[t] = _shares(a.div_(depth).sub_(columns), b.div_(depth).sub_(rows), depth)
+            torch.sum(view.latents[t::frames].float().mul_(share[:, None]), 0, out=rgb[t])
 
 
 def make_encoder(base_dim: int = 160, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Any:

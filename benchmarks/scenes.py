@@ -86,8 +86,11 @@ def camera_path(views: int, laps: float = 1.0, phase: float = 0.0) -> Cameras:
 
 
 def stored_cameras(size: Size) -> Cameras:
-    """The cameras of the stored frames: one lap through the room."""
-    return camera_path(size.frames).resized(size.image)
+    """The cameras of the stored frames: a lap through the room; very many frames share a row of four rooms."""
+    if size.frames <= 1000:
+        return camera_path(size.frames).resized(size.image)
+    parts = [size.frames * (k + 1) // 4 - size.frames * k // 4 for k in range(4)]
+    return Cameras.cat([moved_room(camera_path(n), k) for k, n in enumerate(parts)]).resized(size.image)
 
 
 def chunk_cameras(size: Size) -> Cameras:
@@ -115,7 +118,8 @@ def render_depth(cameras: Cameras) -> Tensor:
         x = (torch.arange(width) + 0.5 - k[0, 2]) / k[0, 0]
         y = (torch.arange(height)[:, None] + 0.5 - k[1, 2]) / k[1, 1]
         rays = torch.stack([x.expand(height, width), y.expand(height, width), torch.ones(height, width)], dim=-1)
-        direction, origin = rays @ pose[:3, :3].T, pose[:3, 3]
+        direction, origin = rays @ pose[:3, :3].T, pose[:3, 3].clone()
+        origin[0] -= torch.round(origin[0] / _ROOM_LENGTH) * _ROOM_LENGTH  # every room of the row is the same
         depth = torch.maximum((_ROOM[0] - origin) / direction, (_ROOM[1] - origin) / direction).amin(-1)
         for low, high in _BOXES:
             a, b = (low - origin) / direction, (high - origin) / direction
