@@ -47,7 +47,7 @@ class Bench:
     ) -> None:
         """Time one variant; once a test. On a GPU eager and, where ``graph``, captured; warm and cold each."""
         if self.quick:
-            rounds, warmup = min(rounds, 3), min(warmup, 1)
+            rounds, warmup = min(rounds, 1 if rounds < 9 else 3), min(warmup, 1)
         if self.device.type == "cuda":
             for captured in (False, True) if graph else (False,):
                 for cold in (False, True):

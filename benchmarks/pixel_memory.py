@@ -33,6 +33,7 @@ DEPTH_TOLERANCE = 0.05
 MARGIN = 0.1
 BYTES_PER_POINT = 24  # float32 position and colour, as published systems hold them
 BYTES_PER_POINT_UINT8 = 15  # float32 position, 8-bit colour
+FULL_WIDTH = 160  # base_dim of Wan2.2's encoder
 _EMPTY = 0x7F800000 << 32  # the key of depth infinity
 _CORNERS = ((0, 0), (0, 1), (1, 0), (1, 1))  # down, right: which of the four pixels around a point
 _FRAMES_AT_ONCE = 4
@@ -204,10 +205,12 @@ class KernelPixelMemory:
             torch.sum(view.latents[t::frames].float().mul_(share[:, None]), 0, out=rgb[t])
 
 
-def make_encoder(base_dim: int = 160, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Any:
+def make_encoder(
+    base_dim: int = FULL_WIDTH, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> Any:
     """diffusers' ``AutoencoderKLWan`` in Wan2.2's configuration; random weights take as long as trained ones.
 
-    ``base_dim`` below 160 is a smaller encoder, for runs that must be quick; rows name it.
+    ``base_dim`` below FULL_WIDTH is a smaller encoder, for runs that must be quick; rows name it.
 
     Raises:
         RuntimeError: diffusers is not installed.

@@ -16,14 +16,14 @@ from mirage_kernels import Cameras
 
 from . import memories, scenes
 from .memories import pixels_fit
-from .pixel_memory import encode, make_encoder
+from .pixel_memory import FULL_WIDTH, encode, make_encoder
 from .scenes import GOAL, QUICK, Size
 from .timing import peak_bytes, summarise, synchronize
 
 NAME = "one chunk"
 CANDIDATES = 20  # stored views that reference frames are chosen from
 REFERENCES = 4
-FULL, SMALL = 160, 16  # base widths of Wan2.2's encoder and of a quick run's
+QUICK_WIDTH = 16
 
 
 def _control(latents: Tensor, mask: Tensor) -> Tensor:
@@ -85,14 +85,18 @@ def test_pixel(size: Size, bench: Any) -> None:
     if not gpu and size not in (GOAL, QUICK):
         pytest.skip(f"encoding at {size.height}x{size.width} takes too long on a CPU")
     pytest.importorskip("diffusers", reason="the VAE encoder needs diffusers: pip install 'mirage-kernels[bench]'")
-    width, dtype = (SMALL, torch.float32) if bench.quick else (FULL, torch.bfloat16 if gpu else torch.float32)
+    width, dtype = (
+        (QUICK_WIDTH, torch.float32) if bench.quick else (FULL_WIDTH, torch.bfloat16 if gpu else torch.float32)
+    )
     vae = make_encoder(width, bench.device, dtype)
     cameras = scenes.chunk_cameras(size).to(bench.device)
     encoder = f"encoder of width {width}"
     medians = {}
     for variant in memories.PIXELS:
         memory = memories.pixel_memory(variant, size, bench.device)
-        seconds = bench.seconds(lambda memory=memory: memory.render(cameras, size.image), 3, warmup=0)
+        seconds = bench.seconds(
+            lambda memory=memory: memory.render(cameras, size.image), 1 if bench.quick else 3, warmup=0
+        )
         medians[variant] = summarise(seconds).median
         rendered = memory.render(cameras, size.image)
         if gpu:  # as a whole

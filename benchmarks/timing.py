@@ -7,6 +7,7 @@ just run. Cold: a buffer twice the size of the second-level cache has just been 
 
 from __future__ import annotations
 
+import ctypes
 import re
 import time
 from collections.abc import Callable
@@ -63,6 +64,15 @@ def time_cpu(
         if k >= warmup:
             seconds.append(time.perf_counter() - start)
     return seconds
+
+
+def time_once(function: Callable[[], Any], device: torch.device) -> float:
+    """Seconds of one call that cannot be repeated, by the host's clock."""
+    synchronize(device)
+    start = time.perf_counter()
+    function()
+    synchronize(device)
+    return time.perf_counter() - start
 
 
 def time_cuda(
@@ -152,9 +162,10 @@ def peak_bytes(function: Callable[[], Any], device: torch.device) -> int | None:
         del result
         return peak
     try:
+        ctypes.CDLL(None).malloc_trim(0)  # or pages that are free again, but still resident, would not count
         Path("/proc/self/clear_refs").write_text("5")
         before = _process_bytes("VmRSS")
-    except OSError:
+    except (OSError, AttributeError):
         function()
         return None
     result = function()
