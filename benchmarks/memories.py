@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import gc
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -17,13 +18,13 @@ from .pixel_memory import KernelPixelMemory, PlainPixelMemory
 from .reference_memory import ReferenceMemory
 from .scenes import Size
 
-PIXELS = {
+PIXELS: dict[str, Callable[..., Any]] = {
     "pixel, plain": PlainPixelMemory,
     "pixel, kernels bilinear": functools.partial(KernelPixelMemory, "bilinear"),
     "pixel, kernels nearest": functools.partial(KernelPixelMemory, "nearest"),
 }
 # The most points of a pixel memory that a run has the time and memory for.
-_MOST_PIXELS = {"cpu": 10_000_000, "cuda": 400_000_000}
+_MOST_PIXELS: dict[str, Callable[..., Any]] = {"cpu": 10_000_000, "cuda": 400_000_000}
 _FRAMES_AT_ONCE = 8
 _VIEWED_AT_ONCE = 1 << 20
 
@@ -71,7 +72,7 @@ def pixels_fit(size: Size, device: torch.device) -> bool:
 def pixel_memory(variant: str, size: Size, device: torch.device) -> Any:
     """One of PIXELS, holding every pixel of the stored frames."""
     gc.collect()
-    memory: Any = PIXELS[variant](device=device)
+    memory = PIXELS[variant](device=device)
     cameras = scenes.stored_cameras(size)
     for start in range(0, size.frames, _FRAMES_AT_ONCE):
         part = cameras[start : start + _FRAMES_AT_ONCE]

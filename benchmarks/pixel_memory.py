@@ -219,7 +219,7 @@ def make_encoder(
         from diffusers import AutoencoderKLWan
     except ImportError as error:
         raise RuntimeError(f"the VAE encoder needs diffusers: pip install 'mirage-kernels[bench]' ({error})") from error
-    vae = AutoencoderKLWan(
+    vae: Any = AutoencoderKLWan(
         base_dim=base_dim,
         decoder_base_dim=16,  # the decoder is never run here
         z_dim=48,

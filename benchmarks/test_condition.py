@@ -6,6 +6,7 @@ pixel side chooses none here, which is in its favour. Its time is rasterising pl
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
@@ -95,7 +96,7 @@ def test_pixel(size: Size, bench: Any) -> None:
     for variant in memories.PIXELS:
         memory = memories.pixel_memory(variant, size, bench.device)
         seconds = bench.seconds(
-            lambda memory=memory: memory.render(cameras, size.image), 1 if bench.quick else 3, warmup=0
+            functools.partial(memory.render, cameras, size.image), 1 if bench.quick else 3, warmup=0
         )
         medians[variant] = summarise(seconds).median
         rendered = memory.render(cameras, size.image)

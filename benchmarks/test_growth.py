@@ -6,6 +6,7 @@ are the bytes of the tokens (or points) in the read views' frustums, occluded or
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
@@ -101,10 +102,10 @@ def test_growth(walk: str, variant: str, stored: Size, bench: Any) -> None:
             side.write(frames, depth, cameras)
             continue
         label = f"chunk {chunk} of {size.height}x{size.width}"
-        written = time_once(lambda cameras=cameras: side.write(frames, depth, cameras), bench.device)
+        written = time_once(functools.partial(side.write, frames, depth, cameras), bench.device)
         views = scenes.moved_room(look, room).to(bench.device)
         rounds = (1 if variant == "pixel, plain" else 3) if slow else 21
-        read = bench.seconds(lambda views=views: side.read(views), rounds, warmup=0 if slow else 2)
+        read = bench.seconds(functools.partial(side.read, views), rounds, warmup=0 if slow else 2)
         bench.file("growth", f"{walk}: write", variant, label, None, [written])
         bench.file("growth", f"{walk}: read", variant, label, None, read)
         bench.record("growth", f"{walk}: held", variant, label, nbytes=side.nbytes)

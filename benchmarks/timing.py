@@ -100,7 +100,7 @@ def time_cuda(
         with torch.cuda.graph(captured):
             kept = function()  # its memory belongs to the graph, which must outlive it
         call = captured.replay
-    flush = torch.empty(2 * torch.cuda.get_device_properties().L2_cache_size, dtype=torch.uint8, device="cuda")
+    flush = _twice_the_l2_cache()
     seconds = []
     for _ in range(rounds):
         if cold:
@@ -122,6 +122,10 @@ def time_cuda(
     if graph:
         del kept
     return seconds
+
+
+def _twice_the_l2_cache() -> torch.Tensor:
+    return torch.empty(2 * torch.cuda.get_device_properties().L2_cache_size, dtype=torch.uint8, device="cuda")
 
 
 def flush_cpu_caches() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -130,6 +131,48 @@ def test_timing_on_a_cpu() -> None:
     assert timing.copy_bandwidth(torch.device("cpu")) > 1e8
     peak = timing.peak_bytes(lambda: torch.ones(8 << 20), torch.device("cpu"))
     assert peak is None or 30e6 < peak < 80e6
+
+
+@pytest.mark.parametrize("graph", [False, True])
+@pytest.mark.parametrize("cold", [False, True])
+def test_timing_on_a_gpu_calls_in_order(graph: bool, cold: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a stand-in for the device: what is called, and between which events."""
+    calls: list[str] = []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            calls.append("event")
+
+        def synchronize(self) -> None:
+            pass
+
+        def elapsed_time(self, end: Any) -> float:
+            return 2.0
+
+    class Flush:
+        def zero_(self) -> None:
+            calls.append("flush")
+
+    class Graph:
+        def replay(self) -> None:
+            calls.append("replay")
+
+    device: Any = mock.MagicMock()
+    device.Event, device.CUDAGraph = Event, Graph
+    device._sleep = lambda cycles: calls.append("sleep")
+    monkeypatch.setattr(timing.torch, "cuda", device)
+    monkeypatch.setattr(timing, "_twice_the_l2_cache", Flush)
+    seconds = timing.time_cuda(
+        lambda: calls.append("call"), 2, graph=graph, cold=cold, warmup=1, setup=lambda: calls.append("setup")
+    )
+    assert seconds == [2e-3, 2e-3]
+    call = "replay" if graph else "call"
+    before = ["setup", "flush"] if cold else ["setup", call, "setup"]
+    one_round = [*before, *(["sleep"] if graph else []), "event", call, "event"]
+    assert calls == ["setup", "call", *(["setup", "call"] if graph else []), *one_round, *one_round]
 
 
 def test_the_reference_algorithm_is_exact_on_one_thread(threads: Any) -> None:
