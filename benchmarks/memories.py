@@ -24,7 +24,7 @@ PIXELS: dict[str, Callable[..., Any]] = {
     "pixel, kernels nearest": functools.partial(KernelPixelMemory, "nearest"),
 }
 # The most points of a pixel memory that a run has the time and memory for.
-_MOST_PIXELS: dict[str, Callable[..., Any]] = {"cpu": 10_000_000, "cuda": 400_000_000}
+_MOST_PIXELS = {"cpu": 10_000_000, "cuda": 400_000_000}
 _FRAMES_AT_ONCE = 8
 _VIEWED_AT_ONCE = 1 << 20
 
