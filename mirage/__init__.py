@@ -1,7 +1,35 @@
-"""Mirage: a video world model around a latent spatial memory. The memory itself is `mirage_kernels`."""
+"""Mirage: a video world model around a latent spatial memory. The memory itself is `mirage_kernels`.
+
+What needs diffusers (the extra `generate`) is imported when it is first asked for.
+"""
 
 from __future__ import annotations
 
+import importlib
+from typing import Any
+
 from mirage_kernels import Cameras, LatentCache, __version__
 
-__all__ = ["Cameras", "LatentCache", "__version__"]
+_LAZY = {
+    "LatentDepth": "latent_depth",
+    "MirageMemoryAdapter": "adapter",
+    "MiragePipeline": "pipeline",
+    "MiragePipelineOutput": "pipeline",
+    "MirageSession": "session",
+    "MirageTransformer3DModel": "transformer",
+}
+
+__all__ = ["Cameras", "LatentCache", "__version__", *_LAZY]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from .extras import import_extra
+
+    import_extra("diffusers", "generate")
+    return getattr(importlib.import_module(f"{__name__}.{_LAZY[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LAZY})

@@ -41,11 +41,74 @@ def make_parser() -> argparse.ArgumentParser:
     demo.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     demo.set_defaults(run=demo_command)
 
+    _add_generate(commands)
+
     info = commands.add_parser("info", help="describe a saved cache")
     info.add_argument("cache", type=Path, metavar="cache.safetensors")
     info.add_argument("--json", action="store_true", help="print JSON")
     info.set_defaults(run=info_command)
     return parser
+
+
+def _add_generate(commands: Any) -> None:
+    parser = commands.add_parser(
+        "generate",
+        help="generate a video along a camera path, with the memory in the loop",
+        description="Without an image, the left view of scikit-image's stereo pair with its true depth is taken.",
+    )
+    add = parser.add_argument
+    add("--model", required=True, help="folder or hub id of a Wan2.2 or Mirage pipeline, or tiny-random")
+    add("--adapter", metavar="DIR_OR_ID_OR_FILE", help="memory adapter; a file is one of the published release")
+    add("--lora", metavar="FILE", help="LoRA of the transformer")
+    add("--image", type=Path, metavar="FILE", help="the first frame")
+    add("--prompt", help="what the video shows")
+    add("--trajectory", default="orbit-and-back", help="a path's name (orbit, dolly, pan, spiral, ..) or a file")
+    add("--frames", type=int, default=129, help="4 n + 1 (129)")
+    add("--out", type=Path, metavar="DIR", default=Path("mirage-out"), help="where to write (mirage-out)")
+    add("--size", type=_parse_size, metavar="HxW", help="of the frames, multiples of 32; default the image's")
+    add(
+        "--fov",
+        type=float,
+        default=60.0,
+        help="horizontal field of view of the image in degrees, for paths by name (60)",
+    )
+    add("--distance", type=float, help="to what paths by name go about, world units; default the image's median depth")
+    add("--depth", type=Path, metavar="FILE.npy", help="depth of the image (H, W), or of every frame (N, H, W)")
+    add("--depth-estimator", metavar="NAME", help="depth-anything-v2, depth-pro, map-anything or depth-anything-3")
+    add(
+        "--static-filter",
+        default="geometric",
+        help="none, or names joined by +: geometric, sky, sam2, sam3, confidence",
+    )
+    add("--steps", type=int, default=20, help="denoising steps (20)")
+    add("--guidance", type=float, default=1.0, help="guidance scale; 1 is none (1)")
+    add("--chunk-frames", type=int, default=33, help="frames at a time, 4 n + 1 (33)")
+    add("--decode", choices=("chunk", "end"), default="chunk", help="decode every chunk, or nothing until the end")
+    add("--seed", type=int, default=0)
+    add("--fps", type=float, default=24.0)
+    add("--device", choices=("cpu", "cuda"), default="cpu")
+    add("--dtype", choices=("float32", "bfloat16", "float16"), help="default bfloat16 on cuda, float32 on cpu")
+    add("--offload", action="store_true", help="models move to the GPU only while they are used")
+    add("--resume", action="store_true", help="go on with the run in DIR")
+    parser.set_defaults(run=generate_command)
+
+
+def _parse_size(text: str) -> tuple[int, int]:
+    try:
+        height, width = map(int, text.lower().split("x"))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be HEIGHTxWIDTH such as 704x1280, got {text!r}") from None
+    return height, width
+
+
+def generate_command(options: argparse.Namespace) -> int:
+    """Generate a video, print what became of it and where it is."""
+    from .generate import GenerateOptions, format_report, run_generate
+
+    given = {name: value for name, value in vars(options).items() if name not in ("run", "command")}
+    asked = GenerateOptions(**given)
+    print(format_report(asked, run_generate(asked)))
+    return 0
 
 
 def demo_command(options: argparse.Namespace) -> int:

@@ -6,7 +6,9 @@ Images are tensors (3, H, W) float in [0, 1], on any device. Writers replace the
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+import subprocess
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -156,6 +158,46 @@ def save_video(path: str | os.PathLike[str], frames: Iterable[Tensor], fps: floa
             raise ValueError("frames must hold at least one frame, got none")
 
     replace_file(Path(path), write)
+
+
+def join_videos(path: str | os.PathLike[str], parts: Sequence[str | os.PathLike[str]]) -> None:
+    """Write the videos `parts`, made by :func:`save_video` with one size and rate, as one, without encoding them again.
+
+    Raises:
+        MissingExtraError: imageio-ffmpeg is not installed.
+        ValueError: no parts, or one that is not such a video.
+    """
+    ffmpeg = import_extra("imageio_ffmpeg", "demo").get_ffmpeg_exe()
+    if not parts:
+        raise ValueError("parts must hold at least one video, got none")
+    quoted = (str(Path(part).resolve()).replace("'", "'\\''") for part in parts)
+    playlist = "".join(f"file '{part}'\n" for part in quoted)
+
+    def write(draft: str) -> None:
+        with tempfile.NamedTemporaryFile("w", suffix=".txt", encoding="utf-8") as listing:
+            listing.write(playlist)
+            listing.flush()
+            command = [ffmpeg, "-y", "-loglevel", "error", "-f", "concat", "-safe", "0", "-i", listing.name]
+            command += ["-c", "copy", "-movflags", "+faststart", "-f", "mp4", draft]
+            done = subprocess.run(command, text=True, capture_output=True)
+        if done.returncode:
+            raise ValueError(f"parts must be videos of one size and rate: {done.stderr.strip()}")
+
+    replace_file(Path(path), write)
+
+
+def load_video(path: str | os.PathLike[str]) -> Iterator[Tensor]:
+    """The frames of a video, each (3, H, W) float32 in [0, 1].
+
+    Raises:
+        MissingExtraError: imageio-ffmpeg is not installed.
+        OSError: no such video.
+    """
+    reader = import_extra("imageio_ffmpeg", "demo").read_frames(str(path))
+    width, height = next(reader)["size"]
+    for content in reader:
+        pixels = torch.frombuffer(bytearray(content), dtype=torch.uint8).reshape(height, width, 3)
+        yield pixels.permute(2, 0, 1).float() / 255.0
 
 
 def _to_bytes(image: Tensor) -> Any:

@@ -1,0 +1,265 @@
+"""`mirage generate`: a video along a camera path from one image, with its memory, metrics and a contact sheet."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mirage_kernels import Cameras
+from mirage_kernels.storage import replace_file
+
+from .extras import import_extra
+from .figures import Panel, contact_sheet, load_video
+from .rgbd import stereo_motorcycle
+from .run_store import CACHE
+from .session import METRICS_LINES, VIDEO
+from .trajectories import TRAJECTORIES, load_npz, load_trajectory, make_trajectory, save_npz
+
+CONTACT, TRAJECTORY = "contact.png", "trajectory.npz"
+TINY_RANDOM = "tiny-random"
+
+_PICTURES = 12
+_TINY_ROWS = 4  # frames of 128 rows, which a laptop makes in a few seconds a chunk
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class GenerateOptions:
+    """What `mirage generate` is asked for; :func:`mirage.cli.make_parser` says what each is."""
+
+    out: Path
+    model: str
+    adapter: str | None = None
+    lora: str | None = None
+    image: Path | None = None
+    prompt: str | None = None
+    trajectory: str = "orbit-and-back"
+    frames: int = 129
+    size: tuple[int, int] | None = None
+    fov: float = 60.0
+    distance: float | None = None
+    depth: Path | None = None
+    depth_estimator: str | None = None
+    static_filter: str = "geometric"
+    steps: int = 20
+    guidance: float = 1.0
+    chunk_frames: int = 33
+    decode: str = "chunk"
+    seed: int = 0
+    fps: float = 24.0
+    device: str = "cpu"
+    dtype: str | None = None
+    offload: bool = False
+    resume: bool = False
+
+
+@dataclass(frozen=True)
+class _Start:
+    """The first frame: a PIL image, its camera where it is known, its depth where it is known."""
+
+    image: Any
+    prompt: str
+    camera: Cameras | None
+    depth: Tensor | np.ndarray | None
+
+
+def run_generate(options: GenerateOptions, progress: bool = True) -> dict[str, Any]:
+    """Generate a video and write video.mp4, cache.safetensors, metrics.jsonl and contact.png into `options.out`.
+
+    Beside them trajectory.npz, run.json and the folder chunks/, from which a run that was stopped goes on with
+    `resume`.
+
+    Returns:
+        frames, size ([H, W]), chunks, tokens, cache_bytes, coverage (mean over chunks after the first), seconds.
+
+    Raises:
+        MissingExtraError: a package of the extra `generate` is not installed.
+        OSError, ValueError: naming what cannot be used; nothing heavy has been done then.
+    """
+    began = time.perf_counter()
+    for module in ("diffusers", "transformers", "accelerate", "ftfy", "tqdm", "PIL", "imageio_ffmpeg"):
+        import_extra(module, "generate")
+    from .chunks import check_num_frames
+
+    check_num_frames("frames", options.frames)
+    check_num_frames("chunk_frames", options.chunk_frames)
+    start = _load_start(options)
+    cameras = _load_cameras(options, start)
+    pipeline = load_pipeline(options)
+    height, width = options.size or (None, None)
+    if options.size is None and options.model == TINY_RANDOM:
+        height, width = 32 * _TINY_ROWS, 32 * max(round(_TINY_ROWS * start.image.width / start.image.height), 1)
+    total = math.ceil((options.frames - 1) / (options.chunk_frames - 1)) * options.steps
+    with import_extra("tqdm", "generate").tqdm(total=total, disable=not progress, leave=False) as bar:
+
+        def step_done(_pipeline: Any, _step: int, _timestep: Any, _tensors: dict[str, Any]) -> dict[str, Any]:
+            bar.update()
+            return {}
+
+        session = pipeline.start(
+            start.image,
+            start.prompt,
+            depth=start.depth,
+            depth_estimator=options.depth_estimator,
+            static_filter=options.static_filter,
+            num_frames=options.frames,
+            height=height,
+            width=width,
+            num_inference_steps=options.steps,
+            guidance_scale=options.guidance,
+            decode=options.decode,
+            generator=torch.Generator().manual_seed(options.seed),
+            run_dir=options.out,
+            resume=options.resume,
+            fps=options.fps,
+            callback_on_step_end=step_done,
+        )
+        bar.update(session.num_chunks * options.steps)
+        if cameras is None:
+            cameras = _make_cameras(options, start, session)
+        for chunk in session.run(cameras, options.chunk_frames):
+            bar.set_description(f"frames {chunk.start}-{chunk.stop - 1}, {chunk.metrics['tokens']:,} tokens")
+        session.finish()
+        pipeline.maybe_free_model_hooks()
+    metrics = [json.loads(line) for line in (options.out / METRICS_LINES).read_text(encoding="utf-8").splitlines()]
+    later = [entry["coverage"] for entry in metrics[1:]] or [metrics[0]["coverage"]]
+    report = {
+        "frames": session.num_frames,
+        "size": list(session.image_size),
+        "chunks": len(metrics),
+        "tokens": metrics[-1]["tokens"],
+        "cache_bytes": metrics[-1]["cache_bytes"],
+        "coverage": sum(later) / len(later),
+        "seconds": time.perf_counter() - began,
+    }
+    sheet = _draw_sheet(options, start, metrics, report)
+    replace_file(options.out / CONTACT, lambda draft: sheet.save(draft, "PNG"))
+    return report
+
+
+def format_report(options: GenerateOptions, report: dict[str, Any]) -> str:
+    """The report of :func:`run_generate` for a terminal."""
+    height, width = report["size"]
+    return (
+        f"{report['frames']} frames of {height}x{width} in {report['chunks']} chunks, {report['seconds']:.1f} s\n"
+        f"memory: {report['tokens']:,} tokens, {report['cache_bytes'] / 2**20:.2f} MiB,"
+        f" {report['coverage']:.1%} of what the later chunks saw was remembered\n"
+        f"written to {options.out}: {VIDEO} {CACHE} {METRICS_LINES} {CONTACT}"
+    )
+
+
+def load_pipeline(options: GenerateOptions) -> Any:
+    """The :class:`~mirage.pipeline.MiragePipeline` of `model`, `adapter` and `lora`, on its device.
+
+    Raises:
+        OSError, ValueError: no such model, or files that do not belong together.
+    """
+    from .adapter import MirageMemoryAdapter
+    from .checkpoints import load_lora, load_published
+    from .pipeline import MiragePipeline
+
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device cuda is not available: torch {torch.__version__} sees no GPU")
+    if options.model == TINY_RANDOM:
+        from .tiny import tiny_random_pipeline
+
+        pipeline = tiny_random_pipeline()
+    else:
+        name = options.dtype or ("bfloat16" if options.device == "cuda" else "float32")
+        folder = options.adapter if options.adapter is not None and not Path(options.adapter).is_file() else None
+        pipeline = MiragePipeline.from_pretrained(options.model, memory_adapter=folder, torch_dtype=_DTYPES[name])
+    if options.adapter is not None and Path(options.adapter).is_file():
+        adapter = MirageMemoryAdapter.from_transformer(pipeline.transformer)
+        load_published(adapter=adapter, vace=options.adapter)
+        pipeline.register_modules(memory_adapter=adapter)
+    if options.lora is not None:
+        load_lora(pipeline.transformer, options.lora)
+    pipeline.set_progress_bar_config(disable=True)
+    if options.offload:
+        pipeline.enable_model_cpu_offload(device=options.device)
+    else:
+        pipeline.to(options.device)
+    return pipeline
+
+
+def _load_start(options: GenerateOptions) -> _Start:
+    depth: Any = None if options.depth is None else np.load(options.depth, mmap_mode="r")
+    image_module = import_extra("PIL.Image", "generate")
+    if options.image is not None:
+        image = image_module.open(options.image).convert("RGB")
+        return _Start(image, options.prompt or "", None, depth)
+    # A real image with a true depth and a known camera, for a first try.
+    frames = stereo_motorcycle()
+    pixels = (frames.images[0] * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
+    prompt = "a motorcycle in a workshop" if options.prompt is None else options.prompt
+    known = frames.depth[0] if depth is None and options.depth_estimator is None else depth
+    return _Start(image_module.fromarray(pixels), prompt, frames.cameras[0], known)
+
+
+def _load_cameras(options: GenerateOptions, start: _Start) -> Cameras | None:
+    """The path where it is known before anything has been generated: from a file, or of the run that is resumed."""
+    begun = options.out / TRAJECTORY
+    size = (start.image.height, start.image.width)
+    if options.resume and begun.exists():
+        cameras = load_npz(begun)
+    elif options.trajectory in TRAJECTORIES:
+        return None
+    elif Path(options.trajectory).exists():
+        cameras = load_trajectory(options.trajectory, size if options.trajectory.endswith(".txt") else None)
+    else:
+        raise ValueError(f"trajectory must be a file, or one of {', '.join(TRAJECTORIES)}, got {options.trajectory!r}")
+    if len(cameras) < options.frames:
+        raise ValueError(f"trajectory must have at least frames={options.frames} cameras, got {len(cameras)}")
+    return cameras[: options.frames]
+
+
+def _make_cameras(options: GenerateOptions, start: _Start, session: Any) -> Cameras:
+    """The path of that name about what the image shows, saved beside the run."""
+    camera = start.camera
+    if camera is None:
+        height, width = start.image.height, start.image.width
+        if not 0 < options.fov < 180:
+            raise ValueError(f"fov must be degrees between 0 and 180, got {options.fov}")
+        focal = 0.5 * width / math.tan(math.radians(options.fov) / 2)
+        intrinsics = [[focal, 0.0, width / 2], [0.0, focal, height / 2], [0.0, 0.0, 1.0]]
+        camera = Cameras(torch.tensor(intrinsics), torch.eye(4)[None], (height, width))
+    depth = session.seed(camera)
+    known = depth[depth.isfinite() & (depth > 0)]
+    if options.distance is None and not known.numel():
+        raise ValueError("distance must be given: the image's depth is not known anywhere")
+    distance = known.median().item() if options.distance is None else options.distance
+    cameras = make_trajectory(options.trajectory, camera, options.frames, distance)
+    save_npz(options.out / TRAJECTORY, cameras)
+    return cameras
+
+
+def _draw_sheet(options: GenerateOptions, start: _Start, metrics: list[dict[str, Any]], report: dict[str, Any]) -> Any:
+    last = report["frames"] - 1
+    wanted = sorted({round(i * last / (_PICTURES - 1)) for i in range(_PICTURES)})
+
+    def coverage(frame: int) -> float:
+        return next(entry["coverage"] for entry in metrics if frame < entry["frames"][1])
+
+    def pictures() -> Iterator[Panel]:
+        for number, frame in enumerate(load_video(options.out / VIDEO)):
+            if number in wanted:
+                yield Panel(frame, f"frame {number} ({coverage(number):.0%} remembered)")
+
+    panels = list(pictures())
+    rows = [panels[i : i + 4] for i in range(0, len(panels), 4)]
+    rows[-1] += [Panel(torch.zeros_like(panels[0].image), "")] * (len(rows[0]) - len(rows[-1]))
+    lines = [
+        f"{options.model}: {report['frames']} frames of {report['size'][0]}x{report['size'][1]} along"
+        f" {options.trajectory}, {report['chunks']} chunks",
+        f"memory: {report['tokens']:,} tokens, {report['cache_bytes'] / 2**20:.2f} MiB",
+    ]
+    return contact_sheet(start.prompt or "mirage generate", lines, rows)

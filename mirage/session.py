@@ -1,0 +1,527 @@
+"""`MirageSession`: one scene being generated, chunk by chunk, with its memory.
+
+A step reads the memory at the chunk's cameras, denoises, decodes, estimates depth, filters what moves, and writes the
+new tokens back. It happens whole or not at all: until its last act nothing but scratch has changed, so a step that
+fails can be tried again, and a run on disk can be resumed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import resource
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mirage_kernels import Cameras, LatentCache, View
+from mirage_kernels.storage import replace_file
+
+from .chunks import CHUNK_FRAMES, STRIDE, Chunk, check_num_frames, plan_chunks
+from .depth import DepthEstimator, GivenDepth, align_depth
+from .figures import join_videos, save_video
+from .latent_depth import LatentDepth
+from .run_store import CACHE, DECODER, SEED, SEGMENT, RunStore
+from .static_filter import ChunkViews, StaticFilter
+from .streaming import StreamingDecoder
+
+if TYPE_CHECKING:
+    from .pipeline import MiragePipeline
+
+VIDEO, METRICS_LINES = "video.mp4", "metrics.jsonl"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What stays the same for every chunk of a session; :meth:`MiragePipeline.start` says what each is."""
+
+    height: int
+    width: int
+    num_inference_steps: int
+    sigmas: tuple[float, ...] | None
+    guidance_scale: float
+    memory_scale: float
+    max_reference_frames: int
+    reference_threshold: float
+    reference_voxel_size: float
+    preceding_frames: int
+    decode: str
+    fps: float
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Text embeddings (1, L, D) in the transformer's dtype; `negative` is None without guidance."""
+
+    positive: Tensor
+    negative: Tensor | None
+
+
+@dataclass(frozen=True)
+class DepthSources:
+    """`given` is the user's own depth, `estimator` gives what that does not hold. At least one is not None."""
+
+    given: GivenDepth | None
+    estimator: DepthEstimator | LatentDepth | None
+
+    def source(self, numbers: list[int]) -> DepthEstimator | LatentDepth:
+        """Who gives the depth of these frames of the video."""
+        if self.given is not None and (self.estimator is None or max(numbers) < self.given.num_frames):
+            return self.given
+        assert self.estimator is not None
+        return self.estimator
+
+
+@dataclass(frozen=True)
+class MirageChunk:
+    """What a step made. Tensors are on the device where the pipeline computes.
+
+    Attributes:
+        index: of the chunk, from 0.
+        start, stop: its new pixel frames are [start, stop) of the video.
+        frames: (N, 3, H, W) float32 in [0, 1], the new pixel frames; None with `decode="end"`.
+        latents: (F, C, h, w) float32, its new latent frames, normalised.
+        cameras: of the F latent frames, image size (H, W).
+        view: what the memory showed at these cameras before the chunk.
+        depth: (F, H', W') float32, world units, as written.
+        static: (F, H', W') bool, what the static filter kept.
+        metrics: figures of the chunk, plain JSON values.
+    """
+
+    index: int
+    start: int
+    stop: int
+    frames: Tensor | None
+    latents: Tensor
+    cameras: Cameras
+    view: View
+    depth: Tensor
+    static: Tensor
+    metrics: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class _Seed:
+    """Frame 0: its camera, and its latent (1, C, h, w)."""
+
+    camera: Cameras
+    latent: Tensor
+
+
+class MirageSession:
+    """A scene in the making: :meth:`step` generates its next chunk. Made by :meth:`MiragePipeline.start`.
+
+    Attributes:
+        cache: the memory. Read it, save it, pass it to the next session. (A step that fails while it saves leaves
+            another object here, equal to the one before.)
+    """
+
+    def __init__(
+        self,
+        pipeline: MiragePipeline,
+        image: Tensor,
+        image_size: tuple[int, int],
+        prompt: Prompt,
+        settings: Settings,
+        cache: LatentCache,
+        depth: DepthSources,
+        static_filter: StaticFilter,
+        generator: torch.Generator,
+        store: RunStore,
+        callbacks: dict[str, Any],
+    ) -> None:
+        self.cache = cache
+        self._pipeline = pipeline
+        self._image = image  # (1, 3, H, W) in [-1, 1], resized to the frames' size
+        self._given_image_size = image_size
+        self._prompt = prompt
+        self._settings = settings
+        self._depth = depth
+        self._static_filter = static_filter
+        self._generator = generator
+        self._store = store
+        self._callbacks = callbacks
+        self._decoder = StreamingDecoder(pipeline.vae)
+        self._seeded_with: _Seed | None = None
+        self._cameras = [cameras.to(cache.device) for cameras in store.cameras()]  # of the latent frames, by chunk
+        if store.chunks:
+            self.cache = LatentCache.load(store.newest(CACHE), device=cache.device)
+            store.load_random(generator)
+            if settings.decode == "chunk":
+                self._decoder.load(store.newest(DECODER))
+
+    # What it is.
+
+    @property
+    def num_frames(self) -> int:
+        """Pixel frames generated so far."""
+        return self._store.chunks[-1].stop if self._store.chunks else 0
+
+    @property
+    def num_chunks(self) -> int:
+        """Chunks generated so far."""
+        return len(self._store.chunks)
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """(height, width) of the frames."""
+        return self._settings.height, self._settings.width
+
+    @property
+    def latent_size(self) -> tuple[int, int]:
+        """(h, w) of the latents."""
+        ratio = self._pipeline.vae_scale_factor_spatial
+        return self._settings.height // ratio, self._settings.width // ratio
+
+    # What it does.
+
+    @torch.no_grad()
+    def seed(self, camera: Cameras) -> Tensor:
+        """Write the image into the memory, as seen by `camera`. The first :meth:`step` does it if nobody has.
+
+        Args:
+            camera: one view of the image's aspect. The world's axes and unit are whatever it is given in.
+
+        Returns:
+            (H', W') float32, the image's depth in world units, 0 or NaN where unknown.
+
+        Raises:
+            ValueError: no such camera, or the image is in the memory already.
+        """
+        if self._seeded_with is not None or self.num_chunks:
+            raise ValueError("the image is in the memory already: seed() comes once, before the first step")
+        camera = self._fit(camera)
+        if len(camera) != 1:
+            raise ValueError(f"camera must be one view, got {len(camera)}")
+        latent = self._pipeline.encode_image(self._image)[0].movedim(1, 0)
+        frames = (self._image * 0.5 + 0.5).clamp(0, 1)
+        depth, confidence, _ = self._estimate_depth([0], frames, latent, camera, None)
+        static = self._find_static((1,), frames, depth, confidence, camera)
+        device = self.cache.device
+        self.cache.write(latent.to(device), depth.to(device), camera, static.to(device))
+        self._seeded_with = _Seed(camera, latent)
+        return depth[0]
+
+    @torch.no_grad()
+    def step(self, cameras: Cameras) -> MirageChunk | None:
+        """Generate the next chunk.
+
+        Args:
+            cameras: one per new frame: 4 n + 1 in the first step, the image's own camera first (n >= 1); 4 n later.
+                33 and 32 is what the model is made for.
+
+        Returns:
+            :class:`MirageChunk`; None where a callback set `pipe.interrupt`: nothing of the chunk is kept then.
+
+        Raises:
+            ValueError: cameras of another number or aspect, or what a depth estimator or filter gave is unusable.
+            Whatever is raised, the session and its run on disk are as before, and the step can be tried again.
+        """
+        cameras = self._fit(cameras)
+        chunk = self._next_chunk(len(cameras))
+        if chunk.index == 0:
+            if self._seeded_with is None:
+                self.seed(cameras[0])
+            elif not torch.equal(self._seeded.camera.cam2world, cameras[0].cam2world):
+                raise ValueError("cameras[0] must be the camera that seed() was given, got another")
+        random, decoder = self._generator.get_state(), self._decoder.snapshot()
+        made = None
+        try:
+            made = self._generate(chunk, cameras)
+        finally:
+            if made is None:
+                self._generator.set_state(random)
+                self._decoder.restore(decoder)
+        return made
+
+    def run(self, cameras: Cameras, chunk_frames: int = CHUNK_FRAMES) -> Iterator[MirageChunk]:
+        """Generate a video along `cameras`, chunk by chunk, but for the chunks that a resumed run has already.
+
+        Args:
+            cameras: one per frame, 4 n + 1 of them.
+            chunk_frames: 4 n + 1, frames per chunk, the shared one included.
+
+        Raises:
+            ValueError: other numbers, or the run so far went along other cameras or was cut otherwise.
+        """
+        plan = plan_chunks(len(cameras), chunk_frames)
+        self._check_same_run(plan, self._fit(cameras))
+        for chunk in plan[self.num_chunks :]:
+            made = self.step(cameras[chunk.start : chunk.stop])
+            if made is None:
+                return
+            yield made
+
+    def latents(self) -> Tensor:
+        """(1, C, F, h, w) float32 on the CPU: all latent frames so far, normalised."""
+        return self._store.latents(list(range(self._store.num_latents))).movedim(0, 1)[None]
+
+    def decode(self) -> Iterator[Tensor]:
+        """Frames (N, 3, H, W) float32 in [0, 1] of each chunk so far, decoded from the latents on the spot."""
+        decoder = StreamingDecoder(self._pipeline.vae)
+        for chunk in self._store.chunks:
+            yield self._decode(decoder, self._store.latents(chunk.latents))
+
+    def finish(self) -> Path:
+        """Write video.mp4, metrics.jsonl and cache.safetensors into the run's folder.
+
+        Returns:
+            The video's path.
+
+        Raises:
+            ValueError: the session has no `run_dir`, or no chunk yet.
+        """
+        if not self._store.keeps_all or not self.num_chunks:
+            raise ValueError("finish() needs a session with a run_dir and at least one chunk")
+        folder, segments = self._store.folder, self._store.segments()
+        if self._settings.decode == "end":
+            for segment, frames in zip(segments, self.decode(), strict=True):
+                save_video(segment, frames, self._settings.fps)
+        join_videos(folder / VIDEO, segments)
+        lines = "".join(json.dumps(self._store.metrics(index)) + "\n" for index in range(self.num_chunks))
+
+        def write_lines(draft: str) -> None:
+            Path(draft).write_text(lines, encoding="utf-8")
+
+        replace_file(folder / METRICS_LINES, write_lines)
+        self.cache.save(folder / CACHE)
+        return folder / VIDEO
+
+    # How a chunk is made.
+
+    def _generate(self, chunk: Chunk, cameras: Cameras) -> MirageChunk | None:
+        """The chunk, committed; None when interrupted. `cameras`: of its new pixel frames, at the frames' size."""
+        settings, store = self._settings, self._store
+        seconds: dict[str, float] = {}
+        new_views = cameras[[frame - chunk.start for frame in chunk.keyframes]]
+        # The first target is there already: the image, or the last latent frame of the chunk before.
+        shared = 1 if chunk.index else 0
+        targets = Cameras.cat([self._past()[-1], new_views]) if shared else new_views
+        last = store.num_latents - 1
+        preceding = list(range(max(last - settings.preceding_frames, 0), last)) if shared else []
+
+        with self._timed(seconds, "read"):
+            view = self.cache.read(targets, size=self.latent_size)
+            references, overlaps = self._choose_references(targets)
+        with self._timed(seconds, "denoise"):
+            latents = self._pipeline.denoise(
+                first_latent=store.latents([last]) if shared else self._seeded.latent,
+                num_latents=len(targets),
+                prompt=self._prompt,
+                references=store.latents(references) if references else None,
+                preceding=store.latents(preceding) if preceding else None,
+                readout=self._with_preceding(view.latents, preceding, "readout"),
+                visible=self._with_preceding(view.mask, preceding, "visible"),
+                settings=settings,
+                generator=self._generator,
+                **self._callbacks,
+            )
+        if latents is None:
+            return None
+        latents = latents[shared:]
+        view = View(*(part[shared:] for part in view))
+        frames = None
+        if settings.decode == "chunk":
+            with self._timed(seconds, "decode"):
+                frames = self._decode(self._decoder, latents)
+        with self._timed(seconds, "depth"):
+            depth, confidence, alignment = self._estimate_depth(chunk.keyframes, frames, latents, new_views, view)
+        with self._timed(seconds, "filter"):
+            static = self._find_static(chunk.frames_per_latent, frames, depth, confidence, new_views)
+        metrics = {
+            "chunk": chunk.index,
+            "frames": [chunk.start, chunk.stop],
+            "coverage": view.mask.float().mean().item(),
+            "references": references,
+            "overlaps": overlaps,
+            "preceding": preceding,
+            "static": static.float().mean().item(),
+            **alignment,
+        }
+        made = MirageChunk(
+            chunk.index, chunk.start, chunk.stop, frames, latents, new_views, view, depth, static, metrics
+        )
+        self._commit(chunk, made, seconds)
+        return made
+
+    def _commit(self, chunk: Chunk, made: MirageChunk, seconds: dict[str, float]) -> None:
+        """Save the chunk and write its tokens: both or neither."""
+        store, metrics, began = self._store, made.metrics, time.perf_counter()
+        with store.new_chunk(chunk, made.latents, made.view.latents, made.view.mask, made.cameras) as draft:
+            if store.keeps_all:
+                if made.frames is not None:
+                    save_video(draft / SEGMENT, made.frames, self._settings.fps)
+                    self._decoder.save(draft / DECODER)
+                    metrics["frames_sha256"] = _digest(made.frames)
+                store.save_random(draft, self._generator)
+                if chunk.index == 0:
+                    self.cache.save(store.folder / SEED)
+            first = 1 if chunk.index == 0 else 0  # frame 0 was written by seed()
+            with self._timed(seconds, "write"):
+                report = self.cache.write(
+                    made.latents[first:].to(self.cache.device),
+                    made.depth[first:].to(self.cache.device),
+                    made.cameras[first:],
+                    made.static[first:].to(self.cache.device),
+                )
+            with self._memory_as_saved():
+                metrics |= {
+                    "written": report.as_dict(),
+                    "tokens": len(self.cache),
+                    "cache_bytes": self.cache.nbytes,
+                    "peak_host_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+                }
+                if self.cache.device.type == "cuda":
+                    metrics["peak_device_bytes"] = torch.cuda.max_memory_allocated(self.cache.device)
+                if store.keeps_all:
+                    self.cache.save(draft / CACHE)
+                metrics["seconds"] = seconds | {"save": time.perf_counter() - began - seconds["write"]}
+                store.finish_chunk(chunk, draft, metrics)
+        self._cameras.append(made.cameras)
+
+    @contextmanager
+    def _memory_as_saved(self) -> Iterator[None]:
+        """When the block fails, the memory is again as before the chunk's tokens were written."""
+        try:
+            yield
+        except BaseException:
+            if self._store.keeps_all:
+                saved = self._store.newest(CACHE) if self.num_chunks else self._store.folder / SEED
+                self.cache = LatentCache.load(saved, device=self.cache.device)
+            raise
+
+    # The parts of it.
+
+    @property
+    def _seeded(self) -> _Seed:
+        assert self._seeded_with is not None  # step() has seen to it
+        return self._seeded_with
+
+    def _past(self) -> Cameras:
+        """Of the latent frames written so far: at first, of the image alone."""
+        return Cameras.cat(self._cameras or [self._seeded.camera])
+
+    def _choose_references(self, targets: Cameras) -> tuple[list[int], list[float]]:
+        """Latent frames that see most of what the targets see, best first, and their overlaps (IoU of voxel sets)."""
+        settings = self._settings
+        if not self._cameras or not settings.max_reference_frames:
+            return [], []
+        overlaps = self.cache.view_overlap(
+            self._past(), targets, self.latent_size, voxel_size=settings.reference_voxel_size
+        ).cpu()
+        best = overlaps.argsort(descending=True, stable=True)[: settings.max_reference_frames].tolist()
+        chosen = [frame for frame in best if overlaps[frame] >= settings.reference_threshold]
+        return chosen, [overlaps[frame].item() for frame in chosen]
+
+    def _with_preceding(self, shown: Tensor, preceding: list[int], name: str) -> Tensor:
+        """What the memory shows at the targets, and after it what it showed at the preceding frames."""
+        if not preceding:
+            return shown
+        return torch.cat([shown, self._store.latents(preceding, name).to(shown.device)])
+
+    def _decode(self, decoder: StreamingDecoder, latents: Tensor) -> Tensor:
+        """(N, 3, H, W) float32 in [0, 1] of the next (F, C, h, w) latents."""
+        pieces = decoder.iterate(latents.movedim(0, 1)[None])
+        return torch.cat([(piece[0].movedim(1, 0).float() * 0.5 + 0.5).clamp(0, 1) for piece in pieces])
+
+    def _estimate_depth(
+        self, numbers: list[int], frames: Tensor | None, latents: Tensor, cameras: Cameras, view: View | None
+    ) -> tuple[Tensor, Tensor | None, dict[str, Any]]:
+        """Depth (F, H', W') of these frames of the video, its confidence where there is one, and how it was aligned.
+
+        `frames` (N, 3, H, W) are all pixel frames up to the last of `numbers`, `latents` (F, C, h, w) theirs.
+        """
+        source = self._depth.source(numbers)
+        if isinstance(source, LatentDepth):
+            output = source.predict(latents, cameras, view)
+            return output.depth, output.confidence, {}
+        if isinstance(source, GivenDepth):  # of the image's own aspect, which the frames' size may have rounded
+            depth = source(None, cameras.resized(self._given_image_size), numbers).to(cameras.device)
+            if frames is not None and depth.shape[1:] != frames.shape[2:]:  # pixels are picked, never blended
+                depth = F.interpolate(depth[:, None], self.image_size, mode="nearest-exact")[:, 0]
+            return depth, None, {}
+        keyframes = None if frames is None else frames[[number - numbers[-1] - 1 for number in numbers]]
+        depth = source(keyframes, cameras, numbers)  # type: ignore[arg-type]  # None only where it needs none
+        if not isinstance(depth, Tensor) or depth.ndim != 3 or len(depth) != len(numbers):
+            got = tuple(depth.shape) if isinstance(depth, Tensor) else type(depth).__name__
+            raise ValueError(f"depth from {type(source).__name__} must be ({len(numbers)}, H, W) float, got {got}")
+        if source.alignment == "none" or view is None:
+            return depth, None, {}
+        aligned = align_depth(depth, view.depth, view.mask, source.alignment)
+        report = {"depth_scale": aligned.scale.tolist(), "depth_shift": aligned.shift.tolist()}
+        return aligned.depth, None, report | {"depth_fit": list(aligned.source)}
+
+    def _find_static(
+        self,
+        frames_per_latent: tuple[int, ...],
+        frames: Tensor | None,
+        depth: Tensor,
+        confidence: Tensor | None,
+        cameras: Cameras,
+    ) -> Tensor:
+        """(F, H', W') bool for depth of that shape."""
+        views = ChunkViews(
+            frames=frames,
+            frames_per_latent=frames_per_latent,
+            depth=depth,
+            cameras=cameras,
+            cache=self.cache,
+            past=self._past() if self._cameras or self._seeded_with else None,
+            latent_size=self.latent_size,
+            confidence=confidence,
+        )
+        static = self._static_filter(views)
+        if static.shape != depth.shape or static.dtype != torch.bool:
+            got = f"{tuple(static.shape)} {str(static.dtype).removeprefix('torch.')}"
+            name = type(self._static_filter).__name__
+            raise ValueError(f"mask from {name} must be {tuple(depth.shape)} bool like depth, got {got}")
+        return static
+
+    # Checks.
+
+    def _fit(self, cameras: Cameras) -> Cameras:
+        """Cameras of the image's aspect, for frames of this session's size."""
+        self._pipeline.check_cameras(cameras, self._given_image_size)
+        return cameras.resized(self.image_size).to(self.cache.device)
+
+    def _next_chunk(self, count: int) -> Chunk:
+        if self.num_chunks == 0:
+            check_num_frames("the number of cameras of a first step", count)
+        elif count < STRIDE or count % STRIDE:
+            raise ValueError(f"cameras of a later step must be 4 n new ones (4, 8, 12, ..), got {count}")
+        return Chunk(self.num_chunks, self.num_frames, self.num_frames + count)
+
+    def _check_same_run(self, plan: list[Chunk], cameras: Cameras) -> None:
+        done = self._store.chunks
+        if done != plan[: len(done)]:
+            was, would = (", ".join(f"{c.start}-{c.stop - 1}" for c in chunks) for chunks in (done, plan))
+            raise ValueError(f"num_frames and chunk_frames must continue the run's chunks, {was}, got {would}")
+        if done:
+            asked, begun = cameras[[frame for chunk in done for frame in chunk.keyframes]], self._past()
+            same = torch.equal(asked.cam2world, begun.cam2world) and torch.equal(asked.intrinsics, begun.intrinsics)
+            if not same:
+                raise ValueError("cameras must be those of the run so far, got others")
+
+    @contextmanager
+    def _timed(self, seconds: dict[str, float], part: str) -> Iterator[None]:
+        """Wall-clock time of a block, the device's work included."""
+        began = time.perf_counter()
+        yield
+        if self.cache.device.type == "cuda":
+            torch.cuda.synchronize(self.cache.device)
+        seconds[part] = time.perf_counter() - began
+
+
+def _digest(frames: Tensor) -> str:
+    """SHA-256 of the frames as 8-bit pixels: equal runs have equal ones."""
+    digest = hashlib.sha256()
+    for frame in frames:
+        digest.update((frame * 255.0).round().to(torch.uint8).cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()

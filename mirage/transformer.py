@@ -1,0 +1,346 @@
+"""`MirageTransformer3DModel`: Wan2.2's video transformer with reference frames, preceding frames and a memory.
+
+Same weights and configuration as diffusers' `WanTransformer3DModel`: it loads the `transformer` folder of
+`Wan-AI/Wan2.2-TI2V-5B-Diffusers` unchanged. Three things are new:
+
+- The frames along time are [references | target | preceding]. References stand at time positions -R..-1 and at rows
+  h..2h-1 of the rotary tables, so that they look like no frame of the video; everything else counts from 0.
+- Time steps are per frame, and so is the modulation of the blocks: one vector a frame instead of one a token, which
+  gives the same bits in a thousandth of the memory.
+- A memory adapter adds its hints to all but the reference tokens, after the blocks that it names.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from diffusers.configuration_utils import register_to_config
+from diffusers.hooks import FirstBlockCacheConfig, MagCacheConfig, SeaCacheConfig
+from diffusers.models._modeling_parallel import ContextParallelInput, ContextParallelOutput
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from diffusers.models.modeling_utils import ModelMixin  # noqa: F401  # diffusers asks this module for it when it loads
+from diffusers.models.transformers.transformer_wan import (
+    WanRotaryPosEmbed,
+    WanTransformer3DModel,
+    WanTransformerBlock,
+)
+from diffusers.utils import apply_lora_scale
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from .adapter import MirageMemoryAdapter
+
+_SKIPPING_CACHES = (FirstBlockCacheConfig, MagCacheConfig, SeaCacheConfig)
+_SKIPPING_HOOKS = ("fbc_", "mag_cache", "sea_cache")
+
+
+class MirageRotaryPosEmbed(WanRotaryPosEmbed):
+    """Wan's rotary embedding, with reference frames at negative times and in rows of their own."""
+
+    def forward(self, hidden_states: Tensor, num_reference_frames: int = 0) -> tuple[Tensor, Tensor]:
+        """cos and sin (1, tokens, 1, head_dim) for `hidden_states` (B, C, F, h, w), references first along F."""
+        _, _, frames, height, width = hidden_states.shape
+        frames, rows, columns = (
+            size // patch for size, patch in zip((frames, height, width), self.patch_size, strict=True)
+        )
+        references = num_reference_frames // self.patch_size[0]
+        time = torch.arange(frames, device=self.freqs_cos.device) - references
+        row = torch.arange(rows, device=self.freqs_cos.device).expand(frames, rows)
+        row = row + rows * (time < 0)[:, None]
+        shape = (frames, rows, columns)
+
+        def spread(table: Tensor, is_sine: bool) -> Tensor:
+            of_time, of_row, of_column = table.split([self.t_dim, self.h_dim, self.w_dim], dim=1)
+            along_time = of_time[time.abs()]
+            if is_sine:  # sin(-x) = -sin(x), exactly
+                along_time = torch.where((time < 0)[:, None], -along_time, along_time)
+            parts = (along_time[:, None, None], of_row[row][:, :, None], of_column[None, None, :columns])
+            spread_parts = [part.expand(*shape, part.shape[-1]) for part in parts]
+            return torch.cat(spread_parts, dim=-1).reshape(1, math.prod(shape), 1, -1)
+
+        return spread(self.freqs_cos, False), spread(self.freqs_sin, True)
+
+
+class FrameIndex(nn.Module):
+    """Which frame each token belongs to, (1, F tokens) int64. A module, so that context parallelism can split it."""
+
+    def forward(self, num_frames: int, tokens: int, device: torch.device) -> Tensor:
+        return torch.arange(num_frames, device=device).repeat_interleave(tokens)[None]
+
+
+def modulate(hidden_states: Tensor, scale: Tensor, shift: Tensor | None, frame_index: Tensor | None) -> Tensor:
+    """`hidden_states` (B, L, D) times `scale` plus `shift` (B, F, D), each token by its frame's.
+
+    Without `frame_index` (1, L) the tokens are F whole frames in order, and nothing is materialised per token.
+    """
+    if frame_index is not None:
+        scaled = hidden_states * scale[:, frame_index[0]]
+        return scaled if shift is None else scaled + shift[:, frame_index[0]]
+    framed = hidden_states.unflatten(1, (scale.shape[1], -1)) * scale[:, :, None]
+    return (framed if shift is None else framed + shift[:, :, None]).flatten(1, 2)
+
+
+class MirageTransformerBlock(WanTransformerBlock):
+    """Wan's block with one modulation a frame; bit for bit what the stock block gives with it repeated per token."""
+
+    def forward(  # type: ignore[override]
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        temb: Tensor,
+        rotary_emb: tuple[Tensor, Tensor],
+        frame_index: Tensor | None = None,
+    ) -> Tensor:
+        """
+        Args:
+            hidden_states: (B, L, D).
+            encoder_hidden_states: (B, text length, D).
+            temb: (B, F, 6, D), one modulation a frame.
+            rotary_emb: cos and sin (1, L, 1, head_dim).
+            frame_index: (1, L) int64; None where L is F whole frames in order.
+
+        Returns:
+            (B, L, D).
+        """
+        table = self.scale_shift_table.unsqueeze(0) + temb.float()
+        shift_msa, scale_msa, gate_msa, c_shift_msa, c_scale_msa, c_gate_msa = table.unbind(2)
+
+        normed = modulate(self.norm1(hidden_states.float()), 1 + scale_msa, shift_msa, frame_index)
+        attended = self.attn1(normed.type_as(hidden_states), None, None, rotary_emb)
+        hidden_states = (hidden_states.float() + modulate(attended, gate_msa, None, frame_index)).type_as(hidden_states)
+
+        normed = self.norm2(hidden_states.float()).type_as(hidden_states)
+        hidden_states = hidden_states + self.attn2(normed, encoder_hidden_states, None, None)
+
+        normed = modulate(self.norm3(hidden_states.float()), 1 + c_scale_msa, c_shift_msa, frame_index)
+        fed = self.ffn(normed.type_as(hidden_states)).float()
+        return (hidden_states.float() + modulate(fed, c_gate_msa, None, frame_index)).type_as(hidden_states)
+
+
+def is_context_parallel(model: Any) -> bool:
+    """Whether diffusers' context parallelism splits this model's sequence."""
+    return getattr(model._parallel_config, "context_parallel_config", None) is not None
+
+
+class MirageTransformer3DModel(WanTransformer3DModel):
+    """Wan2.2's transformer (5 B parameters at full size) with references, preceding frames and memory hints.
+
+    Configuration and weights are those of `diffusers.WanTransformer3DModel`; `from_pretrained` loads the `transformer`
+    folder of Wan2.2-TI2V-5B as it is. Only models without image conditioning inside the transformer (`image_dim` and
+    `added_kv_proj_dim` None, as Wan2.2's) are supported.
+    """
+
+    _no_split_modules = ["MirageTransformerBlock"]
+    _repeated_blocks = ["MirageTransformerBlock"]
+    _skip_keys = ["memory_adapter"]  # an argument that offloading must not move: the adapter has hooks of its own
+    _cp_plan = {
+        "rope": {
+            0: ContextParallelInput(split_dim=1, expected_dims=4, split_output=True),
+            1: ContextParallelInput(split_dim=1, expected_dims=4, split_output=True),
+        },
+        "frame_index": {0: ContextParallelInput(split_dim=1, expected_dims=2, split_output=True)},
+        "hint": {0: ContextParallelInput(split_dim=1, expected_dims=3, split_output=True)},
+        "blocks.0": {"hidden_states": ContextParallelInput(split_dim=1, expected_dims=3, split_output=False)},
+        "proj_out": ContextParallelOutput(gather_dim=1, expected_dims=3),
+    }
+
+    @register_to_config
+    def __init__(
+        self,
+        patch_size: tuple[int, ...] = (1, 2, 2),
+        num_attention_heads: int = 24,
+        attention_head_dim: int = 128,
+        in_channels: int = 48,
+        out_channels: int = 48,
+        text_dim: int = 4096,
+        freq_dim: int = 256,
+        ffn_dim: int = 14336,
+        num_layers: int = 30,
+        cross_attn_norm: bool = True,
+        qk_norm: str | None = "rms_norm_across_heads",
+        eps: float = 1e-6,
+        image_dim: int | None = None,
+        added_kv_proj_dim: int | None = None,
+        rope_max_seq_len: int = 1024,
+        pos_embed_seq_len: int | None = None,
+    ) -> None:
+        if image_dim is not None or added_kv_proj_dim is not None:
+            raise ValueError(
+                "image_dim and added_kv_proj_dim must be None: the first frame is conditioned by its latents, as in"
+                f" Wan2.2-TI2V, got {image_dim} and {added_kv_proj_dim}"
+            )
+        # Built by the parent and then given blocks of our own: its keys, shapes and initialisation are the contract.
+        super().__init__(
+            patch_size=patch_size,
+            num_attention_heads=num_attention_heads,
+            attention_head_dim=attention_head_dim,
+            in_channels=in_channels,
+            out_channels=out_channels,
+            text_dim=text_dim,
+            freq_dim=freq_dim,
+            ffn_dim=ffn_dim,
+            num_layers=0,
+            cross_attn_norm=cross_attn_norm,
+            qk_norm=qk_norm,
+            eps=eps,
+            rope_max_seq_len=rope_max_seq_len,
+        )
+        self.register_to_config(num_layers=num_layers)
+        dim = num_attention_heads * attention_head_dim
+        self.rope = MirageRotaryPosEmbed(attention_head_dim, patch_size, rope_max_seq_len)
+        self.blocks = nn.ModuleList(
+            MirageTransformerBlock(dim, ffn_dim, num_attention_heads, qk_norm, cross_attn_norm, eps)
+            for _ in range(num_layers)
+        )
+        # Both have no weights; context parallelism splits what passes through them.
+        self.frame_index = FrameIndex()
+        self.hint = nn.Identity()
+
+    def enable_cache(self, config: Any) -> None:
+        """As diffusers' models do, but for the caches that skip whole blocks, which the memory's hints would corrupt.
+
+        Raises:
+            ValueError: `config` is of FirstBlockCache, MagCache or SeaCache.
+        """
+        if isinstance(config, _SKIPPING_CACHES):
+            raise ValueError(_skipping_reason(type(config).__name__))
+        super().enable_cache(config)
+
+    def _refuse_skipping_hooks(self) -> None:
+        """The same for caches put on without :meth:`enable_cache`."""
+        for block in self.blocks:
+            registry = getattr(block, "_diffusers_hook", None)
+            for name in registry.hooks if registry is not None else ():
+                if name.startswith(_SKIPPING_HOOKS):
+                    raise ValueError(_skipping_reason(f"the hook {name}"))
+
+    @apply_lora_scale("attention_kwargs")
+    def forward(  # type: ignore[override]
+        self,
+        hidden_states: Tensor,
+        timestep: Tensor,
+        encoder_hidden_states: Tensor,
+        num_reference_frames: int = 0,
+        memory_adapter: MirageMemoryAdapter | None = None,
+        memory_context: Tensor | None = None,
+        memory_scale: float = 1.0,
+        return_dict: bool = True,
+        attention_kwargs: dict[str, Any] | None = None,
+    ) -> Transformer2DModelOutput | tuple[Tensor]:
+        """Predict the flow of all frames; what is predicted for references and preceding frames means nothing.
+
+        Args:
+            hidden_states: (B, C, F, h, w) latents, along time [references | target | preceding]; h and w are multiples
+                of the patch.
+            timestep: (B, F), one per frame: 0 for frames that are clean (references, preceding, the first frame).
+            encoder_hidden_states: (B, L, D) text embeddings.
+            num_reference_frames: R, how many of the F are references.
+            memory_adapter: adds its hints to all but the reference tokens.
+            memory_context: (B, control channels, F - R, h, w), what the memory shows at the target and preceding
+                frames' cameras, see :class:`~mirage.adapter.MirageMemoryAdapter`. Given if and only if the adapter is.
+            memory_scale: factor of the hints.
+            attention_kwargs: `{"scale": s}` scales loaded LoRA.
+
+        Returns:
+            `Transformer2DModelOutput` with `sample` (B, C, F, h, w), or a tuple of it.
+
+        Raises:
+            ValueError: naming the argument, what was expected and what came.
+        """
+        batch, channels, frames, height, width = _check_video("hidden_states", hidden_states)
+        patch_time, patch_height, patch_width = self.config.patch_size
+        if channels != self.config.in_channels:
+            raise ValueError(f"hidden_states must have {self.config.in_channels} channels, got {channels}")
+        if frames % patch_time or height % patch_height or width % patch_width:
+            raise ValueError(
+                f"hidden_states must have frames, rows and columns that are multiples of {self.config.patch_size},"
+                f" got {(frames, height, width)}"
+            )
+        if tuple(timestep.shape) != (batch, frames):
+            raise ValueError(f"timestep must be (B, F) = {(batch, frames)}, one per frame, got {tuple(timestep.shape)}")
+        if not 0 <= num_reference_frames < frames or num_reference_frames % patch_time:
+            raise ValueError(
+                f"num_reference_frames must be in [0, {frames}), a multiple of {patch_time}, got {num_reference_frames}"
+            )
+        if (memory_adapter is None) != (memory_context is None):
+            given, missing = ("memory_context", "memory_adapter")[:: 1 if memory_adapter is None else -1]
+            raise ValueError(f"{missing} must be given with {given}, got None")
+        if memory_adapter is not None:
+            self._refuse_skipping_hooks()
+
+        post_frames = frames // patch_time
+        tokens = (height // patch_height) * (width // patch_width)
+        references = num_reference_frames // patch_time * tokens
+        rotary_emb = self.rope(hidden_states, num_reference_frames)
+        parallel = is_context_parallel(self)
+        frame_index = self.frame_index(post_frames, tokens, hidden_states.device) if parallel else None
+
+        hidden_states = self.patch_embedding(hidden_states).flatten(2).transpose(1, 2).contiguous()
+        timestep = timestep[:, ::patch_time]
+        temb, timestep_proj, encoder_hidden_states, _ = self.condition_embedder(
+            timestep.flatten(), encoder_hidden_states, None, timestep_seq_len=post_frames
+        )
+        timestep_proj = timestep_proj.unflatten(2, (6, -1))
+
+        hints: dict[int, Tensor] = {}
+        if memory_adapter is not None:
+            found = memory_adapter(
+                hidden_states[:, references:],
+                memory_context,
+                encoder_hidden_states,
+                timestep_proj[:, num_reference_frames // patch_time :],
+            )
+            hints = dict(zip(memory_adapter.config.memory_layers, found, strict=True))
+            if hints and max(hints) >= len(self.blocks):
+                raise ValueError(
+                    f"memory_adapter must name blocks of this transformer, 0 to {len(self.blocks) - 1} in its"
+                    f" memory_layers, got {max(hints)}"
+                )
+
+        checkpointing = torch.is_grad_enabled() and self.gradient_checkpointing
+        for number, block in enumerate(self.blocks):
+            arguments = (hidden_states, encoder_hidden_states, timestep_proj, rotary_emb, frame_index)
+            run = partial(self._gradient_checkpointing_func, block) if checkpointing else block
+            hidden_states = run(*arguments)
+            hint = hints.pop(number, None)
+            if hint is None:
+                continue
+            hint = hint.to(hidden_states.device) * memory_scale
+            if parallel:  # a rank's part of the sequence is cut elsewhere in hints without reference tokens
+                hidden_states = hidden_states + self.hint(nn.functional.pad(hint, (0, 0, references, 0)))
+            elif references:
+                with_hint = hidden_states[:, references:] + hint
+                hidden_states = torch.cat([hidden_states[:, :references], with_hint], dim=1)
+            else:
+                hidden_states = hidden_states + hint
+
+        table = self.scale_shift_table.unsqueeze(0).to(temb.device) + temb.unsqueeze(2)
+        shift, scale = (part.to(hidden_states.device) for part in table.unbind(2))
+        hidden_states = modulate(self.norm_out(hidden_states.float()), 1 + scale, shift, frame_index).type_as(
+            hidden_states
+        )
+        hidden_states = self.proj_out(hidden_states)
+        patches = hidden_states.reshape(
+            batch, post_frames, height // patch_height, width // patch_width, patch_time, patch_height, patch_width, -1
+        )
+        output = patches.permute(0, 7, 1, 4, 2, 5, 3, 6).reshape(batch, -1, frames, height, width)
+        if not return_dict:
+            return (output,)
+        return Transformer2DModelOutput(sample=output)
+
+
+def _check_video(name: str, value: Tensor) -> tuple[int, ...]:
+    if value.ndim != 5:
+        raise ValueError(f"{name} must be (B, C, F, h, w), got {tuple(value.shape)}")
+    return tuple(value.shape)
+
+
+def _skipping_reason(what: str) -> str:
+    return (
+        f"{what} skips whole blocks and replays what they added, memory hints included, to which the hints of this step"
+        " would be added again: a silent error of about 30 % (measured). Use PyramidAttentionBroadcastConfig or"
+        " FasterCacheConfig, which cache inside the blocks."
+    )
