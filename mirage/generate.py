@@ -176,7 +176,7 @@ def load_pipeline(options: GenerateOptions) -> Any:
     else:
         name = options.dtype or ("bfloat16" if options.device == "cuda" else "float32")
         folder = options.adapter if options.adapter is not None and not Path(options.adapter).is_file() else None
-        pipeline = MiragePipeline.from_pretrained(options.model, memory_adapter=folder, torch_dtype=_DTYPES[name])
+        pipeline = MiragePipeline.from_pretrained(options.model, memory_adapter=folder, dtype=_DTYPES[name])
     if options.adapter is not None and Path(options.adapter).is_file():
         adapter = MirageMemoryAdapter.from_transformer(pipeline.transformer)
         load_published(adapter=adapter, vace=options.adapter)

@@ -130,7 +130,7 @@ class MiragePipeline(DiffusionPipeline, WanLoraLoaderMixin):
         Args:
             pretrained_model_name_or_path: folder, or id on the hub.
             memory_adapter: the model, or its folder or id; None takes the pipeline's own, if it has one.
-            kwargs: as of `DiffusionPipeline.from_pretrained`: `torch_dtype`, `vae=...`, and so on.
+            kwargs: as of `DiffusionPipeline.from_pretrained`: `dtype`, `vae=...`, and so on.
         """
         loading = {name: kwargs[name] for name in _LOADING_OPTIONS if name in kwargs}
         if kwargs.get("transformer") is None:
@@ -379,7 +379,7 @@ class MiragePipeline(DiffusionPipeline, WanLoraLoaderMixin):
             cache = LatentCache(channels, dtype=self.transformer.dtype, device=device)
         elif cache.channels != channels:
             raise ValueError(f"cache must have {channels} channels like the VAE, got {cache.channels}")
-        filter_ = make_static_filter(static_filter) if isinstance(static_filter, str) else static_filter
+        filter_ = make_static_filter(static_filter, device) if isinstance(static_filter, str) else static_filter
         sources = self._depth_sources(depth, depth_estimator, num_frames)
         _check_undecoded(decode, sources, filter_)
         if run_dir is not None:
@@ -638,7 +638,8 @@ class MiragePipeline(DiffusionPipeline, WanLoraLoaderMixin):
         return DepthSources(given, estimator)
 
 
-_LOADING_OPTIONS = ("torch_dtype", "cache_dir", "force_download", "local_files_only", "token", "revision", "variant")
+_LOADING_OPTIONS = ("dtype", "torch_dtype", "variant", "cache_dir", "force_download", "local_files_only", "token")
+_LOADING_OPTIONS += ("revision",)
 
 
 def _digest(content: bytes) -> str:

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from mirage_kernels import Cameras, LatentCache, View
@@ -443,15 +442,13 @@ class MirageSession:
             output = source.predict(latents, cameras, view)
             return output.depth, output.confidence, {}
         if isinstance(source, GivenDepth):  # of the image's own aspect, which the frames' size may have rounded
-            depth = source(None, cameras.resized(self._given_image_size), numbers).to(cameras.device)
-            if frames is not None and depth.shape[1:] != frames.shape[2:]:  # pixels are picked, never blended
-                depth = F.interpolate(depth[:, None], self.image_size, mode="nearest-exact")[:, 0]
-            return depth, None, {}
+            return source(None, cameras.resized(self._given_image_size), numbers), None, {}
         keyframes = None if frames is None else frames[[number - numbers[-1] - 1 for number in numbers]]
         depth = source(keyframes, cameras, numbers)  # type: ignore[arg-type]  # None only where it needs none
         if not isinstance(depth, Tensor) or depth.ndim != 3 or len(depth) != len(numbers):
             got = tuple(depth.shape) if isinstance(depth, Tensor) else type(depth).__name__
             raise ValueError(f"depth from {type(source).__name__} must be ({len(numbers)}, H, W) float, got {got}")
+        depth = depth.to(cameras.device, torch.float32)
         if source.alignment == "none" or view is None:
             return depth, None, {}
         aligned = align_depth(depth, view.depth, view.mask, source.alignment)

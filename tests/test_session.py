@@ -1,0 +1,465 @@
+"""MirageSession: the memory through a whole video, steps that fail, runs that are killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import generation
+import pytest
+import room
+import torch
+from generation import LATENT, SIZE, Marked, options
+from torch import Tensor
+
+from mirage import run_store
+from mirage.depth import GivenDepth
+from mirage.figures import load_video
+from mirage.pipeline import MiragePipeline
+from mirage.session import MirageSession
+from mirage_kernels import Cameras, LatentCache
+from mirage_kernels.reference import pool_mask
+
+
+@pytest.fixture(autouse=True)
+def one_thread(threads: Any) -> None:
+    threads(1)
+
+
+@pytest.fixture(scope="module")
+def pipe() -> MiragePipeline:
+    return generation.make_pipeline()
+
+
+def start(pipe: MiragePipeline, num_frames: int, **changes: Any) -> MirageSession:
+    asked = options(num_frames, **changes)
+    for name in ("cameras", "chunk_frames", "output_type"):
+        asked.pop(name)
+    return pipe.start(**asked)
+
+
+def same_tokens(left: LatentCache, right: LatentCache) -> bool:
+    return all(
+        torch.equal(getattr(left, name), getattr(right, name))
+        for name in ("points", "footprints", "features", "frame_ids", "frame_centers")
+    )
+
+
+# The memory through a whole video.
+
+
+def test_what_was_written_is_read_when_the_camera_returns(pipe: MiragePipeline) -> None:
+    views = generation.cameras(25)
+    output = pipe(**options(25))
+    cache, latents = output.cache, output.frames[0].movedim(1, 0)
+    true_depth = room.render(views[::4])[0]
+    assert torch.equal(views[24].cam2world, views[0].cam2world)
+
+    # Every token holds the latent of the cell that it was lifted from, in order of frame, row, column.
+    valid = torch.ones(7, *LATENT, dtype=torch.bool)
+    assert len(cache) == valid.sum() and cache.num_frames == 7
+    assert torch.equal(cache.frame_ids.long(), torch.arange(7).repeat_interleave(LATENT[0] * LATENT[1]))
+    assert torch.equal(cache.features, latents.permute(0, 2, 3, 1).reshape(-1, 48))
+
+    # Back at the start the camera sees the room where it is, in the latents that were generated for it.
+    view = cache.read(views[24], size=LATENT)
+    assert view.mask.all()
+    assert torch.equal(view.latents[0].permute(1, 2, 0), cache.features[view.index[0]])
+    lowest = -torch.nn.functional.max_pool2d(-true_depth[:1], (16, 16))[0]
+    highest = torch.nn.functional.max_pool2d(true_depth[:1], (16, 16))[0]
+    margin = 0.1 * highest
+    assert ((view.depth[0] > lowest - margin) & (view.depth[0] < highest + margin)).float().mean() > 0.95
+    # With the image's tokens alone, exactly the image's latents.
+    session = start(pipe, 25)
+    session.seed(views[0])
+    alone = session.cache.read(views[24], size=LATENT)
+    assert torch.equal(alone.latents[0], latents[0])
+
+
+def test_nothing_moving_and_no_sky_is_ever_in_the_memory(pipe: MiragePipeline) -> None:
+    """A box flies through the room, and its far wall is a window: 0 depth is what an honest estimator says of sky."""
+    views = generation.cameras(25)
+    box = torch.zeros(25, 2, 3, dtype=torch.float64)
+    box[:, 0], box[:, 1] = torch.tensor([-0.3, -0.5, -0.6]), torch.tensor([0.3, 0.1, 0.0])
+    box[..., 0] += torch.linspace(-1.0, 1.0, 25)[:, None]
+    depth, moving = room.render(views, box)
+    points = views.centers[:, None, None] + room.rays(views) * depth[..., None]
+    sky = (points[..., 2] > 2.99) & ~moving
+    assert moving.flatten(1).any(1).all() and sky.flatten(1).any(1).all()
+    marked = Marked(moving | sky)
+
+    cache = pipe(**options(25, depth=depth, static_filter=marked)).cache
+    position = cache.points.double()
+    assert len(cache) > 20
+    assert not (position[:, 2] > 2.9).any()  # nothing on the far wall
+    low, high = box[:, 0].amin(0) - 0.02, box[:, 1].amax(0) + 0.02
+    assert not ((position > low) & (position < high)).all(1).any()  # nothing where the box flew
+    # And all that is neither is there: a token goes only if one of its frames' pixels is marked.
+    groups = (1, 4, 4, 4, 4, 4, 4)
+    kept = torch.stack([~group.any(0) for group in (moving | sky).split(groups)])
+    assert len(cache) == pool_mask(kept, LATENT).sum()
+    assert marked.first == 25
+
+
+def test_memory_is_flat_but_for_the_cache() -> None:
+    """Peak of traced host memory in chunk 12 against chunk 3, in a process of its own."""
+    script = """
+import resource, sys, torch
+sys.path.insert(0, {tests!r})
+import generation
+torch.set_num_threads(1)
+pipe = generation.make_pipeline()
+held, live = [], []
+def count(pipe, chunk):
+    import gc
+    gc.collect()
+    tensors = {{x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in gc.get_objects() if torch.is_tensor(x)}}
+    held.append(sum(tensors.values()))
+    live.append(chunk.metrics["cache_bytes"])
+asked = generation.options(9 + 8 * 12, output_type=None, run_dir={run!r}, callback_on_chunk_end=count)
+asked["cache"] = __import__("mirage_kernels").LatentCache(48, capacity=4000)
+asked["decode"] = "chunk"
+pipe(**asked)
+print(held[3], held[12], live[3], live[12])
+"""
+    folder = Path(os.environ.get("TMPDIR", "/tmp")) / f"mirage-flat-{os.getpid()}"
+    try:
+        content = script.format(tests=str(Path(__file__).parent), run=str(folder))
+        done = subprocess.run([sys.executable, "-c", content], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        third, twelfth, *live = map(int, done.stdout.split())
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    assert live[1] > 2 * live[0]  # the memory itself grew, within buffers of fixed capacity
+    cameras_of_nine_chunks = 9 * 2 * (16 + 9) * 8
+    assert abs(twelfth - third) <= 4 * cameras_of_nine_chunks
+
+
+def test_session_steps_are_the_call(pipe: MiragePipeline) -> None:
+    views = generation.cameras(25)
+    session = start(pipe, 25)
+    chunks = [session.step(views[:9]), session.step(views[9:17]), session.step(views[17:25])]
+    assert [(chunk.start, chunk.stop) for chunk in chunks] == [(0, 9), (9, 17), (17, 25)]
+    assert [len(chunk.frames) for chunk in chunks] == [9, 8, 8]
+    assert [len(chunk.latents) for chunk in chunks] == [3, 2, 2]
+    assert session.num_frames == 25 and session.num_chunks == 3
+    expected = pipe(**options(25))
+    assert torch.equal(session.latents(), expected.frames) and same_tokens(session.cache, expected.cache)
+    assert torch.equal(torch.cat(list(session.decode())), torch.cat([chunk.frames for chunk in chunks]))
+    later = chunks[2].metrics
+    assert later["references"] and later["preceding"] == [2, 3] and later["coverage"] > 0.9
+    assert later["tokens"] == len(session.cache) and later["written"]["written"] == 2 * LATENT[0] * LATENT[1]
+
+
+def test_references_are_the_views_that_overlap_most(pipe: MiragePipeline) -> None:
+    views = generation.cameras(25)
+    session = start(pipe, 25, max_reference_frames=2, reference_voxel_size=0.3)
+    for first, last in ((0, 9), (9, 17)):
+        session.step(views[first:last])
+    targets = views[[16, 20, 24]]
+    overlaps = session.cache.view_overlap(views[:17:4], targets, LATENT, voxel_size=0.3)
+    expected = sorted(range(5), key=lambda frame: -overlaps[frame])[:2]
+    chunk = session.step(views[17:25])
+    assert chunk.metrics["references"] == expected
+    assert chunk.metrics["overlaps"] == [overlaps[frame].item() for frame in expected]
+    none = start(pipe, 25, reference_threshold=2.0)
+    none.step(views[:9])
+    assert none.step(views[9:17]).metrics["references"] == []
+
+
+def test_a_cache_with_a_scene_in_it_is_gone_on_with(pipe: MiragePipeline) -> None:
+    first = pipe(**options(9)).cache
+    before = first.features.clone()
+    second = pipe(**options(9, cache=first)).cache
+    assert second is first and second.num_frames == 6
+    assert torch.equal(second.features[: len(before)], before)
+
+
+def test_bad_steps_change_nothing(pipe: MiragePipeline) -> None:
+    views = generation.cameras(25)
+    session = start(pipe, 25)
+    with pytest.raises(ValueError, match="number of cameras of a first step must be 4 n"):
+        session.step(views[:8])
+    session.step(views[:9])
+    for count in (0, 3, 9):
+        with pytest.raises(ValueError, match=f"cameras of a later step must be 4 n new ones.*got {count}"):
+            session.step(views[9 : 9 + count])
+    with pytest.raises(ValueError, match="aspect"):
+        session.step(views[9:17].resized((64, 64)))
+    with pytest.raises(TypeError, match="cameras must be mirage_kernels.Cameras"):
+        session.step(views[9:17].cam2world)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="the image is in the memory already"):
+        session.seed(views[0])
+    with pytest.raises(ValueError, match="cameras must be those of the run so far"):
+        next(session.run(views[[1, *range(1, 25)]], 9))
+    with pytest.raises(ValueError, match="must continue the run's chunks, 0-8, got 0-4"):
+        next(session.run(views, 5))
+    with pytest.raises(ValueError, match=r"finish\(\) needs a session with a run_dir"):
+        session.finish()
+    session.step(views[9:17])
+    assert torch.equal(session.latents(), pipe(**options(17)).frames)
+    other = start(pipe, 25)
+    other.seed(views[0])
+    with pytest.raises(ValueError, match=r"cameras\[0\] must be the camera that seed\(\) was given"):
+        other.step(views[1:10])
+
+
+# Steps that fail.
+
+
+class Fails:
+    """Depth that goes wrong in one way the second time it is asked for a chunk."""
+
+    needs_frames = False
+    alignment = "none"
+
+    def __init__(self, depth: Tensor, what: Any) -> None:
+        self.given, self.what, self.calls = GivenDepth(depth), what, 0
+
+    def __call__(self, frames: Tensor | None, views: Cameras, numbers: list[int]) -> Any:
+        self.calls += 1
+        if self.calls == 3:
+            return self.what()
+        return self.given(frames, views, numbers)
+
+
+def _out_of_memory() -> Any:
+    raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+def _interrupted() -> Any:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(
+    "what, error, message",
+    [
+        (_out_of_memory, torch.OutOfMemoryError, "out of memory"),
+        (_interrupted, KeyboardInterrupt, "^$"),
+        (lambda: torch.ones(3, 3), ValueError, r"depth from Fails must be \(2, H, W\) float, got \(3, 3\)"),
+        (lambda: None, ValueError, r"depth from Fails must be \(2, H, W\) float, got NoneType"),
+        (lambda: torch.ones(2, 1, 1), ValueError, "depth must be at least as fine"),
+    ],
+)
+def test_a_failed_step_can_be_tried_again(
+    pipe: MiragePipeline, tmp_path: Path, what: Any, error: type[BaseException], message: str
+) -> None:
+    views, depth = generation.cameras(25), options(25)["depth"]
+    session = start(pipe, 25, depth=None, depth_estimator=Fails(depth, what), run_dir=tmp_path / "run")
+    session.step(views[:9])
+    with pytest.raises(error, match=message):
+        session.step(views[9:17])
+    assert session.num_frames == 9 and len(session.cache) == 3 * LATENT[0] * LATENT[1]
+    assert sorted(path.name for path in (tmp_path / "run" / "chunks").iterdir()) == ["0000"]
+    # At once, and by another process from the run on disk.
+    copy = tmp_path / "copy"
+    shutil.copytree(tmp_path / "run", copy)
+    expected = pipe(**options(25))
+    list(session.run(views, 9))
+    assert torch.equal(session.latents(), expected.frames) and same_tokens(session.cache, expected.cache)
+    resumed = start(
+        pipe, 25, depth=None, depth_estimator=Fails(depth, lambda: pytest.fail()), run_dir=copy, resume=True,
+        generator=torch.Generator().manual_seed(99),
+    )  # fmt: skip
+    resumed._depth.estimator.calls = 10  # type: ignore[union-attr]
+    list(resumed.run(views, 9))
+    assert torch.equal(resumed.latents(), expected.frames) and same_tokens(resumed.cache, expected.cache)
+
+
+@pytest.mark.parametrize("chunk", [0, 1])
+@pytest.mark.parametrize("name", ["save_video", "replace", "save_file"])
+def test_a_full_disk_leaves_session_and_run_as_they_were(
+    pipe: MiragePipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int, name: str
+) -> None:
+    views = generation.cameras(17)
+    session = start(pipe, 17, run_dir=tmp_path)
+    if chunk:
+        session.step(views[:9])
+    new = views[9:17] if chunk else views[:9]
+
+    def full(*args: Any, **kwargs: Any) -> Any:
+        raise OSError(28, "No space left on device")
+
+    place = {"save_video": "mirage.session.save_video", "replace": "mirage.run_store.os.replace"}
+    with monkeypatch.context() as patch:
+        patch.setattr(place.get(name, "mirage.run_store.save_file"), full)
+        with pytest.raises(OSError, match="No space left"):
+            session.step(new)
+    assert session.num_chunks == chunk
+    assert not list((tmp_path / "chunks").glob(".*"))
+    list(session.run(views, 9))
+    expected = pipe(**options(17))
+    assert torch.equal(session.latents(), expected.frames) and same_tokens(session.cache, expected.cache)
+
+
+# Runs on disk.
+
+
+def test_run_holds_video_metrics_and_cache(pipe: MiragePipeline, tmp_path: Path) -> None:
+    output = pipe(**options(21, run_dir=tmp_path, output_type="pt"))
+    assert output.video == tmp_path / "video.mp4"
+    frames = list(load_video(output.video))
+    assert len(frames) == 21 and frames[0].shape == (3, *SIZE)
+    error = (torch.stack(frames) - output.frames[0]).abs().mean()
+    assert error < 0.15  # noise does not compress well; but in the right order:
+    shuffled = (torch.stack(frames) - output.frames[0].flip(0)).abs().mean()
+    assert error < 0.7 * shuffled
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["frames"] for line in lines] == [[0, 9], [9, 17], [17, 21]]
+    assert set(lines[0]["seconds"]) == {"read", "denoise", "decode", "depth", "filter", "write", "save"}
+    assert same_tokens(LatentCache.load(tmp_path / "cache.safetensors"), output.cache)
+    # Only the newest chunk holds what the next would go on from.
+    kept = {path.parent.name for path in (tmp_path / "chunks").glob("*/cache.safetensors")}
+    assert kept == {"0002"} == {path.parent.name for path in (tmp_path / "chunks").glob("*/decoder.safetensors")}
+
+    with pytest.raises(FileExistsError, match="holds a run already"):
+        pipe(**options(21, run_dir=tmp_path))
+    again = pipe(**options(21, run_dir=tmp_path, resume=True, output_type="pt"))
+    assert torch.equal(again.frames, output.frames)
+
+
+KILLED = """
+import os, signal, sys, torch
+sys.path.insert(0, {tests!r})
+import generation
+torch.set_num_threads(1)
+pipe = generation.make_pipeline()
+chunks = [0]
+def die(pipe, step, timestep, tensors):
+    if step == 0:
+        chunks[0] += 1
+    if chunks[0] == 3 and step == 1 and {kill}:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return {{}}
+pipe(**generation.options(29, run_dir={run!r}, resume=True, output_type=None, callback_on_step_end=die))
+"""
+
+
+def run_script(kill: bool, run: Path) -> subprocess.CompletedProcess[str]:
+    content = KILLED.format(tests=str(Path(__file__).parent), kill=kill, run=str(run))
+    return subprocess.run([sys.executable, "-c", content], capture_output=True, text=True)
+
+
+def test_a_run_killed_in_chunk_3_resumes_to_the_same_bits(tmp_path: Path) -> None:
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    done = run_script(False, whole)
+    assert done.returncode == 0, done.stderr
+    assert run_script(True, killed).returncode == -signal.SIGKILL
+    assert sorted(path.name for path in (killed / "chunks").glob("[0-9]*")) == ["0000", "0001"]
+    done = run_script(False, killed)
+    assert done.returncode == 0, done.stderr
+    assert (whole / "video.mp4").read_bytes() == (killed / "video.mp4").read_bytes()
+    assert same_tokens(*(LatentCache.load(run / "cache.safetensors") for run in (whole, killed)))
+    digests = [
+        [json.loads(line)["frames_sha256"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+        for run in (whole, killed)
+    ]
+    assert digests[0] == digests[1] and len(set(digests[0])) == 4
+
+
+def test_a_run_stopped_at_any_file_of_a_commit_resumes_to_the_same_bits(
+    pipe: MiragePipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a kill leaves: everything written so far, nothing cleaned up."""
+    views, expected = generation.cameras(17), pipe(**options(17))
+    for stop in range(1, 6):
+        folder, left = tmp_path / f"run{stop}", tmp_path / f"left{stop}"
+        session = start(pipe, 17, run_dir=folder)
+        session.step(views[:9])
+        count = 0
+
+        def snapshot(place: Path, stop: int = stop, folder: Path = folder, left: Path = left) -> None:
+            nonlocal count
+            count += 1
+            if count == stop:
+                shutil.copytree(folder, left)
+
+        saves = {
+            "mirage.session.save_video": None,
+            "mirage.run_store.save_file": None,
+            "mirage.run_store.os.replace": None,
+        }
+        with monkeypatch.context() as patch:
+            for target in saves:
+                module, attribute = target.rsplit(".", 1)
+                original = _resolve(target)
+
+                def wrapped(*args: Any, original: Any = original, **kwargs: Any) -> Any:
+                    snapshot(folder)
+                    return original(*args, **kwargs)
+
+                patch.setattr(target, wrapped)
+            session.step(views[9:17])
+        if not left.exists():
+            assert stop > count
+            break
+        resumed = start(pipe, 17, run_dir=left, resume=True)
+        list(resumed.run(views, 9))
+        assert torch.equal(resumed.latents(), expected.frames) and same_tokens(resumed.cache, expected.cache)
+    assert count >= 3
+
+
+def _resolve(target: str) -> Any:
+    return {
+        "mirage.session.save_video": __import__("mirage.session", fromlist=["save_video"]).save_video,
+        "mirage.run_store.save_file": run_store.save_file,
+        "mirage.run_store.os.replace": os.replace,
+    }[target]
+
+
+def test_a_run_is_resumed_only_as_what_it_was(pipe: MiragePipeline, tmp_path: Path) -> None:
+    pipe(**options(9, run_dir=tmp_path))
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    changes: list[tuple[dict[str, Any], str]] = [
+        ({"num_inference_steps": 3}, "num_inference_steps was 2, got 3"),
+        ({"prompt": "a garden"}, "prompt was 'a room', got 'a garden'"),
+        ({"image": torch.zeros(3, *SIZE)}, "image was"),
+        ({"height": 128, "width": 192}, "height was 64, got 128"),
+        ({"decode": "end"}, "decode was 'chunk', got 'end'"),
+        ({"cache": pipe(**options(5)).cache}, "tokens_at_start was 0, got 48"),
+    ]
+    for change, message in changes:
+        with pytest.raises(ValueError, match=message):
+            pipe(**options(9, run_dir=tmp_path, resume=True, **change))
+    (tmp_path / "run.json").write_text("{}")
+    with pytest.raises(ValueError, match="not the record of a run"):
+        pipe(**options(9, run_dir=tmp_path, resume=True))
+    (tmp_path / "run.json").write_bytes(before[tmp_path / "run.json"])
+    assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+
+def test_nothing_is_decoded_before_the_end(
+    pipe: MiragePipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the depth head, generation runs on latents alone, and ends in the same kind of run."""
+    decodes = 0
+    original = MirageSession._decode
+
+    def count(self: MirageSession, *args: Any) -> Tensor:
+        nonlocal decodes
+        decodes += 1
+        return original(self, *args)
+
+    monkeypatch.setattr(MirageSession, "_decode", count)
+    seen: list[int] = []
+    output = pipe(
+        **options(
+            17,
+            depth=options(17)["depth"][0],
+            decode="end",
+            run_dir=tmp_path,
+            output_type=None,
+            static_filter="geometric",
+            callback_on_chunk_end=lambda _, chunk: seen.append(decodes),
+        )
+    )
+    assert seen == [0, 0] and decodes == 2
+    assert len(list(load_video(output.video))) == 17
+    assert len(output.cache) > 24
+    assert not (tmp_path / "chunks" / "0001" / "decoder.safetensors").exists()
