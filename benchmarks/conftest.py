@@ -70,6 +70,10 @@ class Bench:
             return timing.time_cuda(function, rounds, graph=False, cold=False, warmup=max(warmup, 1), setup=setup)
         return timing.time_cpu(function, rounds, warmup=warmup, setup=setup)
 
+    def once(self, function: Callable[[], Any]) -> float:
+        """Seconds of one call that cannot be repeated."""
+        return timing.time_once(function, self.device)
+
     def file(self, group: str, name: str, variant: str, size: str, nbytes: int | None, seconds: list[float]) -> None:
         times = timing.summarise(list(seconds))
         _rows.append(report.make_row(group, name, variant, size, times=times, nbytes=nbytes, bandwidth=self.bandwidth))

@@ -206,11 +206,15 @@ class KernelPixelMemory:
 
 
 def make_encoder(
-    base_dim: int = FULL_WIDTH, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+    base_dim: int = FULL_WIDTH,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    decoder_base_dim: int = 16,
 ) -> Any:
     """diffusers' ``AutoencoderKLWan`` in Wan2.2's configuration; random weights take as long as trained ones.
 
-    ``base_dim`` below FULL_WIDTH is a smaller encoder, for runs that must be quick; rows name it.
+    ``base_dim`` below FULL_WIDTH is a smaller encoder, for runs that must be quick; rows name it. ``decoder_base_dim``
+    is 256 in Wan2.2; the pixel memory never decodes.
 
     Raises:
         RuntimeError: diffusers is not installed.
@@ -221,7 +225,7 @@ def make_encoder(
         raise RuntimeError(f"the VAE encoder needs diffusers: pip install 'mirage-kernels[bench]' ({error})") from error
     vae: Any = AutoencoderKLWan(
         base_dim=base_dim,
-        decoder_base_dim=16,  # the decoder is never run here
+        decoder_base_dim=decoder_base_dim,
         z_dim=48,
         dim_mult=[1, 2, 4, 4],
         num_res_blocks=2,

@@ -19,7 +19,6 @@ from . import memories, scenes
 from .pixel_memory import BYTES_PER_POINT
 from .reference_memory import ReferenceMemory
 from .scenes import Size
-from .timing import time_once
 
 CHUNKS = 50
 SAMPLED = (1, 2, 5, 10, 20, 30, 40, 50)
@@ -102,7 +101,7 @@ def test_growth(walk: str, variant: str, stored: Size, bench: Any) -> None:
             side.write(frames, depth, cameras)
             continue
         label = f"chunk {chunk} of {size.height}x{size.width}"
-        written = time_once(functools.partial(side.write, frames, depth, cameras), bench.device)
+        written = bench.once(functools.partial(side.write, frames, depth, cameras))
         views = scenes.moved_room(look, room).to(bench.device)
         rounds = (1 if variant == "pixel, plain" else 3) if slow else 21
         read = bench.seconds(functools.partial(side.read, views), rounds, warmup=0 if slow else 2)
