@@ -57,6 +57,7 @@ class Bench:
                     how = f"{'graph' if captured else 'eager'}, {'cold' if cold else 'warm'}"
                     self.file(group, name, f"{variant}, {how}", size, nbytes, seconds)
             return
+        self._wait()
         benchmark = self._request.getfixturevalue("benchmark")
         benchmark.group = f"{group}: {name}, {size}"
         benchmark.pedantic(lambda: (function(), None)[1], setup=setup, rounds=rounds, warmup_rounds=warmup)
@@ -68,7 +69,12 @@ class Bench:
         """Seconds of so many rounds, for tests that file many rows."""
         if self.device.type == "cuda":
             return timing.time_cuda(function, rounds, graph=False, cold=False, warmup=max(warmup, 1), setup=setup)
+        self._wait()
         return timing.time_cpu(function, rounds, warmup=warmup, setup=setup)
+
+    def _wait(self) -> None:
+        if not self.quick:
+            timing.wait_for_quiet()
 
     def once(self, function: Callable[[], Any]) -> float:
         """Seconds of one call that cannot be repeated."""

@@ -199,6 +199,34 @@ def drop_in(results: Results) -> str:
     return _table(head, lines) if lines else NOT_MEASURED
 
 
+_KERNELS = (
+    ("`splat` (read)", "read", "9 latent views", "latent, bf16"),
+    ("`splat`, cold caches", "read", "9 latent views", "latent, bf16, cold caches"),
+    ("`cache_write`, median depth", "write", "8 frames", "latent, bf16"),
+    ("`cache_write`, 1 % depth noise", "write", "8 frames", "latent, bf16, 1 % depth noise"),
+    ("`cache_write`, bilinear depth", "write", "8 frames", "latent, bf16, bilinear depth"),
+    ("`view_overlap`", "condition", "overlap of", "latent, bf16"),
+)
+_GPU_KERNELS = ("graph, warm", "graph, cold", "eager, warm")
+
+
+def kernels(results: Results) -> str:
+    lines = []
+    for one in results:
+        hows = ("",) if one["gpu"] is None else tuple(f", {how}" for how in _GPU_KERNELS)
+        for kernel, group, name, variant in _KERNELS:
+            for how in hows:
+                found = [r for r in one["rows"] if r["group"] == group and r["name"].startswith(name)]
+                for r in found:
+                    if r["variant"] == f"{variant}{how}" and r["floor_s"]:
+                        ratio = f"{r['median_s'] / r['floor_s']:.1f}"
+                        times = [seconds_text(r["floor_s"]), seconds_text(r["median_s"]), ratio]
+                        lines.append([f"{kernel}{how}, {_tokens(r['size'])}", one["machine"], *times])
+    if not any(one["gpu"] for one in results):
+        lines.append(["every kernel", "GPU", NOT_MEASURED, NOT_MEASURED, ""])
+    return _table(["kernel", "machine", "floor", "reached", "times the floor"], lines)
+
+
 def goals(results: Results) -> str:
     cpu, gpu, cpu_machine, gpu_machine = outcomes(results)
 
@@ -221,6 +249,7 @@ BLOCKS: dict[str, Callable[[Results], str]] = {
     "exactness": exactness,
     "growth": growth,
     "drop-in": drop_in,
+    "kernels": kernels,
     "goals": goals,
 }
 

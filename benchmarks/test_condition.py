@@ -75,7 +75,32 @@ def test_reference(size: Size, references: bool, bench: Any) -> None:
     seen = int(memory.read(views.intrinsics, views.cam2world, size.grid)[1].sum())
     nbytes = memories.read_bytes(size, bench.device, seen, torch.float32)
     variant = "reference" if references else "reference, no reference frames"
-    bench.measure("condition", NAME, variant, size.label, nbytes, condition, rounds=9, warmup=1)
+    bench.measure(
+        "condition", NAME, variant, size.label, nbytes, condition, rounds=3 if size.tokens > 10**6 else 7, warmup=1
+    )
+
+
+@pytest.mark.parametrize("side", ["latent, bf16", "reference"])
+def test_choosing_reference_frames(size: Size, side: str, bench: Any) -> None:
+    """Overlap of the stored views with the chunk's, alone."""
+    views = scenes.latent_views(scenes.chunk_cameras(size)).to(bench.device).resized(size.grid)
+    candidates = _candidates(size, bench.device)
+    # The least: every token's position once.
+    nbytes = size.tokens * (16 if side != "reference" else 12)
+    name = f"overlap of {len(candidates)} views"
+    if side == "reference":
+        memory = memories.reference_memory(size, bench.device)
+        cameras = (candidates.intrinsics, candidates.cam2world, views.intrinsics, views.cam2world)
+        bench.measure(
+            "condition", name, side, size.label, nbytes, lambda: memory.overlap(*cameras, size.grid),
+            rounds=3 if size.tokens > 10**6 else 7, warmup=0,
+        )  # fmt: skip
+    else:
+        cache = memories.latent_cache(size, bench.device, torch.bfloat16)
+        bench.measure(
+            "condition", name, side, size.label, nbytes, lambda: cache.view_overlap(candidates, views, size.grid),
+            rounds=21,
+        )  # fmt: skip
 
 
 def test_pixel(size: Size, bench: Any) -> None:

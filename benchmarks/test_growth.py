@@ -22,7 +22,7 @@ from .scenes import Size
 
 CHUNKS = 50
 SAMPLED = (1, 2, 5, 10, 20, 30, 40, 50)
-FEW = (1, 10, 50)  # where one read takes seconds
+FEW, SLOW = (1, 10, 50), ("pixel, plain", "reference")  # where one read takes seconds
 # Walks by name: does every chunk enter a new room; does the camera look back along the row, at every room so far?
 WALKS = {"new rooms": (True, False), "new rooms, looking back": (True, True), "closed loop": (False, False)}
 # All sides at both; on a CPU the pixels of the large one do not fit.
@@ -82,7 +82,7 @@ def test_growth(walk: str, variant: str, stored: Size, bench: Any) -> None:
     new_rooms, looking_back = WALKS[walk]
     if looking_back and (variant.startswith("pixel") or size is SMALL):
         pytest.skip("looking back is for latent and reference memories at the large size")
-    sampled = SAMPLED[:3] if bench.quick else FEW if variant == "pixel, plain" else SAMPLED
+    sampled = SAMPLED[:3] if bench.quick else FEW if variant in SLOW else SAMPLED
     # One lap of 8 frames, the same in every room; the chunk read next begins where it ends.
     path = scenes.camera_path(scenes.WRITE_VIEWS).resized(size.image)
     look = scenes.camera_path(scenes.CHUNK_FRAMES, laps=0.15, phase=0.5).resized(size.image)

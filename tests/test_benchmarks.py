@@ -129,6 +129,7 @@ def test_timing_on_a_cpu() -> None:
     assert len(seconds) == 3 and calls == ["s", "f"] * 5
     assert timing.summarise([3.0, 1.0, 2.0]).median == 2.0
     assert timing.copy_bandwidth(torch.device("cpu")) > 1e8
+    assert timing.wait_for_quiet(limit_s=0.0) in (True, False)
     peak = timing.peak_bytes(lambda: torch.ones(8 << 20), torch.device("cpu"))
     assert peak is None or 30e6 < peak < 80e6
 
