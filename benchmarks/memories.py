@@ -111,6 +111,6 @@ def render_bytes(size: Size, device: torch.device, seen: int, variant: str) -> i
 
     Points in view are counted with the tokens, whose every cell stands for 256 pixels.
     """
-    point, colour = (12, 12) if variant == "pixel, plain" else (16, 6)
+    point, colour = (12, 12) if variant == "pixel, plain" else (16, 16)
     in_view_points = tokens_in_view(size, device) * scenes.CELL**2
     return point * in_view_points + colour * seen + scenes.CHUNK_FRAMES * size.height * size.width * (12 + 1)

@@ -149,7 +149,8 @@ class PlainPixelMemory:
 class KernelPixelMemory:
     """The same memory on this project's kernels: a ``LatentCache`` whose tokens are pixels and whose latents are RGB.
 
-    Colours are float16, which loses nothing of 8-bit pictures and moves half the bytes.
+    Colours are rows of four float32, the last unused: a row is then one 16-byte load, and no colour has to be converted.
+    Of rows of 3, 4 and 8 float32 or float16 this was the fastest, by up to half.
 
     Args:
         splat: ``"bilinear"``, the definition: four splats a picture, each shifted by half a pixel, in one call.
@@ -158,7 +159,7 @@ class KernelPixelMemory:
 
     def __init__(self, splat: str = "nearest", device: torch.device | str = "cpu", capacity: int | None = None) -> None:
         self.splat = splat
-        self.cache = LatentCache(3, dtype=torch.float16, device=device, capacity=capacity)
+        self.cache = LatentCache(4, dtype=torch.float32, device=device, capacity=capacity)
 
     def __len__(self) -> int:
         return len(self.cache)
@@ -169,13 +170,13 @@ class KernelPixelMemory:
 
     def write(self, rgb: Tensor, depth: Tensor, cameras: Cameras) -> None:
         """Lift and append every pixel of known depth: rgb (T, 3, H, W) in [0, 1], depth (T, H, W)."""
-        self.cache.write(rgb, depth, cameras)
+        self.cache.write(F.pad(rgb, (0, 0, 0, 0, 0, 1)), depth, cameras)
 
     def render(self, cameras: Cameras, size: tuple[int, int]) -> Pictures:
         """F pictures of ``size`` = (height, width)."""
         if self.splat == "nearest":
             view = self.cache.read(cameras, size, near=NEAR)
-            return Pictures(view.latents.float(), view.mask)
+            return Pictures(view.latents[:, :3], view.mask)
         cameras = cameras.to(self.cache.device).resized(size)
         rgb = torch.zeros(len(cameras), 3, *size, device=self.cache.device)
         seen = torch.zeros(len(cameras), *size, dtype=torch.bool, device=self.cache.device)
@@ -202,7 +203,7 @@ class KernelPixelMemory:
             winner = points.index_select(0, view.index[t::frames].clamp(min=0).flatten())
             a, b = torch.addmm(projection[:2, 3:], projection[:2, :3], winner[:, :3].T).view(2, *depth.shape)
             share, seen[t] = _shares(a.div_(depth).sub_(columns), b.div_(depth).sub_(rows), depth)
-            torch.sum(view.latents[t::frames].float().mul_(share[:, None]), 0, out=rgb[t])
+            torch.sum(view.latents[t::frames, :3] * share[:, None], 0, out=rgb[t])
 
 
 def make_encoder(

@@ -80,7 +80,7 @@ def test_pixel(size: Size, variant: str, bench: Any) -> None:
     rgb = scenes.pictures(cameras.to("cpu"), depth.cpu()).to(bench.device)
     memory: Any = memories.PIXELS[variant](device=bench.device)
     memory.write(rgb, depth, cameras)
-    point = 24 if variant == "pixel, plain" else 16 + 6 + 4
+    point = 24 if variant == "pixel, plain" else 16 + 16 + 4
 
     def forget() -> None:
         if variant == "pixel, plain":

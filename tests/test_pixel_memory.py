@@ -32,7 +32,7 @@ def stored(views: int = 2) -> tuple[Tensor, Tensor, Cameras]:
     depth = torch.from_numpy(rng.uniform(2, 4, (views, *SIZE))).float()
     depth[torch.from_numpy(rng.random(depth.shape) < 0.1)] = 0
     depth[0, 0, :3] = torch.tensor([math.nan, math.inf, -1.0])
-    return torch.from_numpy(rng.random((views, 3, *SIZE))).half().float(), depth, cameras
+    return torch.from_numpy(rng.random((views, 3, *SIZE))).float(), depth, cameras
 
 
 def targets(views: int = 3) -> Cameras:
@@ -128,7 +128,7 @@ def test_half_a_pixel_aside_the_picture_is_its_bilinear_interpolation(version: i
     size = rooms.Size(1, 24, 32)
     cameras = rooms.stored_cameras(size)
     depth = torch.full((1, *size.image), 2.0)
-    picture = torch.from_numpy(np.random.default_rng(0).random((1, 3, *size.image))).half().float()
+    picture = torch.from_numpy(np.random.default_rng(0).random((1, 3, *size.image))).float()
     memory = memories()[version]
     memory.write(picture, depth, cameras)
     moved = cameras.intrinsics.clone()
