@@ -149,7 +149,7 @@ class PlainPixelMemory:
 class KernelPixelMemory:
     """The same memory on this project's kernels: a ``LatentCache`` whose tokens are pixels and whose latents are RGB.
 
-    Colours are rows of four float32, the last unused: a row is then one 16-byte load, and no colour has to be converted.
+    Colours are rows of four float32, the last unused: a row is then one 16-byte load, and none has to be converted.
     Of rows of 3, 4 and 8 float32 or float16 this was the fastest, by up to half.
 
     Args:
