@@ -15,8 +15,11 @@ demo: $(READY)
 test: $(READY)
 	$(BIN)/python -m pytest
 
+# Half an hour on two CPU cores: the full-width VAE encoder takes most of it.
 bench: $(READY)
-	$(BIN)/python -m pytest benchmarks
+	$(BIN)/python -m pytest benchmarks --save $(BENCH_ARGS)
+	$(BIN)/python -m benchmarks.plots benchmarks/results/*/
+	$(BIN)/python -m benchmarks.tables --write
 
 lint: $(READY)
 	$(BIN)/python -m ruff check .

@@ -1,4 +1,4 @@
-"""Reading and writing the memory, ours beside the plain PyTorch baseline, in one run: ``make bench``."""
+"""Bytes: what a memory holds of the same stored frames, and the most that one chunk's read or write takes on top."""
 
 from __future__ import annotations
 
@@ -7,106 +7,49 @@ from typing import Any
 import pytest
 import torch
 
-from mirage_kernels import Cameras, LatentCache, splat
+from . import memories, scenes
+from .pixel_memory import BYTES_PER_POINT_UINT8
+from .scenes import Size
+from .timing import peak_bytes
 
-from . import scenes
-from .conftest import Scene
-
-WRITE_VIEWS = 8
-READ_VARIANTS = ("operator", "cache", "bfloat16 operator", "baseline")
-WRITE_VARIANTS = ("median", "median, noisy", "bilinear", "baseline")
+LATENT = {"latent, f32": torch.float32, "latent, bf16": torch.bfloat16}
 
 
-def _cache_of(scene: Scene, room: int = 0) -> LatentCache:
-    """A LatentCache that holds the scene's very tokens."""
-    cache = LatentCache(scenes.CHANNELS, device=scene.points.device, capacity=scene.tokens + room)
-    frames = scene.tokens // (scenes.GRID[0] * scenes.GRID[1])
-    device = scene.points.device
-    cache._fill(
-        {
-            "points": scene.points,
-            "features": scene.features,
-            "frame_ids": torch.arange(frames, dtype=torch.int32, device=device).repeat_interleave(
-                scenes.GRID[0] * scenes.GRID[1]
-            ),
-            "frame_centers": torch.zeros(frames, 3, device=device),
-        }
-    )
-    return cache
+def _peak(bench: Any, name: str, variant: str, size: Size, function: Any) -> None:
+    with torch.inference_mode():
+        peak = peak_bytes(function, bench.device)
+    if peak is not None:
+        bench.record("memory", name, variant, size.label, nbytes=peak)
 
 
-@pytest.mark.parametrize("variant", READ_VARIANTS)
-def test_read(scene: Scene, variant: str, measure: Any) -> None:
-    """9 views of 44x80x48 out of N tokens."""
-    grid = scene.read_cameras.resized(scenes.GRID)
-    half = variant.startswith("bfloat16")
-    features = scene.features.bfloat16() if half else scene.features
-    cells = len(grid) * scenes.GRID[0] * scenes.GRID[1]
-    seen = splat(scene.points, features, grid.intrinsics, grid.cam2world, scenes.GRID).mask
-    assert float(seen.float().mean()) > 0.5
-    if variant == "cache":
-        cache = _cache_of(scene)
-
-        def run() -> Any:
-            return cache.read(scene.read_cameras, scenes.GRID)
-
-    elif variant == "baseline":
-
-        def run() -> Any:
-            return scene.baseline.read(grid.intrinsics, grid.cam2world, scenes.GRID)
-
-    else:
-
-        def run() -> Any:
-            return splat(scene.points, features, grid.intrinsics, grid.cam2world, scenes.GRID)
-
-    # Least: every point once, a row per seen cell in, and the latents, mask, depth and index out.
-    row = scenes.CHANNELS * features.element_size()
-    nbytes = scene.points.nbytes + int(seen.sum()) * row + cells * (row + 1 + 4 + 8)
-    rounds = 9 if variant == "baseline" and scene.tokens > 10**6 else 41
-    measure("memory", "read", variant, f"{scene.tokens} tokens", nbytes, run, rounds)
+@pytest.mark.parametrize("variant", LATENT)
+def test_latent(size: Size, variant: str, bench: Any) -> None:
+    cache = memories.latent_cache(size, bench.device, LATENT[variant])
+    views = scenes.latent_views(scenes.chunk_cameras(size)).to(bench.device).resized(size.grid)
+    bench.record("memory", "held", variant, size.label, nbytes=cache.nbytes)
+    _peak(bench, "peak of one chunk's read", variant, size, lambda: cache.read(views, size.grid))
 
 
-@pytest.mark.parametrize("variant", WRITE_VARIANTS)
-def test_write(scene: Scene, variant: str, measure: Any, device: torch.device) -> None:
-    """8 frames of 704x1280 depth to 44x80 tokens, into a memory that holds N tokens."""
-    cameras = Cameras(*scenes.camera_path(WRITE_VIEWS, laps=0.1, phase=0.3), scenes.IMAGE_SIZE).to(device)
-    depth = scenes.render_depth(cameras.intrinsics.cpu(), cameras.cam2world.cpu(), scenes.IMAGE_SIZE)
-    if variant == "median, noisy":
-        # Independent 1 % noise at every pixel is the hard case of a median: no surface left to interpolate.
-        generator = torch.Generator().manual_seed(1)
-        depth = depth * (1 + 0.01 * torch.randn(depth.shape, generator=generator))
-    depth = depth.to(device)
-    latents = scenes.latents(WRITE_VIEWS, seed=1).to(device)
-    tokens = WRITE_VIEWS * scenes.GRID[0] * scenes.GRID[1]
-    if variant == "baseline":
-        memory = scene.baseline
-        held = memory.points, memory.features
+def test_reference(size: Size, bench: Any) -> None:
+    memory = memories.reference_memory(size, bench.device)
+    views = scenes.latent_views(scenes.chunk_cameras(size)).to(bench.device).resized(size.grid)
+    held = memory.points.nbytes + memory.features.nbytes
+    bench.record("memory", "held", "reference", size.label, nbytes=held)
+    _peak(
+        bench, "peak of one chunk's read", "reference", size,
+        lambda: memory.read(views.intrinsics, views.cam2world, size.grid),
+    )  # fmt: skip
 
-        def setup() -> None:
-            memory.points, memory.features = held
 
-        def run() -> None:
-            memory.write(latents, depth, cameras.intrinsics, cameras.cam2world)
-
-    else:
-        cache = _cache_of(scene, room=tokens)
-        frames = cache.num_frames
-
-        def setup() -> None:
-            cache._count.fill_(scene.tokens)
-            cache._num_frames = frames
-
-        def run() -> None:
-            cache.write(latents, depth, cameras, depth_sampling=variant.split(",")[0])
-
-    row = scenes.CHANNELS * 4
-    nbytes = depth.nbytes + latents.nbytes + tokens * (row + 16 + 4)
-    try:
-        measure("memory", "write", variant, f"{scene.tokens} tokens", nbytes, run, 21, setup)
-        if variant == "baseline":
-            assert memory.points.shape[0] > scene.tokens
-        else:
-            assert len(cache) == scene.tokens + tokens
-    finally:
-        setup()
+@pytest.mark.parametrize("variant", memories.PIXELS)
+def test_pixel(size: Size, variant: str, bench: Any) -> None:
+    if not memories.pixels_fit(size, bench.device):
+        pytest.skip(f"{size.pixels / 1e6:.0f} million points are too many for a run on this device")
+    memory = memories.pixel_memory(variant, size, bench.device)
+    cameras = scenes.chunk_cameras(size).to(bench.device)
+    if "nearest" not in variant:
+        bench.record("memory", "held", variant.replace(" bilinear", ""), size.label, nbytes=memory.nbytes)
+    if variant == "pixel, plain":
+        nbytes = len(memory) * BYTES_PER_POINT_UINT8
+        bench.record("memory", "held", "pixel, plain, 8-bit colours", size.label, nbytes=nbytes)
+    _peak(bench, "peak of one chunk's pictures", variant, size, lambda: memory.render(cameras, size.image))

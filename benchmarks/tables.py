@@ -1,0 +1,294 @@
+"""The tables of README.md and benchmarks/README.md, from the results: ``python -m benchmarks.tables --write``.
+
+A table stands between ``<!-- bench:NAME -->`` and ``<!-- /bench -->``. ``--check`` fails where a file does not say what
+the results say. Nothing here is computed from anything but ``benchmarks/results/*/results.json``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from .goals import Outcome, outcomes
+from .report import (
+    NOT_MEASURED,
+    Row,
+    bytes_text,
+    find_row,
+    load_results,
+    ratio_text,
+    seconds_text,
+)
+from .scenes import Size
+
+ROOT = Path(__file__).parent.parent
+FILES = (ROOT / "README.md", ROOT / "benchmarks" / "README.md")
+_BLOCK = re.compile(r"(<!-- bench:([a-z-]+) -->\n).*?(<!-- /bench -->)", re.DOTALL)
+
+Results = list[dict[str, Any]]
+
+
+def _cpu(results: Results) -> dict[str, Any] | None:
+    return next((one for one in results if one["gpu"] is None), None)
+
+
+def _sizes(rows: list[Row], group: str, name: str, variant: str) -> list[str]:
+    return [r["size"] for r in rows if (r["group"], r["name"], r["variant"]) == (group, name, variant)]
+
+
+def _table(head: list[str], lines: list[list[str]]) -> str:
+    rules = ["---", *["---:"] * (len(head) - 1)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in (head, rules, *lines))
+
+
+def _median(rows: list[Row], group: str, name: str, variant: str, size: str) -> float | None:
+    row = find_row(rows, group, name, variant, size)
+    return None if row is None else row["median_s"]
+
+
+def _against(seconds: float | None, other: float | None) -> str:
+    """A time, and how many times as long as ``other`` it is."""
+    if seconds is None:
+        return NOT_MEASURED
+    return seconds_text(seconds) if other is None else f"{seconds_text(seconds)}, {ratio_text(seconds / other)}"
+
+
+def _tokens(label: str) -> str:
+    size = Size.parse(label)
+    return label if size is None else f"{label} ({size.tokens:,} tokens)"
+
+
+def machine(results: Results) -> str:
+    lines = []
+    for one in results:
+        where = f"{one['gpu']['name']}, driver {one['gpu']['driver']}" if one["gpu"] else one["cpu"]
+        lines.append(
+            f"`{one['machine']}`: {where}; torch {one['torch']}; commit {one['commit']}. Medians of one `make bench`."
+        )
+    if not any(one["gpu"] for one in results):
+        lines.append(f"GPU: {NOT_MEASURED}.")
+    return "\n".join(lines)
+
+
+def read(results: Results) -> str:
+    one = _cpu(results)
+    rows = one["rows"] if one else []
+    head = ["one chunk's read, CPU", "Mirage, bf16", "float32", "reference", "pixels, our kernels", "pixels, PyTorch"]
+    lines = []
+    for size in _sizes(rows, "read", "9 latent views", "latent, bf16"):
+        best = _median(rows, "read", "9 latent views", "latent, bf16", size)
+        others = [
+            _median(rows, "read", "9 latent views", "latent, f32", size),
+            _median(rows, "read", "9 latent views", "reference", size),
+            _median(rows, "read", "33 pictures", "pixel, kernels nearest", size),
+            _median(rows, "read", "33 pictures", "pixel, plain", size),
+        ]
+        lines.append([_tokens(size), seconds_text(best), *[_against(other, best) for other in others]])
+    return _table(head, lines) if lines else NOT_MEASURED
+
+
+def condition(results: Results) -> str:
+    one = _cpu(results)
+    rows = one["rows"] if one else []
+    found = [r for r in rows if r["group"] == "condition" and r["name"] == "one chunk"]
+    sizes = list(dict.fromkeys(r["size"] for r in found))
+    lines = []
+    for size in sizes:
+        base = _median(rows, "condition", "one chunk", "latent, bf16, no reference frames", size)
+        for r in found:
+            if r["size"] == size and (Size.parse(size) is not None):
+                lines.append([_tokens(size), r["variant"], _against(r["median_s"], base)])
+    return _table(["one chunk's conditioning, CPU", "memory", "time"], lines) if lines else NOT_MEASURED
+
+
+def write(results: Results) -> str:
+    one = _cpu(results)
+    rows = one["rows"] if one else []
+    variants = {
+        "Mirage, bf16": "latent, bf16",
+        "1 % depth noise": "latent, bf16, 1 % depth noise",
+        "bilinear depth": "latent, bf16, bilinear depth",
+        "reference (bilinear)": "reference",
+        "pixels, our kernels": "pixel, kernels",
+        "pixels, PyTorch": "pixel, plain",
+    }
+    lines = []
+    for size in _sizes(rows, "write", "8 frames", "latent, bf16"):
+        base = _median(rows, "write", "8 frames", "latent, bf16", size)
+        cells = [_median(rows, "write", "8 frames", variant, size) for variant in list(variants.values())[1:]]
+        lines.append([_tokens(size), seconds_text(base), *[_against(cell, base) for cell in cells]])
+    return _table(["8 frames written into, CPU", *variants], lines) if lines else NOT_MEASURED
+
+
+def memory(results: Results) -> str:
+    one = _cpu(results)
+    rows = one["rows"] if one else []
+    variants = ["latent, bf16", "latent, f32", "reference", "pixel, plain, 8-bit colours", "pixel, kernels"]
+    variants.append("pixel, plain")
+    lines = []
+    for size in _sizes(rows, "memory", "held", "pixel, plain"):
+        base = find_row(rows, "memory", "held", "latent, bf16", size)
+        for variant in variants:
+            row = find_row(rows, "memory", "held", variant, size)
+            if row is None or base is None:
+                continue
+            reads = [find_row(rows, "memory", f"peak of one chunk's {x}", variant, size) for x in ("read", "pictures")]
+            if variant == "pixel, kernels":
+                reads = [find_row(rows, "memory", "peak of one chunk's pictures", f"{variant} nearest", size)]
+            peak = next((bytes_text(r["bytes"]) for r in reads if r is not None), "")
+            held = f"{bytes_text(row['bytes'])}, {ratio_text(row['bytes'] / base['bytes'])}"
+            lines.append([_tokens(size), variant, held, peak])
+    head = ["memory, CPU", "side", "held", "one chunk's read takes, beyond that"]
+    return _table(head, lines) if lines else NOT_MEASURED
+
+
+def exactness(results: Results) -> str:
+    lines = []
+    for one in results:
+        rows = one["rows"]
+        for size in _sizes(rows, "read", "cells wrong", "reference"):
+            wrong = find_row(rows, "read", "cells wrong", "reference", size)
+            changed = find_row(rows, "read", "cells that change", "reference", size)
+            ours = find_row(rows, "read", "cells that change", "latent, f32", size)
+            cells = [f"{100 * row['value']:.1f} %" if row else NOT_MEASURED for row in (wrong, changed, ours)]
+            lines.append([f"{one['machine']}, {_tokens(size)}", *cells])
+    head = ["seen cells", "reference: a farther token", "reference: change from run to run", "Mirage: change"]
+    return _table(head, lines) if lines else NOT_MEASURED
+
+
+def growth(results: Results) -> str:
+    one = _cpu(results)
+    rows = one["rows"] if one else []
+    names = [r["name"] for r in rows if r["group"] == "growth" and r["name"].endswith(": read")]
+    lines = []
+    for name in dict.fromkeys(names):
+        walk = name.removesuffix(": read")
+        found = [r for r in rows if r["name"] == name]
+        for variant, place in dict.fromkeys((r["variant"], r["size"].split(" of ")[1]) for r in found):
+            reads = [r for r in found if r["variant"] == variant and r["size"].endswith(f" of {place}")]
+            held = [find_row(rows, "growth", f"{walk}: held", variant, r["size"]) for r in (reads[0], reads[-1])]
+            views = [find_row(rows, "growth", f"{walk}: in view", variant, r["size"]) for r in (reads[0], reads[-1])]
+            lines.append(
+                [
+                    f"{walk}, {place}",
+                    variant,
+                    f"{seconds_text(reads[0]['median_s'])} to {seconds_text(reads[-1]['median_s'])}",
+                    *[
+                        f"{bytes_text(a['bytes'])} to {bytes_text(b['bytes'])}" if a and b else ""
+                        for a, b in (held, views)
+                    ],
+                ]
+            )
+    head = ["from chunk 1 to 50, CPU", "side", "read", "held", "in view"]
+    return _table(head, lines) if lines else NOT_MEASURED
+
+
+def drop_in(results: Results) -> str:
+    lines = []
+    for one in results:
+        rows = [r for r in one["rows"] if r["group"] == "drop_in"]
+        for name, size in dict.fromkeys((r["name"], r["size"]) for r in rows):
+            ours = _median(rows, "drop_in", name, "latent, f32", size)
+            theirs = _median(rows, "drop_in", name, "reference", size)
+            lines.append([f"{name}, {size}", one["machine"], seconds_text(ours), _against(theirs, ours)])
+    head = ["the release's own loop", "machine", "`compat.LatentPointCloud`", "reference"]
+    return _table(head, lines) if lines else NOT_MEASURED
+
+
+_KERNELS = (
+    ("`splat` (read)", "read", "9 latent views", "latent, bf16"),
+    ("`splat`, cold caches", "read", "9 latent views", "latent, bf16, cold caches"),
+    ("`cache_write`, median depth", "write", "8 frames", "latent, bf16"),
+    ("`cache_write`, 1 % depth noise", "write", "8 frames", "latent, bf16, 1 % depth noise"),
+    ("`cache_write`, bilinear depth", "write", "8 frames", "latent, bf16, bilinear depth"),
+    ("`view_overlap`", "condition", "overlap of", "latent, bf16"),
+)
+_GPU_KERNELS = ("graph, warm", "graph, cold", "eager, warm")
+
+
+def kernels(results: Results) -> str:
+    lines = []
+    for one in results:
+        hows = ("",) if one["gpu"] is None else tuple(f", {how}" for how in _GPU_KERNELS)
+        for kernel, group, name, variant in _KERNELS:
+            for how in hows:
+                found = [r for r in one["rows"] if r["group"] == group and r["name"].startswith(name)]
+                for r in found:
+                    if r["variant"] == f"{variant}{how}" and r["floor_s"]:
+                        ratio = f"{r['median_s'] / r['floor_s']:.1f}"
+                        times = [seconds_text(r["floor_s"]), seconds_text(r["median_s"]), ratio]
+                        lines.append([f"{kernel}{how}, {_tokens(r['size'])}", one["machine"], *times])
+    if not any(one["gpu"] for one in results):
+        lines.append(["every kernel", "GPU", NOT_MEASURED, NOT_MEASURED, ""])
+    return _table(["kernel", "machine", "floor", "reached", "times the floor"], lines)
+
+
+def goals(results: Results) -> str:
+    cpu, gpu, cpu_machine, gpu_machine = outcomes(results)
+
+    def lines(found: list[Outcome], where: str | None, what: str) -> list[list[str]]:
+        marks = {True: "yes", False: "no", None: ""}
+        return [
+            [f"{what}: {o.goal}", o.figure, marks[o.met], (where or "") if o.met is not None else ""] for o in found
+        ]
+
+    all_lines = lines(cpu, cpu_machine, "CPU") + lines(gpu, gpu_machine, "H200")
+    return _table(["goal", "figure", "met", "run"], all_lines)
+
+
+BLOCKS: dict[str, Callable[[Results], str]] = {
+    "machine": machine,
+    "read": read,
+    "condition": condition,
+    "write": write,
+    "memory": memory,
+    "exactness": exactness,
+    "growth": growth,
+    "drop-in": drop_in,
+    "kernels": kernels,
+    "goals": goals,
+}
+
+
+def render(text: str, results: Results) -> str:
+    """``text`` with every marked table made anew.
+
+    Raises:
+        ValueError: a marker names no table.
+    """
+
+    def block(match: re.Match[str]) -> str:
+        if match[2] not in BLOCKS:
+            raise ValueError(f"bench marker must be one of {', '.join(BLOCKS)}, got {match[2]!r}")
+        return f"{match[1]}{BLOCKS[match[2]](results)}\n{match[3]}"
+
+    return _BLOCK.sub(block, text)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--write", action="store_true", help="bring the files up to date")
+    what.add_argument("--check", action="store_true", help="fail where a file is out of date")
+    a = parser.parse_args(arguments)
+    results, stale = load_results(), []
+    for path in FILES:
+        text = path.read_text()
+        fresh = render(text, results)
+        if fresh != text:
+            stale.append(path.relative_to(ROOT))
+            if a.write:
+                path.write_text(fresh)
+    for path in stale:
+        print(
+            f"{path}: {'brought up to date' if a.write else 'out of date, run `python -m benchmarks.tables --write`'}"
+        )
+    return 1 if stale and a.check else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
