@@ -14,6 +14,7 @@ constexpr int kViewsAtOnce = 16;  // readers held in shared memory
 constexpr int kCells = 32;        // cells of one read-out block: a warp's store is one 128-byte line of float32
 constexpr int kChannels = 64;     // channels staged at a time
 constexpr int kReadThreads = 256;
+constexpr int kBlocks = 3;  // of any kernel on a processor: 80 registers a thread
 constexpr int kLaneChannels = 4;  // channels that a lane sums at a time in the backward pass
 constexpr unsigned kNoDepth = 0xffffffffu;
 constexpr int kReaderWords = sizeof(Reader) / 4;
@@ -101,7 +102,7 @@ __device__ __forceinline__ void lower_depth(unsigned* at, float z) {
   if (bits < __ldcg(at)) atomicMin(at, bits);
 }
 
-__global__ void __launch_bounds__(kPointThreads) nearest_kernel(Tokens tokens, Views views, unsigned* narrow) {
+__global__ void __launch_bounds__(kPointThreads, kBlocks) nearest_kernel(Tokens tokens, Views views, unsigned* narrow) {
   __shared__ Reader shared[kViewsAtOnce];
   const index_t cells = static_cast<index_t>(views.height) * views.width;
   for_fits(tokens, views, shared, [&](index_t, int t, const Fit& fit) {
@@ -110,7 +111,7 @@ __global__ void __launch_bounds__(kPointThreads) nearest_kernel(Tokens tokens, V
   });
 }
 
-__global__ void __launch_bounds__(kPointThreads)
+__global__ void __launch_bounds__(kPointThreads, kBlocks)
     hole_kernel(Tokens tokens, Views views, const unsigned* __restrict__ narrow, unsigned* wide) {
   __shared__ Reader shared[kViewsAtOnce];
   const index_t cells = static_cast<index_t>(views.height) * views.width;
@@ -133,7 +134,7 @@ __device__ __forceinline__ void insert_key(unsigned long long* list, unsigned lo
   }
 }
 
-__global__ void __launch_bounds__(kPointThreads)
+__global__ void __launch_bounds__(kPointThreads, kBlocks)
     best_kernel(Tokens tokens, Views views, const unsigned* __restrict__ narrow, const unsigned* __restrict__ wide,
                 unsigned long long* keys) {
   __shared__ Reader shared[kViewsAtOnce];
@@ -158,7 +159,7 @@ __global__ void __launch_bounds__(kPointThreads)
 // A block reads out kCells neighbouring cells of one view: rows are blended along the channels, turned in shared memory,
 // and go out along the cells.
 template <typename In, typename Out>
-__global__ void __launch_bounds__(kReadThreads)
+__global__ void __launch_bounds__(kReadThreads, kBlocks)
     read_out_kernel(const int64_t* __restrict__ keys, const float4* __restrict__ points,
                     const Reader* __restrict__ readers, const In* __restrict__ features, int channels, index_t cells,
                     float sharpness, Out* __restrict__ latents, bool* __restrict__ mask, float* __restrict__ depth,
@@ -210,7 +211,7 @@ __global__ void __launch_bounds__(kReadThreads)
 
 // Backward, cell by cell: the gradient's rows (T cells, C) and, a place each, shares and slopes.
 template <typename In, typename Grad>
-__global__ void __launch_bounds__(kReadThreads)
+__global__ void __launch_bounds__(kReadThreads, kBlocks)
     share_kernel(const Grad* __restrict__ grad, const int64_t* __restrict__ keys, const In* __restrict__ features,
                  int channels, index_t cells, float sharpness, bool of_points, float* __restrict__ rows,
                  float* __restrict__ shares, float* __restrict__ slopes) {
@@ -253,7 +254,7 @@ __global__ void __launch_bounds__(kReadThreads)
 
 // Backward, token by token: a warp finds the places that its token has, in order of view and cell, and sums there.
 template <typename Out>
-__global__ void __launch_bounds__(kPointThreads)
+__global__ void __launch_bounds__(kPointThreads, kBlocks)
     gather_kernel(Tokens tokens, Views views, const int64_t* __restrict__ keys, const float* __restrict__ rows,
                   const float* __restrict__ shares, const float* __restrict__ slopes, int channels,
                   Out* __restrict__ grad_features, float* __restrict__ grad_points) {
