@@ -13,7 +13,7 @@ from . import scenes
 from .conftest import Scene
 
 WRITE_VIEWS = 8
-READ_VARIANTS = ("operator", "cache", "bfloat16 operator", "baseline")
+READ_VARIANTS = ("operator", "cache", "bfloat16 operator", "aligned cache", "baseline")
 WRITE_VARIANTS = ("median", "median, noisy", "bilinear", "baseline")
 
 
@@ -44,11 +44,12 @@ def test_read(scene: Scene, variant: str, measure: Any) -> None:
     cells = len(grid) * scenes.GRID[0] * scenes.GRID[1]
     seen = splat(scene.points, features, grid.intrinsics, grid.cam2world, scenes.GRID).mask
     assert float(seen.float().mean()) > 0.5
-    if variant == "cache":
+    if variant.endswith("cache"):
         cache = _cache_of(scene)
+        mode = "aligned" if variant.startswith("aligned") else "nearest"
 
         def run() -> Any:
-            return cache.read(scene.read_cameras, scenes.GRID)
+            return cache.read(scene.read_cameras, scenes.GRID, splat=mode)
 
     elif variant == "baseline":
 

@@ -298,7 +298,7 @@ def splat_aligned(
     sharpness: float = SHARPNESS,
     dtype: torch.dtype | None = None,
 ) -> View:
-    """Splat tokens onto the latent grids of T cameras so that what comes back is what fits each cell, not what is nearest.
+    """Splat tokens onto the latent grids of T cameras: a cell shows what fits it best, not what is nearest.
 
     A latent is no colour: moved by half a token, seen from another distance or from another side it is another latent.
     So a cell blends the tokens that were written most nearly as the cell sees them:
@@ -307,8 +307,8 @@ def splat_aligned(
       holes; tokens whose footprint is larger than a cell close them, reaching 0.75 of their footprint, taken as at most
       3 cells. The projection must lie at z > ``near``.
     - Of those, the tokens up to 10 % behind the nearest belong to the surface seen; the others are hidden.
-    - A token's score is d^2 + (r - 1)^2 / r + 16 (1 - cos a), the less the better: d is the distance from its projection
-      to the centre of the cell, in cells; r its footprint over the size of a cell at its depth, z / fx, held to
+    - A token's score is d^2 + (r - 1)^2 / r + 16 (1 - cos a), the less the better: d is the distance from its
+      projection to the centre of the cell, in cells; r its footprint over the size of a cell at its depth, z / fx, held to
       [1/16, 16] ((r - 1)^2 / r is ln^2 r near 1); a the angle at which the camera that wrote it and the one that reads
       see it, 0 where the writing camera is unknown.
     - The four best are blended, with weights (1 - x / 8)^8, 0 past x = 8, of x = ``sharpness`` (score - best score):

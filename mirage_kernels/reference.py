@@ -265,11 +265,11 @@ _HOLE_REACH = 2  # whole cells that WIDEST * REACH spans to either side of a tok
 def _fit(
     points: Tensor, writers: Tensor, projection: Tensor, focal: Tensor, reader: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """How tokens (M, 4), written by cameras at ``writers`` (M, 3), would fit a view; the view's arguments one or (M, ..).
+    """How tokens (M, 4), written by cameras at ``writers`` (M, 3), would fit a view: one for all, or one each.
 
     Returns:
-        Columns u, rows v and depths z; the radius, in cells, within which a token may close a hole; and what it lacks in
-        any cell: (ratio - 1)^2 / ratio, which is ln^2 ratio near 1, of ratio = footprint / cell size, plus the turn
+        Columns u, rows v and depths z; the radius, in cells, within which a token may close a hole; and what it lacks
+        in any cell: (ratio - 1)^2 / ratio, which is ln^2 ratio near 1, of ratio = footprint / cell size, plus the turn
         between the rays. (M,) each. Without a footprint the ratio is the least there is, without a writing camera the
         turn is 0.
     """
@@ -353,9 +353,10 @@ def _best_fits(
     cell, token, score = cell[keep], token[keep], score[keep]
 
     # In order of cell, then score, then index.
-    for key in (lambda: token, lambda: score, lambda: cell):
-        order = key().argsort(stable=True)
-        cell, token, score = cell[order], token[order], score[order]
+    order = token.argsort(stable=True)
+    order = order[score[order].argsort(stable=True)]
+    order = order[cell[order].argsort(stable=True)]
+    cell, token = cell[order], token[order]
     rank = torch.arange(len(cell), device=cell.device) - torch.searchsorted(cell, cell)
     first = rank < FITS
     fits = token.new_full((cells * FITS,), -1)
@@ -371,7 +372,7 @@ def fit_shares(scores: Tensor, held: Tensor, sharpness: float) -> Tensor:
     """
     behind = scores[..., 1:] - scores[..., :1]
     if math.isinf(sharpness):
-        # A step: infinity times 0 is NaN and counts as 0, and there is no slope where the formula has such products too.
+        # A step: infinity times 0 is NaN and counts as 0; there is no slope, where the formula has such products too.
         rest = torch.zeros_like(behind) * behind
     else:
         steepness = torch.tensor(sharpness, dtype=scores.dtype, device=scores.device)

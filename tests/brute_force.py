@@ -274,7 +274,13 @@ def aligned_cells(
                 weights = [1.0]
                 for score, _, _ in best[1:]:
                     behind = score - best[0][0]
-                    x = 0.0 if behind == 0 and math.isfinite(sharpness) else sharpness * behind if behind > 0 else math.inf
+                    x = (
+                        0.0
+                        if behind == 0 and math.isfinite(sharpness)
+                        else sharpness * behind
+                        if behind > 0
+                        else math.inf
+                    )
                     weights.append(max(0.0, 1 - x / 8) ** 8)
                 blended[t, i, j] = Blended(
                     [token for _, token, _ in best],

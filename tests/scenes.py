@@ -52,7 +52,7 @@ def written_cloud(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """A :func:`cloud` as a cache holds it, for grids of ``width`` columns: with frame_ids and frame_centers.
 
-    Footprints are from a fifth of a cell to five cells large; one frame in seven is not in the table, one centre is NaN.
+    Footprints are from a fifth of a cell to five cells large; some frames are not in the table, one centre is NaN.
     """
     points, features = cloud(rng, count, channels, dtype)
     cells = np.exp(rng.uniform(np.log(0.2), np.log(5), count))

@@ -472,7 +472,9 @@ def test_splat_aligned_of_extreme_values(emulated: Emulated, order: Order) -> No
     points[210:220, 3] = math.inf
     points[220:240] = torch.tensor([0.0, 0.0, NEAR, 1.0]) * torch.linspace(0.999, 1.001, 20)[:, None]
     points[240] = torch.tensor([0.0, 0.0, torch.finfo(torch.float32).max, 1.0])
-    centers[:4] = torch.from_numpy(rng.integers(0, 2**32, (4, 3), dtype=np.uint64).astype(np.uint32)).view(torch.float32)
+    centers[:4] = torch.from_numpy(rng.integers(0, 2**32, (4, 3), dtype=np.uint64).astype(np.uint32)).view(
+        torch.float32
+    )
     ids[::7] = torch.from_numpy(rng.integers(-(2**31), 2**31, len(ids[::7])).astype(np.int32))
     cam2world[0] = torch.eye(4)
     cam2world[2, :3, :3] = 0  # nothing to invert

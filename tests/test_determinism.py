@@ -121,7 +121,8 @@ def test_a_hundred_repeats(backend, operator, threads):
     threads(max(2, torch.get_num_threads()))
     scene = small() if backend.name == "reference" or interpreted(backend) else real_size()
     first = run(operator, scene, backend.put)
-    for _ in range(3 if interpreted(backend) else REPEATS - 1):
+    slow = backend.name == "reference" and operator.startswith("splat_aligned")
+    for _ in range(3 if interpreted(backend) or slow else REPEATS - 1):
         assert_equal_bits(run(operator, scene, backend.put), first)
 
 

@@ -37,7 +37,7 @@ def render(backend, arguments, size=SIZE, num_points=None, **options):
 
 
 def check(view, arguments, size=SIZE, sharpness=30.0, num_points=None, near=0.05, dtype=None, least_covered=1, slack=1):
-    """The view is what the loops say: who is blended exactly, unless rounding decides; shares and latents to rounding."""
+    """The view is what the loops say: who is blended exactly, unless rounding decides, and latents up to rounding."""
     points, features, *_ = arguments
     dtype = features.dtype if dtype is None else dtype
     geometry = [as_array(x) for i, x in enumerate(arguments) if i != 1]
@@ -265,7 +265,7 @@ def test_four_tokens_at_most(backend):
 def test_ties_go_to_the_lowest_index(backend):
     arguments = make(6, 40, 3)
     copies = torch.from_numpy(np.random.default_rng(6).permutation(np.repeat(np.arange(40), 30)))
-    points, features, ids, *rest = arguments
+    points, _, ids, *rest = arguments
     repeated = points[copies], torch.randn(len(copies), 3), ids[copies], *rest
     view = render(backend, repeated, sharpness=math.inf)
     first = {int(token): k for k, token in reversed(list(enumerate(copies)))}
@@ -413,9 +413,9 @@ def test_layouts_of_the_inputs(backend, dtype):
     assert_equal_bits(arguments, before)
     flat = torch.zeros(100 * 4 + 1)
     flat[1:] = arguments[0].flatten()
-    unaligned = flat[1:].view(100, 4)[3:], arguments[1][3:], *[arguments[2][3:]], *arguments[3:]
-    expected = render(backend, [arguments[0][3:].clone(), arguments[1][3:].clone(), *[arguments[2][3:]], *arguments[3:]])
-    assert_equal_bits(render(backend, unaligned), expected)
+    unaligned = [flat[1:].view(100, 4)[3:], *(x[3:] for x in arguments[1:3])]
+    expected = render(backend, [*(x[3:].clone() for x in arguments[:3]), *arguments[3:]])
+    assert_equal_bits(render(backend, [*unaligned, *arguments[3:]]), expected)
 
 
 # ---------------------------------------------------------------------------------------------- gradients
@@ -463,7 +463,7 @@ def test_gradients_are_those_of_the_definition(kernels, sharpness, dtype, channe
 
 def test_gradcheck_of_the_definition():
     points, features, ids, centers, *cameras = make(16, 60, 3, size=(5, 7))
-    points, features, centers = points.double(), features.double(), centers
+    points, features = points.double(), features.double()
 
     def latents(points, features):
         return splat_aligned(points, features, ids, centers, *cameras, (5, 7), sharpness=5.0).latents

@@ -295,9 +295,7 @@ def aligned_arguments(count: int, channels: int, views: int, size: tuple[int, in
 
 def check_splat_aligned(arguments, num_points=None, size=(6, 7), near=0.05, sharpness=20.0, dtype=torch.float32):
     points, features, *rest = arguments
-    got = triton_operator(
-        "splat_aligned", points, features, num_points, *rest, *size, near, sharpness, dtype
-    )
+    got = triton_operator("splat_aligned", points, features, num_points, *rest, *size, near, sharpness, dtype)
     expected = reference.splat_aligned(points, features, num_points, *rest, size, near, sharpness, dtype)
     agree(got[:4], expected)
     return expected

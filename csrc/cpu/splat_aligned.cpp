@@ -1,10 +1,11 @@
-// splat_aligned on the CPU: nearest depths, then the best fits of every cell, then blending; one view after the other,
-// the tokens dealt over threads. Minima and best-of lists are the same in any order, so no schedule shows in the result.
+// splat_aligned on the CPU: nearest depths, then the best fits of every cell, view by view; then blending, tile by tile.
+// Minima and best-of lists are the same in any order, so no schedule shows in the result.
 //
 // In: points (N, 4), features (N, C), frame_ids (N,), frame_centers (F, 3), cameras of T views.
 // Out: latents (T, C, h, w), mask, depth, index (T, h, w), keys (T, h, w, kFits).
 #include "../core/fit.h"
 
+#include <atomic>
 #include <limits>
 
 #include "common.h"
@@ -301,9 +302,17 @@ void find_best(Share& share, const std::vector<float>& narrow, const std::vector
   }
 }
 
-// keys (T, cells, kFits) of all views.
-void fill_keys(const Tokens& tokens, const std::vector<Reader>& readers, const Grid& grid, float near, int64_t* keys) {
-  const index_t threads = torch::stable::get_num_threads();
+// Depths in the holes that `narrow`, over all shares of the view, leaves.
+void close_holes(const std::vector<float>& narrow, const Grid& grid, Share& share) {
+  if (!share.any_wide) return;
+  const Holes holes(narrow, grid);
+  if (holes.none()) return;
+  share.wide.assign(grid.cells, kInfinity);
+  for (const GroupFit& g : share.groups)
+    holes.for_each(g, [&](int i, int cell, float) { share.wide[cell] = std::min(share.wide[cell], g.z[i]); });
+}
+
+std::vector<GroupBounds> bound_groups(const Tokens& tokens) {
   std::vector<GroupBounds> bounds(divide_up(tokens.count, kBlock));
   torch::stable::parallel_for(0, static_cast<int64_t>(bounds.size()), 8, [&](int64_t begin, int64_t end) {
     PointBlock block{};
@@ -313,50 +322,62 @@ void fill_keys(const Tokens& tokens, const std::vector<Reader>& readers, const G
       bounds[b] = block;
     }
   });
+  return bounds;
+}
 
-  // A batch of views at a time, every view's tokens in several shares: all threads at work, and few groups in memory.
-  const index_t number = std::clamp<index_t>(static_cast<index_t>(bounds.size()) / 4, 1, std::min<index_t>(threads, 8));
-  const index_t batch = std::min(divide_up(threads, number), grid.views);
-  std::vector<Share> shares(number * batch);
-  for (index_t start = 0; start < grid.views; start += batch) {
-    const index_t views = std::min(batch, grid.views - start);
-    const auto for_shares = [&](const auto& f) {
-      torch::stable::parallel_for(0, views * number, 1, [&](int64_t begin, int64_t end) {
-        for (int64_t task = begin; task < end; ++task) {
-          const index_t t = task / number;
-          f(t, task % number, shares.data() + t * number, shares[task]);
-        }
-      });
-    };
-    for_shares([&](index_t t, index_t s, const Share*, Share& share) {
-      const Reader& reader = readers[start + t];
-      const Frustum frustum = make_frustum(reader.projection, near, grid.width, grid.height, kHoleReach);
-      fit_share(tokens, bounds, s, number, reader, frustum, near, grid, share);
-    });
-    for_shares([&](index_t, index_t, const Share* all, Share& share) {
-      if (!share.any_wide) return;
-      const std::vector<float> narrow = merged(all, number, grid.cells, &Share::narrow);
-      const Holes holes(narrow, grid);
-      if (holes.none()) return;
-      share.wide.assign(grid.cells, kInfinity);
-      for (const GroupFit& g : share.groups)
-        holes.for_each(g, [&](int i, int cell, float) { share.wide[cell] = std::min(share.wide[cell], g.z[i]); });
-    });
-    for_shares([&](index_t, index_t, const Share* all, Share& share) {
-      find_best(share, merged(all, number, grid.cells, &Share::narrow), merged(all, number, grid.cells, &Share::wide),
-                grid);
-    });
-    torch::stable::parallel_for(0, views * grid.cells, 1024, [&](int64_t begin, int64_t end) {
-      for (int64_t at = begin; at < end;) {
-        const index_t t = at / grid.cells, cell = at % grid.cells, n = std::min<index_t>(end - at, grid.cells - cell);
-        Share* all = shares.data() + t * number;
-        for (index_t s = 1; s < number; ++s) merge_best(all[0].best.data() + cell, all[s].best.data() + cell, n);
-        std::copy_n(reinterpret_cast<const int64_t*>(all[0].best.data() + cell), n * kFits,
-                    keys + ((start + t) * grid.cells + cell) * kFits);
-        at += n;
+// keys (T, cells, kFits) of all views.
+void fill_keys(const Tokens& tokens, const std::vector<Reader>& readers, const Grid& grid, float near, int64_t* keys) {
+  const index_t threads = torch::stable::get_num_threads();
+  const std::vector<GroupBounds> bounds = bound_groups(tokens);
+  const auto fit = [&](index_t t, index_t s, index_t number, Share& share) {
+    const Frustum frustum = make_frustum(readers[t].projection, near, grid.width, grid.height, kHoleReach);
+    fit_share(tokens, bounds, s, number, readers[t], frustum, near, grid, share);
+  };
+  const auto store = [&](const Best* best, index_t t, index_t cell, index_t count) {
+    std::copy_n(reinterpret_cast<const int64_t*>(best + cell), count * kFits, keys + (t * grid.cells + cell) * kFits);
+  };
+
+  if (grid.views >= threads) {  // a thread takes one view after the other, until none is left
+    std::atomic<index_t> next{0};
+    torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+      Share share;
+      for (index_t t; (t = next.fetch_add(1, std::memory_order_relaxed)) < grid.views;) {
+        fit(t, 0, 1, share);
+        close_holes(merged(&share, 1, grid.cells, &Share::narrow), grid, share);
+        find_best(share, merged(&share, 1, grid.cells, &Share::narrow), merged(&share, 1, grid.cells, &Share::wide),
+                  grid);
+        store(share.best.data(), t, 0, grid.cells);
       }
     });
+    return;
   }
+
+  // Fewer views than threads: the tokens of each are dealt into shares.
+  const index_t most = std::min<index_t>(divide_up(threads, grid.views), 8);
+  const index_t number = std::clamp<index_t>(static_cast<index_t>(bounds.size()) / 4, 1, most);
+  std::vector<Share> shares(number * grid.views);
+  const auto for_shares = [&](const auto& f) {
+    torch::stable::parallel_for(0, grid.views * number, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t k = begin; k < end; ++k) f(k / number, k % number, shares.data() + k / number * number, shares[k]);
+    });
+  };
+  for_shares([&](index_t t, index_t s, const Share*, Share& share) { fit(t, s, number, share); });
+  for_shares([&](index_t, index_t, const Share* all, Share& share) {
+    close_holes(merged(all, number, grid.cells, &Share::narrow), grid, share);
+  });
+  for_shares([&](index_t, index_t, const Share* all, Share& share) {
+    find_best(share, merged(all, number, grid.cells, &Share::narrow), merged(all, number, grid.cells, &Share::wide),
+              grid);
+  });
+  torch::stable::parallel_for(0, grid.views * grid.cells, 1024, [&](int64_t begin, int64_t end) {
+    for (int64_t at = begin; at < end;) {
+      const index_t t = at / grid.cells, cell = at % grid.cells, n = std::min<index_t>(end - at, grid.cells - cell);
+      Share* all = shares.data() + t * number;
+      for (index_t s = 1; s < number; ++s) merge_best(all[0].best.data() + cell, all[s].best.data() + cell, n);
+      store(all[0].best.data(), t, cell, n);
+      at += n;
+    }
+  });
 }
 
 inline float widened(float value) { return value; }

@@ -25,7 +25,7 @@ _GATE = tl.constexpr(float32(GATE))
 _RATIO = tl.constexpr(LARGEST_RATIO)
 _RAY_WEIGHT = tl.constexpr(RAY_WEIGHT)
 _FLOAT_MAX = tl.constexpr(3.4028234663852886e38)
-# Whole cells that WIDEST * REACH spans to either side of a token's own: its footprint is looked for in 5 x 5 = 25 cells.
+# Whole cells that WIDEST * REACH spans to either side of a token's own: a footprint is looked for in 5 x 5 = 25 cells.
 _MARGIN = tl.constexpr(2)
 
 _PREPARE_CELLS = 256
@@ -38,7 +38,17 @@ _GATHER_POINTS = 32
 
 @triton.jit
 def prepare_kernel(
-    intrinsics, cam2world, projections, readers, narrow, wide, keys, views, total, CELLS: tl.constexpr, VIEWS: tl.constexpr
+    intrinsics,
+    cam2world,
+    projections,
+    readers,
+    narrow,
+    wide,
+    keys,
+    views,
+    total,
+    CELLS: tl.constexpr,
+    VIEWS: tl.constexpr,
 ):
     program = tl.program_id(0)
     if program * VIEWS < views:
@@ -159,7 +169,7 @@ def nearest_kernel(
     HOLES: tl.constexpr,
     POINTS: tl.constexpr,
 ):
-    """Depths of the tokens that reach a cell; with HOLES, of those whose footprint reaches a hole. All views in turn."""
+    """Depths of the tokens that reach a cell; with HOLES, of those whose footprint reaches a hole. View after view."""
     live = tl.cast(points_total, tl.int64)
     if num_points is not None:
         live = tl.minimum(live, tl.load(num_points))
@@ -415,9 +425,7 @@ def share_kernel(
 
 
 @triton.jit
-def fit_gradient(
-    projection, reader, x, y, z, footprint, wx, wy, wz, u, v, depth, slope_u, slope_v, slope
-):
+def fit_gradient(projection, reader, x, y, z, footprint, wx, wy, wz, u, v, depth, slope_u, slope_v, slope):
     """Gradients to x, y, z and footprint of one view, see ``add_fit_gradient`` in csrc/core/fit.h."""
     inverse = tl.math.div_rn(1.0, depth)
     focal = tl.load(reader)
@@ -528,7 +536,7 @@ def gather_kernel(
                 grad_footprint += tl.where(any_slope, gf, 0.0)
     target = grad_features + index[:, None] * channels + channel[None, :]
     tl.store(target, convert(sum, grad_features.dtype.element_ty), live[:, None] & (channel < channels)[None, :])
-    if grad_points is not None:
+    if grad_points is not None:  # noqa: SIM102  # the first is decided when this is compiled
         if program % channel_blocks == 0:
             tl.store(grad_points + index * 4, grad_x, live)
             tl.store(grad_points + index * 4 + 1, grad_y, live)
