@@ -308,9 +308,9 @@ def splat_aligned(
       3 cells. The projection must lie at z > ``near``.
     - Of those, the tokens up to 10 % behind the nearest belong to the surface seen; the others are hidden.
     - A token's score is d^2 + (r - 1)^2 / r + 16 (1 - cos a), the less the better: d is the distance from its
-      projection to the centre of the cell, in cells; r its footprint over the size of a cell at its depth, z / fx, held to
-      [1/16, 16] ((r - 1)^2 / r is ln^2 r near 1); a the angle at which the camera that wrote it and the one that reads
-      see it, 0 where the writing camera is unknown.
+      projection to the centre of the cell, in cells; r its footprint over the size of a cell at its depth, z / fx,
+      held to [1/16, 16] ((r - 1)^2 / r is ln^2 r near 1); a the angle between the rays along which the camera that
+      wrote it and the one that reads see it, 0 where the writing camera is unknown.
     - The four best are blended, with weights (1 - x / 8)^8, 0 past x = 8, of x = ``sharpness`` (score - best score):
       that is e^-x up to a few hundredths. Sharpness 0 takes their mean, infinity the best alone.
 

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..reference import FITS, GATE, LARGEST_RATIO, RAY_WEIGHT, REACH, WIDEST
-from .camera import PROJECTION_SIZE, convert, make_projection, project, widen
+from .camera import PROJECTION_SIZE, convert, load_rows, make_projection, project, widen
 from .launch import EXACT, cdiv, device_of, float32, implements, power_of_2
 
 # A fit's key is made like a depth's in `splat`: float bits of the score above, index below. Scores are small, so every
@@ -70,12 +70,9 @@ def prepare_kernel(
 
 
 @triton.jit
-def load_tokens(points, frame_ids, frame_centers, frames, index, mask):
+def load_tokens(points, frame_ids, frame_centers, frames, index, mask, POINTS: tl.constexpr):
     """x, y, z, footprint, and the centre of the writing camera: NaN where it is unknown."""
-    x = tl.load(points + index * 4, mask, other=0.0)
-    y = tl.load(points + index * 4 + 1, mask, other=0.0)
-    z = tl.load(points + index * 4 + 2, mask, other=0.0)
-    footprint = tl.load(points + index * 4 + 3, mask, other=0.0)
+    x, y, z, footprint = load_rows(points, index, mask, POINTS)
     frame = tl.load(frame_ids + index, mask, other=-1)
     known = (frame >= 0) & (frame < frames)
     center = frame_centers + tl.where(known, frame, 0).to(tl.int64) * 3
@@ -176,7 +173,9 @@ def nearest_kernel(
     begin = tl.program_id(0).to(tl.int64) * POINTS
     if begin < live:
         index = begin + tl.arange(0, POINTS)
-        x, y, z, footprint, wx, wy, wz = load_tokens(points, frame_ids, frame_centers, frames, index, index < live)
+        x, y, z, footprint, wx, wy, wz = load_tokens(
+            points, frame_ids, frame_centers, frames, index, index < live, POINTS
+        )
         for view in range(views):
             u, v, depth, radius, _ = fit_tokens(
                 projections + view * 12, readers + view * 4, x, y, z, footprint, wx, wy, wz
@@ -241,7 +240,9 @@ def best_kernel(
     begin = tl.program_id(0).to(tl.int64) * POINTS
     if begin < live:
         index = begin + tl.arange(0, POINTS)
-        x, y, z, footprint, wx, wy, wz = load_tokens(points, frame_ids, frame_centers, frames, index, index < live)
+        x, y, z, footprint, wx, wy, wz = load_tokens(
+            points, frame_ids, frame_centers, frames, index, index < live, POINTS
+        )
         for view in range(views):
             u, v, depth, radius, lack = fit_tokens(
                 projections + view * 12, readers + view * 4, x, y, z, footprint, wx, wy, wz
@@ -319,7 +320,7 @@ def load_blend(keys, cell, sharpness, mask):
 
 
 @triton.jit
-def load_rows(features, token, share, channel, channels):
+def load_features(features, token, share, channel, channels):
     """(CELLS, CHANNELS) float32, 0 where there is no share."""
     mask = (share > 0.0)[:, None] & (channel < channels)[None, :]
     return widen(tl.load(features + token[:, None] * channels + channel[None, :], mask, other=0.0))
@@ -327,7 +328,7 @@ def load_rows(features, token, share, channel, channels):
 
 @triton.jit
 def add_rows(sum, features, token, share, channel, channels):
-    rows = load_rows(features, token, share, channel, channels)
+    rows = load_features(features, token, share, channel, channels)
     return tl.where((share > 0.0)[:, None], sum + share[:, None] * rows, sum)
 
 
@@ -355,18 +356,18 @@ def read_out_kernel(
     cell = (block % cell_blocks) * CELLS + tl.arange(0, CELLS)
     inside = cell < cells
     at = view * cells + cell
-    tokens, _, shares = load_blend(keys, at, sharpness, inside)
+    tokens, _scores, shares = load_blend(keys, at, sharpness, inside)
     seen = shares[0] > 0.0
     if program % channel_blocks == 0:
         x = tl.load(points + tokens[0] * 4, seen, other=0.0)
         y = tl.load(points + tokens[0] * 4 + 1, seen, other=0.0)
         z = tl.load(points + tokens[0] * 4 + 2, seen, other=0.0)
-        _, _, own_depth = project(projections + view * 12, x, y, z)
+        _u, _v, own_depth = project(projections + view * 12, x, y, z)
         tl.store(index + at, tl.where(seen, tokens[0], -1), inside)
         tl.store(depth + at, tl.where(seen, own_depth, 0.0), inside)
         tl.store(mask + at, seen, inside)
     channel = (program % channel_blocks) * CHANNELS + tl.arange(0, CHANNELS)
-    rows = load_rows(features, tokens[0], shares[0], channel, channels)
+    rows = load_features(features, tokens[0], shares[0], channel, channels)
     sum = tl.where(seen[:, None], shares[0][:, None] * rows, 0.0)
     sum = add_rows(sum, features, tokens[1], shares[1], channel, channels)
     sum = add_rows(sum, features, tokens[2], shares[2], channel, channels)
@@ -410,10 +411,10 @@ def share_kernel(
             channel = first + tl.arange(0, CHANNELS)
             real = inside[:, None] & (channel < channels)[None, :]
             grad = tl.load(grad_rows + cell[:, None] * channels + channel[None, :], real, other=0.0)
-            dot0 += tl.sum(grad * load_rows(features, tokens[0], shares[0], channel, channels), axis=1)
-            dot1 += tl.sum(grad * load_rows(features, tokens[1], shares[1], channel, channels), axis=1)
-            dot2 += tl.sum(grad * load_rows(features, tokens[2], shares[2], channel, channels), axis=1)
-            dot3 += tl.sum(grad * load_rows(features, tokens[3], shares[3], channel, channels), axis=1)
+            dot0 += tl.sum(grad * load_features(features, tokens[0], shares[0], channel, channels), axis=1)
+            dot1 += tl.sum(grad * load_features(features, tokens[1], shares[1], channel, channels), axis=1)
+            dot2 += tl.sum(grad * load_features(features, tokens[2], shares[2], channel, channels), axis=1)
+            dot3 += tl.sum(grad * load_features(features, tokens[3], shares[3], channel, channels), axis=1)
         mean = ((shares[0] * dot0 + shares[1] * dot1) + shares[2] * dot2) + shares[3] * dot3
         slope1 = fit_slope(scores[1], scores[0], shares[1], dot1, mean, shares[0], sharpness)
         slope2 = fit_slope(scores[2], scores[0], shares[2], dot2, mean, shares[0], sharpness)
@@ -493,7 +494,7 @@ def gather_kernel(
     index = (program // channel_blocks).to(tl.int64) * POINTS + tl.arange(0, POINTS)
     live = index < points_total
     channel = (program % channel_blocks) * CHANNELS + tl.arange(0, CHANNELS)
-    x, y, z, footprint, wx, wy, wz = load_tokens(points, frame_ids, frame_centers, frames, index, live)
+    x, y, z, footprint, wx, wy, wz = load_tokens(points, frame_ids, frame_centers, frames, index, live, POINTS)
     sum = tl.zeros((POINTS, CHANNELS), tl.float32)
     grad_x = tl.zeros((POINTS,), tl.float32)
     grad_y, grad_z, grad_footprint = grad_x, grad_x, grad_x
