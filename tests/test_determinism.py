@@ -32,7 +32,8 @@ def real_size():
     """8 views of 352 x 640 depth on a 22 x 40 grid of 48 channels; 60,000 tokens, one in three a copy of another."""
     rng = np.random.default_rng(0)
     points, features = scenes.cloud(rng, 60_000, 48)
-    points[:, 3] = points[:, 2].abs() / 28 * torch.from_numpy(np.exp(rng.uniform(-1.5, 1.5, 60_000))).float()
+    frames = np.random.default_rng(1)
+    points[:, 3] = points[:, 2].abs() / 28 * torch.from_numpy(np.exp(frames.uniform(-1.5, 1.5, 60_000))).float()
     points[40_000:] = points[torch.from_numpy(rng.permutation(40_000)[:20_000])]
     depth = scenes.depth_maps(rng, 8, (352, 640), 0.2)
     depth[:, :40, :40] = 0
@@ -44,8 +45,8 @@ def real_size():
         "cam2world": scenes.poses(rng, 8),
         "points": points,
         "features": features,
-        "frame_ids": torch.from_numpy(rng.integers(-1, 50, 60_000)).int(),
-        "frame_centers": torch.from_numpy(rng.normal(size=(50, 3))).float(),
+        "frame_ids": torch.from_numpy(frames.integers(-1, 50, 60_000)).int(),
+        "frame_centers": torch.from_numpy(frames.normal(size=(50, 3))).float(),
         "grad_latents": torch.from_numpy(rng.normal(size=(8, 48, 22, 40))).float(),
         "grid": (22, 40),
     }
