@@ -85,8 +85,8 @@ def run_demo(
           depth of the same frames, float32 coordinates, colours float32 (24 bytes a point) or uint8 (15);
           memory_ratio and memory_ratio_uint8: those over cache_bytes;
         - read_ms: median time to read one held-out camera at the latent grid, all channels; rasterise_ms:
-          median time to splat the cloud's 3 channels into the same camera at full resolution with the same
-          kernel; speed_ratio. Encoding that picture, which a memory of pixels needs next, is not counted;
+          median time to splat the cloud's 3 channels into the same camera at full resolution, nearest point
+          only; speed_ratio. Encoding that picture, which a memory of pixels needs next, is not counted;
         - coverage: part of the held-out views' cells that the memory fills. Over these cells: readout_error,
           |read - true|^2 / |true|^2 with true = encode(held-out view), 0 is perfect and 1 is what zeros would
           give; psnr_db of the decoded read-out against the held-out pixels; codec_psnr_db, the same for
@@ -425,7 +425,7 @@ def _draw_sheet(
         f" {report['cloud_points']:,} coloured points of the same pixels"
     ]
     footer = (
-        "Each cell shows the nearest token in it, decoded alone by a linear patch codec that stands in for"
+        "Each cell shows the tokens that fit it best, decoded alone by a linear patch codec that stands in for"
         " the VAE: hence the blocks. Dark checker: nothing known."
     )
     return contact_sheet("Mirage: latent spatial memory", lines, rows, footer)

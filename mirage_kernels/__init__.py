@@ -6,7 +6,7 @@ from . import registration as _registration
 from .backends import available_backends, find_backends, use_backend
 from .cache import LatentCache, WriteReport
 from .cameras import Cameras
-from .ops import BackProjection, View, back_project, cache_write, splat, view_overlap
+from .ops import BackProjection, View, back_project, cache_write, splat, splat_aligned, view_overlap
 from .version import __version__
 
 find_backends()
@@ -23,6 +23,7 @@ __all__ = [
     "back_project",
     "cache_write",
     "splat",
+    "splat_aligned",
     "use_backend",
     "view_overlap",
 ]

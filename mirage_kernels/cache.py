@@ -16,13 +16,14 @@ from torch import Tensor
 
 from . import ops
 from .cameras import Cameras
-from .ops import FEATURE_DTYPES, NEAR, View
+from .ops import FEATURE_DTYPES, NEAR, SHARPNESS, View
 from .reference import REPORT_FIELDS
 from .storage import load_cache, save_cache
 
 WRITE_POLICIES = ("append",)
-SPLATS = ("nearest",)
+SPLATS = ("aligned", "nearest")
 _GROWTH = 1.5
+_FRAMES = 1024  # rows of the table of frames to begin with, 12 KB
 
 
 class WriteReport:
@@ -78,7 +79,8 @@ class LatentCache:
         device: where the tokens live.
         capacity: fixed number of tokens: buffers are allocated once, a captured read stays valid for good, and a write
             that does not fit reports what it refused. None: buffers grow by half when full; growing moves them and
-            bumps ``generation``, after which a CUDA graph must be captured again.
+            bumps ``generation``, after which a CUDA graph must be captured again. (The table of frames' camera centres,
+            which ``splat="aligned"`` reads, has room for 1,024 frames and doubles when full, in either case.)
         write_policy: ``"append"`` keeps every token written (the published memory).
 
     Raises:
@@ -111,7 +113,7 @@ class LatentCache:
         self._generation = 0
         self._num_frames = 0
         self._points, self._features, self._frame_ids = self._new_buffers(capacity or 0)
-        self._frame_centers = torch.empty((0, 3), dtype=torch.float32, device=self.device)
+        self._frame_centers = torch.empty((_FRAMES, 3), dtype=torch.float32, device=self.device)
 
     def _new_buffers(self, capacity: int) -> tuple[Tensor, Tensor, Tensor]:
         device = self.device
@@ -300,16 +302,18 @@ class LatentCache:
     def _reserve_frames(self, views: int) -> None:
         needed, room = self._num_frames + views, self._frame_centers.shape[0]
         if needed > room:
-            grown = self._frame_centers.new_empty((max(needed, 2 * room, 64), 3))
+            grown = self._frame_centers.new_empty((max(needed, 2 * room), 3))
             grown[: self._num_frames] = self.frame_centers
             self._frame_centers = grown
+            self._generation += 1
 
     def read(
         self,
         cameras: Cameras,
         size: tuple[int, int],
         *,
-        splat: str = "nearest",
+        splat: str = "aligned",
+        sharpness: float = SHARPNESS,
         near: float = NEAR,
         dtype: torch.dtype | None = None,
     ) -> View:
@@ -320,21 +324,40 @@ class LatentCache:
         Args:
             cameras: T views; their intrinsics are resized to the grid.
             size: (h, w) of the grid.
-            splat: ``"nearest"``: the nearest token of each cell (the published memory).
+            splat: ``"aligned"``: a blend of the tokens that fit each cell best in position, scale and viewing ray, see
+                :func:`mirage_kernels.splat_aligned`; ``"nearest"``: the nearest token of each cell (the published
+                memory), several times as fast.
+            sharpness: of ``"aligned"``: 0 is a blur, infinity the best token alone.
             near: least depth, world units.
             dtype: of the latents returned; default the cache's.
 
         Returns:
-            :class:`View`: latents (T, C, h, w), mask, depth and index (T, h, w); holes are 0, False, 0 and -1.
+            :class:`View`: latents (T, C, h, w), mask, depth and index (T, h, w); holes are 0, False, 0 and -1. Depth
+            and index are those of the nearest token, or of the one that fits best.
 
         Raises:
             ValueError, TypeError: naming the argument, what was expected and what came.
         """
         if splat not in SPLATS:
             raise ValueError(f"splat must be one of {', '.join(SPLATS)}, got {splat!r}")
+        ops.check_sharpness(sharpness)
         self._check_cameras(cameras)
         size = ops.check_size(size)
         cameras = cameras.to(self.device).resized(size)
+        if splat == "aligned":
+            return ops.splat_aligned(
+                self._points,
+                self._features,
+                self._frame_ids,
+                self._frame_centers,
+                cameras.intrinsics,
+                cameras.cam2world,
+                size,
+                num_points=self._count,
+                near=near,
+                sharpness=sharpness,
+                dtype=dtype,
+            )
         return ops.splat(
             self._points,
             self._features,

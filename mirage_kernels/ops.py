@@ -1,4 +1,4 @@
-"""The four operators: checks, and the choice of a backend.
+"""The five operators: checks, and the choice of a backend.
 
 Checks look at metadata only (shapes, dtypes, devices), on the host, before anything is computed or written; they never
 wait for a GPU. Values are validated once by :class:`~mirage_kernels.Cameras`; an operator given a degenerate camera or
@@ -18,6 +18,7 @@ from .backends import choose_backend
 from .schemas import private_operator
 
 NEAR = 0.05
+SHARPNESS = 30.0
 FEATURE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 DEPTH_SAMPLINGS = ("median", "bilinear")
 
@@ -134,7 +135,7 @@ def _check_depth(
     return _plain(depth, None if depth.dtype == torch.float64 else torch.float32), mask
 
 
-def _check_points(points: Tensor, num_points: Tensor | None) -> Tensor:
+def _check_points(points: Tensor, num_points: Tensor | None, differentiable: bool = False) -> Tensor:
     expected = "(N, 4) float32: x, y, z, footprint"
     _require_tensor("points", points, expected)
     _require(points.dim() == 2 and points.shape[1] == 4, "points", expected, points)
@@ -145,7 +146,21 @@ def _check_points(points: Tensor, num_points: Tensor | None) -> Tensor:
         _require_tensor("num_points", num_points, "one int64 on the device of points")
         _require(num_points.dtype == torch.int64 and num_points.numel() == 1, "num_points", "one int64", num_points)
         _require_device("num_points", num_points, points.device, "points")
-    return _plain(points)
+    return points if differentiable else _plain(points)
+
+
+def _check_features(features: Tensor, points: Tensor, dtype: torch.dtype | None) -> torch.dtype:
+    """The dtype of the latents, after checks of the features and of that."""
+    _require_tensor("features", features, "(N, C) float")
+    _require(features.dim() == 2, "features", "(N, C) float", features)
+    if features.shape[0] != points.shape[0]:
+        raise ValueError(f"features must be (N, C) with the N of points, {points.shape[0]}, got {_describe(features)}")
+    _require_float("features", features, "(N, C) float", (torch.float64, *FEATURE_DTYPES))
+    _require_device("features", features, points.device, "points")
+    dtype = features.dtype if dtype is None else dtype
+    if dtype not in (torch.float64, *FEATURE_DTYPES):
+        raise TypeError(f"dtype must be float32, float16, bfloat16 or float64, got {dtype}")
+    return dtype
 
 
 def _check_near(near: float) -> float:
@@ -245,17 +260,9 @@ def splat(
     """
     height, width = check_size(size)
     points = _check_points(points, num_points)
-    _require_tensor("features", features, "(N, C) float")
-    _require(features.dim() == 2, "features", "(N, C) float", features)
-    if features.shape[0] != points.shape[0]:
-        raise ValueError(f"features must be (N, C) with the N of points, {points.shape[0]}, got {_describe(features)}")
-    _require_float("features", features, "(N, C) float", (torch.float64, *FEATURE_DTYPES))
-    _require_device("features", features, points.device, "points")
+    dtype = _check_features(features, points, dtype)
     intrinsics, cam2world = _check_cameras(intrinsics, cam2world, points.device, "points")
     near = _check_near(near)
-    dtype = features.dtype if dtype is None else dtype
-    if dtype not in (torch.float64, *FEATURE_DTYPES):
-        raise TypeError(f"dtype must be float32, float16, bfloat16 or float64, got {dtype}")
     working = torch.float64 if torch.float64 in (points.dtype, features.dtype, dtype) else torch.float32
     backend = choose_backend(points.device, working)
     if backend == "reference":
@@ -268,6 +275,98 @@ def splat(
     # Reads in inference skip the autograd layer, which is Python: half of the 36 microseconds of an empty call.
     with torch._C._AutoDispatchBelowAutograd():
         return View(*operator(*arguments))
+
+
+def check_sharpness(sharpness: float) -> float:
+    # A comparison that NaN fails; infinity is allowed.
+    if isinstance(sharpness, bool) or not isinstance(sharpness, (int, float, torch.SymFloat)) or not sharpness >= 0:
+        raise ValueError(f"sharpness must be a number >= 0, infinity included, got {sharpness!r}")
+    return sharpness
+
+
+def splat_aligned(
+    points: Tensor,
+    features: Tensor,
+    frame_ids: Tensor,
+    frame_centers: Tensor,
+    intrinsics: Tensor,
+    cam2world: Tensor,
+    size: tuple[int, int],
+    *,
+    num_points: Tensor | None = None,
+    near: float = NEAR,
+    sharpness: float = SHARPNESS,
+    dtype: torch.dtype | None = None,
+) -> View:
+    """Splat tokens onto the latent grids of T cameras: a cell shows what fits it best, not what is nearest.
+
+    A latent is no colour: moved by half a token, seen from another distance or from another side it is another latent.
+    So a cell blends the tokens that were written most nearly as the cell sees them:
+
+    - A token reaches the cells whose centres are within 0.75 cells of its projection. Cells that none reaches are
+      holes; tokens whose footprint is larger than a cell close them, reaching 0.75 of their footprint, taken as at most
+      3 cells. The projection must lie at z > ``near``.
+    - Of those, the tokens up to 10 % behind the nearest belong to the surface seen; the others are hidden.
+    - A token's score is d^2 + (r - 1)^2 / r + 16 (1 - cos a), the less the better: d is the distance from its
+      projection to the centre of the cell, in cells; r its footprint over the size of a cell at its depth, z / fx,
+      held to [1/16, 16] ((r - 1)^2 / r is ln^2 r near 1); a the angle between the rays along which the camera that
+      wrote it and the one that reads see it, 0 where the writing camera is unknown.
+    - The four best are blended, with weights (1 - x / 8)^8, 0 past x = 8, of x = ``sharpness`` (score - best score):
+      that is e^-x up to a few hundredths. Sharpness 0 takes their mean, infinity the best alone.
+
+    The numbers were chosen on a real room (``benchmarks/fidelity.py``); the form is this project's own. The same bits
+    on every backend, run and thread count (but for which NaN a NaN turns into). On a GPU it neither waits for the
+    device nor allocates by data, so it can be captured in a CUDA graph.
+
+    Args:
+        points: (N, 4) float32: x, y, z, footprint in world units (float64 is computed by the definition). Points with a
+            NaN or Inf coordinate are seen by no camera; a footprint that is NaN or not positive counts as the least r.
+        features: (N, C) float32, float16 or bfloat16 (float64 by the definition).
+        frame_ids: (N,) int32, the row of ``frame_centers`` that wrote each token; unknown where there is no such row.
+        frame_centers: (F, 3) float32, centres of the writing cameras in world units.
+        intrinsics: (T, 3, 3) float, in cells of the target grid (``Cameras.resized(size)``).
+        cam2world: (T, 4, 4) float, OpenCV axes.
+        size: (h, w) of the target grid.
+        num_points: one int64 on the device of ``points``, read there: only so many first rows are live.
+        near: least depth, in world units.
+        sharpness: how much better a fit must be to count for more; a number >= 0, or infinity.
+        dtype: of the latents; default that of ``features``.
+
+    Returns:
+        :class:`View`. ``depth`` and ``index`` are those of the best fit. ``latents`` carries gradients to ``features``
+        and, with the choice of tokens held fixed, to ``points``; they are deterministic too, equal on every backend up
+        to rounding. Nothing else carries one.
+
+    Raises:
+        ValueError, TypeError: naming the argument, what was expected and what came.
+    """
+    height, width = check_size(size)
+    points = _check_points(points, num_points, differentiable=True)
+    dtype = _check_features(features, points, dtype)
+    for name, value, shape, kind in (
+        ("frame_ids", frame_ids, (points.shape[0],), torch.int32),
+        ("frame_centers", frame_centers, None, torch.float32),
+    ):
+        expected = "(N,) int32 with the N of points" if shape else "(F, 3) float32"
+        _require_tensor(name, value, expected)
+        fits = value.shape == shape if shape else value.dim() == 2 and value.shape[1] == 3
+        _require(fits and value.dtype == kind, name, expected, value)
+        _require_device(name, value, points.device, "points")
+    frame_centers = _plain(frame_centers)
+    intrinsics, cam2world = _check_cameras(intrinsics, cam2world, points.device, "points")
+    near, sharpness = _check_near(near), check_sharpness(sharpness)
+    working = torch.float64 if torch.float64 in (points.dtype, features.dtype, dtype) else torch.float32
+    backend = choose_backend(points.device, working)
+    tensors = (points, features, num_points, frame_ids, frame_centers, intrinsics, cam2world)
+    if backend == "reference":
+        return View(*reference.splat_aligned(*tensors, (height, width), near, sharpness, dtype))
+    operator = private_operator("splat_aligned", _family(backend))
+    arguments = (*tensors, height, width, near, sharpness, dtype)
+    wanted = (features.requires_grad or points.requires_grad) and torch.is_grad_enabled()
+    if torch.compiler.is_compiling() or wanted:
+        return View(*operator(*arguments)[:4])
+    with torch._C._AutoDispatchBelowAutograd():  # as in `splat`
+        return View(*operator(*arguments)[:4])
 
 
 def check_write_inputs(

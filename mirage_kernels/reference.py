@@ -9,6 +9,7 @@ Conventions: OpenCV axes (x right, y down, z forward); pixel coordinates are con
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -248,6 +249,222 @@ def splat_backward(grad_latents: Tensor, index: Tensor, num_points: int, dtype: 
         winners = torch.where(winners < 0, num_points, winners)
         total = total.index_put((winners,), total[winners] + rows[t])
     return total[:num_points].to(dtype)
+
+
+# What `splat_aligned` weighs by, measured on a real room (benchmarks/fidelity.py). The kernels' copies of these numbers
+# are in csrc/core/fit.h and triton/splat_aligned.py.
+FITS = 4  # tokens that a cell blends at most
+REACH = 0.75  # how far a token reaches from its centre, in cells: the corners of a cell are at 0.71
+WIDEST = 3.0  # cells that a footprint counts for at most, where it closes holes
+LARGEST_RATIO = 16.0  # between footprint and cell, either way
+GATE = 1.1  # tokens past this multiple of the nearest depth in a cell belong to another surface
+RAY_WEIGHT = 16.0  # of 1 - cos of the angle between viewing rays, against squared distances in cells
+_HOLE_REACH = 2  # whole cells that WIDEST * REACH spans to either side of a token's own
+
+
+def _fit(
+    points: Tensor, writers: Tensor, projection: Tensor, focal: Tensor, reader: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """How tokens (M, 4), written by cameras at ``writers`` (M, 3), would fit a view: one for all, or one each.
+
+    Returns:
+        Columns u, rows v and depths z; the radius, in cells, within which a token may close a hole; and what it lacks
+        in any cell: (ratio - 1)^2 / ratio, which is ln^2 ratio near 1, of ratio = footprint / cell size, plus the turn
+        between the rays. (M,) each. Without a footprint the ratio is the least there is, without a writing camera the
+        turn is 0.
+    """
+    x, y, z = points[:, 0], points[:, 1], points[:, 2]
+    a, b, depth = (
+        ((projection[..., i, 0] * x + projection[..., i, 1] * y) + projection[..., i, 2] * z) + projection[..., i, 3]
+        for i in range(3)
+    )
+    inverse = 1.0 / depth
+
+    ratio = (points[:, 3] * focal) * inverse
+    least, most = torch.full_like(ratio, 1 / LARGEST_RATIO), torch.full_like(ratio, LARGEST_RATIO)
+    ratio = torch.where(ratio > least, torch.where(ratio < most, ratio, most), least)
+    scale = ((ratio - 1.0) * (ratio - 1.0)) / ratio
+
+    def dot(p: Tensor, q: Tensor) -> Tensor:
+        return (p[:, 0] * q[:, 0] + p[:, 1] * q[:, 1]) + p[:, 2] * q[:, 2]
+
+    rays = points[:, :3] - writers, points[:, :3] - reader
+    lengths = dot(rays[0], rays[0]) * dot(rays[1], rays[1])
+    known = (lengths > 0) & (lengths <= torch.finfo(lengths.dtype).max)
+    written, read = (torch.where(known[:, None], ray, 1.0) for ray in rays)
+    # Rooted in float64 and rounded once: PyTorch's float32 root is a last bit off on some processors.
+    norm = (dot(written, written) * dot(read, read)).double().sqrt().to(x.dtype)
+    turn = 1.0 - dot(written, read) / norm
+    turn = torch.where(turn > 0, turn, 0.0)
+    return a * inverse, b * inverse, depth, REACH * ratio.clamp(1.0, WIDEST), scale + RAY_WEIGHT * turn
+
+
+def _distance(u: Tensor, v: Tensor, column: Tensor, row: Tensor) -> Tensor:
+    """Squared distances, in cells, from projections to the centres of cells."""
+    dx, dy = u - (column.to(u.dtype) + 0.5), v - (row.to(v.dtype) + 0.5)
+    return dx * dx + dy * dy
+
+
+def _writers(frame_ids: Tensor, frame_centers: Tensor, dtype: torch.dtype) -> Tensor:
+    """(N, 3): the centre of each token's writing camera, NaN for a frame that the table lacks."""
+    frames = frame_centers.shape[0]
+    known = (frame_ids >= 0) & (frame_ids < frames)
+    table = torch.cat([frame_centers, frame_centers.new_full((1, 3), torch.nan)]).to(dtype)
+    return table[torch.where(known, frame_ids.long(), frames)]
+
+
+def _best_fits(
+    points: Tensor,
+    writers: Tensor,
+    projection: Tensor,
+    focal: Tensor,
+    reader: Tensor,
+    size: tuple[int, int],
+    near: float,
+) -> Tensor:
+    """(h w, FITS) int64: the tokens that each cell of one view blends, best first; -1 where there are fewer."""
+    height, width = size
+    cells = height * width
+    u, v, z, radius, lack = _fit(points, writers, projection, focal, reader)
+    around = (u > -_HOLE_REACH) & (u < width + _HOLE_REACH) & (v > -_HOLE_REACH) & (v < height + _HOLE_REACH)
+    token = ((z > near) & (z <= torch.finfo(z.dtype).max) & around).nonzero()[:, 0]
+    u, v, z, radius, lack = (value[token] for value in (u, v, z, radius, lack))
+
+    # Every pair of a token and a cell whose centre is within the token's radius.
+    offsets = range(-_HOLE_REACH, _HOLE_REACH + 1)
+    found = []
+    for row, column in ((v.floor().long() + i, u.floor().long() + j) for i in offsets for j in offsets):
+        distance = _distance(u, v, column, row)
+        meet = (distance <= radius * radius) & (row >= 0) & (row < height) & (column >= 0) & (column < width)
+        which = meet.nonzero()[:, 0]
+        found.append((which, (row * width + column)[which], distance[which]))
+    which, cell, distance = (torch.cat(parts) for parts in zip(*found, strict=True))
+    token, z, score = token[which], z[which], distance + lack[which]
+
+    def nearest(chosen: Tensor) -> Tensor:
+        return z.new_full((cells,), torch.inf).scatter_reduce(0, cell[chosen], z[chosen], "amin")
+
+    # Tokens count as one cell large where they reach; as large as they are only in the holes that leaves.
+    narrow = distance <= REACH * REACH
+    surface = nearest(narrow)
+    hole = surface == torch.inf
+    surface = torch.where(hole, nearest(~narrow), surface)
+    keep = (narrow | hole[cell]) & (z <= GATE * surface[cell])
+    cell, token, score = cell[keep], token[keep], score[keep]
+
+    # In order of cell, then score, then index.
+    order = token.argsort(stable=True)
+    order = order[score[order].argsort(stable=True)]
+    order = order[cell[order].argsort(stable=True)]
+    cell, token = cell[order], token[order]
+    rank = torch.arange(len(cell), device=cell.device) - torch.searchsorted(cell, cell)
+    first = rank < FITS
+    fits = token.new_full((cells * FITS,), -1)
+    fits[cell[first] * FITS + rank[first]] = token[first]
+    return fits.view(cells, FITS)
+
+
+def fit_shares(scores: Tensor, held: Tensor, sharpness: float) -> Tensor:
+    """Scores (.., FITS), least first, to shares of the blend that sum to 1; 0 where not ``held``.
+
+    The weight of a score is (1 - x / 8)^8 with x = sharpness (score - least): that is e^-x up to a few hundredths, by
+    multiplications alone, and 0 from x = 8 on, so that what fits far worse is not even looked at.
+    """
+    behind = scores[..., 1:] - scores[..., :1]
+    if math.isinf(sharpness):
+        # A step: infinity times 0 is NaN and counts as 0; there is no slope, where the formula has such products too.
+        rest = torch.zeros_like(behind) * behind
+    else:
+        steepness = torch.tensor(sharpness, dtype=scores.dtype, device=scores.device)
+        rest = 1.0 - (steepness * behind) * 0.125
+        rest = torch.where(held[..., 1:] & (rest > 0), rest, 0.0)
+    base = torch.cat([held[..., :1].to(scores.dtype), rest], -1)
+    square = base * base
+    fourth = square * square
+    weights = fourth * fourth
+    total = weights[..., 0]
+    for k in range(1, FITS):
+        total = total + weights[..., k]
+    return weights / torch.where(total > 0, total, 1.0)[..., None]
+
+
+class _GatherRows(torch.autograd.Function):
+    """rows[index]; a backward of its own, as PyTorch sums duplicates in any order: here in order of position."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, index: Tensor) -> Tensor:
+        ctx.save_for_backward(index)
+        ctx.count = rows.shape[0]
+        return rows[index]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (index,) = ctx.saved_tensors
+        total = grad.new_zeros(ctx.count, grad.shape[1])
+        target, order = index.sort(stable=True)
+        turn = torch.arange(len(target), device=index.device) - torch.searchsorted(target, target)
+        for repeat in range(int(turn.max()) + 1 if len(turn) > 0 else 0):
+            now = turn == repeat
+            total = total.index_put((target[now],), total[target[now]] + grad[order[now]])
+        return total, None
+
+
+def splat_aligned(
+    points: Tensor,
+    features: Tensor,
+    num_points: Tensor | None,
+    frame_ids: Tensor,
+    frame_centers: Tensor,
+    intrinsics: Tensor,
+    cam2world: Tensor,
+    size: tuple[int, int],
+    near: float,
+    sharpness: float,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Definition of :func:`mirage_kernels.splat_aligned`: latents, mask, depth, index.
+
+    Which tokens a cell blends is decided without gradients. Given them, the read-out is a differentiable function of
+    features and points, written as such below: the gradients are what follows from it.
+    """
+    (height, width), views = size, cam2world.shape[0]
+    cells = height * width
+    projections = make_projection(intrinsics, cam2world, points.dtype)
+    focals, readers = intrinsics[:, 0, 0].to(points.dtype), cam2world[:, :3, 3].to(points.dtype)
+    writers = _writers(frame_ids, frame_centers, points.dtype)
+    live = points.shape[0] if num_points is None else max(0, min(int(num_points), points.shape[0]))
+    index = torch.empty(views, cells, FITS, dtype=torch.int64, device=points.device)
+    with torch.no_grad():
+        for t in range(views):
+            camera = projections[t], focals[t], readers[t]
+            index[t] = _best_fits(points[:live], writers[:live], *camera, size, near)
+    held = index >= 0
+
+    view, cell, slot = held.nonzero(as_tuple=True)
+    token = index[view, cell, slot]
+    u, v, z, _, lack = _fit(
+        _GatherRows.apply(points, token), writers[token], projections[view], focals[view], readers[view]
+    )
+    score = _distance(u, v, cell % width, cell // width) + lack
+    scores = points.new_zeros(held.shape).index_put((view, cell, slot), score)
+    working = torch.float64 if torch.float64 in (points.dtype, features.dtype, dtype) else torch.float32
+    shares = fit_shares(scores, held, sharpness).to(working)
+
+    # A row of zeros behind the features is what empty places read.
+    padded = torch.cat([features, features.new_zeros(1, features.shape[1])])
+    rows = _GatherRows.apply(padded.to(working), torch.where(held, index, features.shape[0]).flatten())
+    rows = rows.view(views, cells, FITS, features.shape[1])
+    latents = shares[..., 0, None] * rows[..., 0, :]
+    for k in range(1, FITS):
+        share = shares[..., k, None]
+        row = torch.where(share > 0, rows[..., k, :], 0.0)  # what has no share does not count, NaN or not
+        latents = torch.where(share > 0, latents + share * row, latents)
+    latents = latents.to(dtype).transpose(1, 2).reshape(views, features.shape[1], height, width).contiguous()
+
+    depth = torch.zeros(held.shape, dtype=points.dtype, device=points.device).index_put((view, cell, slot), z.detach())
+    shape = (views, height, width)
+    mask, best = held[..., 0].reshape(shape).contiguous(), index[..., 0].reshape(shape).contiguous()
+    return latents, mask, depth[..., 0].reshape(shape).contiguous(), best
 
 
 def cache_write(

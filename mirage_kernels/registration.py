@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .reference import FITS
 from .schemas import FAMILIES, NAMESPACE, private_operator
 
 
@@ -45,6 +46,41 @@ def _fake_splat_backward(grad_latents: Tensor, index: Tensor, num_points: int, d
     return grad_latents.new_empty((num_points, grad_latents.shape[1]), dtype=dtype)
 
 
+def _fake_splat_aligned(
+    points: Tensor,
+    features: Tensor,
+    num_points: Tensor | None,
+    frame_ids: Tensor,
+    frame_centers: Tensor,
+    intrinsics: Tensor,
+    cam2world: Tensor,
+    height: int,
+    width: int,
+    near: float,
+    sharpness: float,
+    dtype: torch.dtype,
+) -> tuple[Tensor, ...]:
+    seen = _fake_splat(points, features, num_points, intrinsics, cam2world, height, width, near, dtype)
+    return (*seen, features.new_empty((cam2world.shape[0], height, width, FITS), dtype=torch.int64))
+
+
+def _fake_splat_aligned_backward(
+    grad_latents: Tensor,
+    points: Tensor,
+    features: Tensor,
+    frame_ids: Tensor,
+    frame_centers: Tensor,
+    intrinsics: Tensor,
+    cam2world: Tensor,
+    keys: Tensor,
+    sharpness: float,
+    of_points: bool,
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(features, memory_format=torch.contiguous_format), points.new_empty(
+        (points.shape[0] if of_points else 0, 4), dtype=torch.float32
+    )
+
+
 def _fake_cache_write(points: Tensor, *args: Any) -> Tensor:
     return points.new_empty((6,), dtype=torch.int64)
 
@@ -75,10 +111,35 @@ def _splat_backward(family: str) -> Any:
     return backward
 
 
+def _setup_splat_aligned_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    points, features, _, frame_ids, frame_centers, intrinsics, cam2world, _, _, _, ctx.sharpness, _ = inputs
+    _, mask, depth, index, keys = output
+    ctx.save_for_backward(points, features, frame_ids, frame_centers, intrinsics, cam2world, keys)
+    ctx.mark_non_differentiable(mask, depth, index, keys)
+
+
+def _splat_aligned_backward(family: str) -> Any:
+    def backward(ctx: Any, grad_latents: Tensor, *unused: Any) -> tuple[Tensor | None, ...]:
+        of_points, of_features = ctx.needs_input_grad[:2]
+        grad_points = grad_features = None
+        if of_points or of_features:
+            operator = private_operator("splat_aligned_backward", family)
+            gradients = operator(grad_latents.contiguous(), *ctx.saved_tensors, ctx.sharpness, of_points)
+            grad_features, grad_points = (
+                gradient if needed else None
+                for gradient, needed in zip(gradients, (of_features, of_points), strict=True)
+            )
+        return (grad_points, grad_features, *([None] * 10))
+
+    return backward
+
+
 _FAKES: dict[str, Callable[..., Any]] = {
     "back_project": _fake_back_project,
     "splat": _fake_splat,
     "splat_backward": _fake_splat_backward,
+    "splat_aligned": _fake_splat_aligned,
+    "splat_aligned_backward": _fake_splat_aligned_backward,
     "cache_write": _fake_cache_write,
     "view_overlap": _fake_view_overlap,
 }
@@ -88,4 +149,9 @@ for _family in FAMILIES:
         torch.library.register_fake(f"{NAMESPACE}::{_name}_{_family}", _fake)
     torch.library.register_autograd(
         f"{NAMESPACE}::splat_{_family}", _splat_backward(_family), setup_context=_setup_splat_context
+    )
+    torch.library.register_autograd(
+        f"{NAMESPACE}::splat_aligned_{_family}",
+        _splat_aligned_backward(_family),
+        setup_context=_setup_splat_aligned_context,
     )

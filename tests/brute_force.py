@@ -1,4 +1,4 @@
-"""The four operators as loops over Python floats (float64), written from the specification alone.
+"""The operators as loops over Python floats (float64), written from the specification alone.
 
 Nothing here is shared with the package: no code, no tensor operation. Slow and plain on purpose; inputs and outputs are
 numpy arrays. The arithmetic is float64, so results differ from float32 kernels by rounding: ``comparison.py`` says how
@@ -219,6 +219,76 @@ def splat(
             if not seen.mask[cell] or at.z < seen.depth[cell]:  # equal depth: the lower index stays
                 seen.mask[cell], seen.depth[cell], seen.index[cell] = True, at.z, k
     return seen
+
+
+class Blended(NamedTuple):
+    tokens: list[int]  # best first
+    scores: list[float]
+    shares: list[float]
+    depth: float  # of the best
+
+
+def aligned_cells(
+    points: np.ndarray,
+    frame_ids: np.ndarray,
+    frame_centers: np.ndarray,
+    intrinsics: np.ndarray,
+    cam2world: np.ndarray,
+    size: tuple[int, int],
+    sharpness: float,
+    num_points: int | None = None,
+    near: float = NEAR,
+) -> dict[tuple[int, int, int], Blended]:
+    """What each cell (view, row, column) that is no hole blends, cell by cell over all tokens."""
+    live = len(points) if num_points is None else max(0, min(num_points, len(points)))
+    blended = {}
+    for t in range(len(cam2world)):
+        fx, eye = float(intrinsics[t, 0, 0]), [float(cam2world[t, axis, 3]) for axis in range(3)]
+        tokens = []
+        for k in range(live):
+            at = project(points[k], intrinsics[t], cam2world[t])
+            if not at.z > near:
+                continue
+            ratio = float(points[k, 3]) * fx / at.z
+            ratio = min(max(ratio, 1 / 16), 16.0) if ratio == ratio else 1 / 16
+            turn = 0.0
+            if 0 <= frame_ids[k] < len(frame_centers):
+                writer = [float(value) for value in frame_centers[frame_ids[k]]]
+                one = [float(points[k, axis]) - writer[axis] for axis in range(3)]
+                two = [float(points[k, axis]) - eye[axis] for axis in range(3)]
+                lengths = math.hypot(*one) * math.hypot(*two)
+                if math.isfinite(lengths) and lengths > 0:
+                    turn = 1 - sum(a * b for a, b in zip(one, two, strict=True)) / lengths
+            tokens.append((k, at, ratio, (ratio - 1) ** 2 / ratio + 16 * max(turn, 0.0)))
+        for i in range(size[0]):
+            for j in range(size[1]):
+                reached = [(*token, (token[1].u - j - 0.5) ** 2 + (token[1].v - i - 0.5) ** 2) for token in tokens]
+                candidates = [token for token in reached if token[4] <= 0.75**2]
+                if not candidates:
+                    candidates = [token for token in reached if token[4] <= (0.75 * min(max(token[2], 1), 3)) ** 2]
+                if not candidates:
+                    continue
+                front = min(token[1].z for token in candidates)
+                surface = [token for token in candidates if token[1].z <= 1.1 * front]
+                best = sorted((token[4] + token[3], token[0], token[1].z) for token in surface)[:4]
+                weights = [1.0]
+                for score, _, _ in best[1:]:
+                    behind = score - best[0][0]
+                    x = (
+                        0.0
+                        if behind == 0 and math.isfinite(sharpness)
+                        else sharpness * behind
+                        if behind > 0
+                        else math.inf
+                    )
+                    weights.append(max(0.0, 1 - x / 8) ** 8)
+                blended[t, i, j] = Blended(
+                    [token for _, token, _ in best],
+                    [score for score, _, _ in best],
+                    [weight / sum(weights) for weight in weights],
+                    best[0][2],
+                )
+    return blended
 
 
 def splat_backward(grad_latents: np.ndarray, index: np.ndarray, num_points: int) -> np.ndarray:

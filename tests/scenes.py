@@ -47,6 +47,22 @@ def cloud(
     return torch.from_numpy(points).float(), torch.from_numpy(features).to(dtype)
 
 
+def written_cloud(
+    rng: np.random.Generator, count: int, channels: int, width: int, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """A :func:`cloud` as a cache holds it, for grids of ``width`` columns: with frame_ids and frame_centers.
+
+    Footprints are from a fifth of a cell to five cells large; some frames are not in the table, one centre is NaN.
+    """
+    points, features = cloud(rng, count, channels, dtype)
+    cells = np.exp(rng.uniform(np.log(0.2), np.log(5), count))
+    points[:, 3] = points[:, 2].abs() / (0.7 * width) * torch.from_numpy(cells).float()
+    frame_ids = torch.from_numpy(rng.integers(-1, 13, count)).int()
+    centers = torch.from_numpy(rng.normal(size=(12, 3))).float()
+    centers[5] = torch.nan
+    return points, features, frame_ids, centers
+
+
 def depth_maps(
     rng: np.random.Generator, views: int, image_size: tuple[int, int], unknown: float = 0.2, noise: float = 0.5
 ) -> Tensor:

@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import mirage_kernels.storage
-from mirage_kernels import Cameras, LatentCache, cache_write
+from mirage_kernels import Cameras, LatentCache, cache_write, splat_aligned
 
 GRID = (5, 7)
 IMAGE = (25, 35)
@@ -156,7 +156,7 @@ def test_a_read_is_the_brute_force(backend, stored, out):
     for seed in (7, 8):
         cache.write(*put(backend, frames(seed)))
     _, _, cameras, _ = frames(9, views=3)
-    view = cache.read(cameras.to(backend.device), size=(6, 9), dtype=out)
+    view = cache.read(cameras.to(backend.device), size=(6, 9), splat="nearest", dtype=out)
     assert view.latents.dtype == (out or stored) and view.latents.device.type == backend.device.type
     points = torch.cat([cache.points, cache.footprints[:, None]], 1).cpu()
     grid = cameras.resized((6, 9))
@@ -170,6 +170,48 @@ def test_a_read_is_the_brute_force(backend, stored, out):
         dtype=out,
         least_covered=60,
     )
+
+
+@pytest.mark.parametrize("stored", scenes.DTYPES)
+@pytest.mark.parametrize("options", [{}, {"splat": "aligned"}, {"sharpness": 0.0, "dtype": torch.float32}])
+def test_an_aligned_read_is_the_operator(backend, stored, options):
+    """By default, with the frames that wrote each token, and no others after clearing."""
+    cache = LatentCache(channels=4, dtype=stored, device=backend.device)
+    cache.write(*put(backend, frames(6)))
+    cache.clear()
+    for seed in (7, 8):
+        cache.write(*put(backend, frames(seed)))
+    cameras = frames(9, views=3)[2].to(backend.device)
+    view = cache.read(cameras, size=(6, 9), **options)
+    grid = cameras.resized((6, 9))
+    expected = splat_aligned(
+        torch.cat([cache.points, cache.footprints[:, None]], 1),
+        cache.features,
+        cache.frame_ids,
+        cache.frame_centers,
+        grid.intrinsics,
+        grid.cam2world,
+        (6, 9),
+        **{name: value for name, value in options.items() if name != "splat"},
+    )
+    assert view.mask.sum() > 60 and int(cache.frame_ids.max()) == len(cache.frame_centers) - 1
+    assert_equal_bits(view, expected)
+
+
+@pytest.mark.parametrize("splat", ["nearest", "aligned"])
+def test_the_table_of_frames_grows(splat):
+    """Past its 1,024 rows it moves, which captured reads are told; what was written by then is read as before."""
+    cache = LatentCache(channels=1, capacity=4000)
+    depth = torch.full((600, 1, 1), 2.0)
+    camera = Cameras(torch.tensor([[1.0, 0, 0.5], [0, 1, 0.5], [0, 0, 1]]), torch.eye(4).repeat(600, 1, 1), (1, 1))
+    before = cache.generation
+    cache.write(torch.ones(600, 1, 1, 1), depth, camera)
+    assert cache.generation == before
+    first = cache.read(camera[:1], (1, 1), splat=splat)
+    cache.write(torch.ones(600, 1, 1, 1), depth, camera)
+    assert cache.generation == before + 1 and cache.frame_centers.shape == (1200, 3)
+    assert first.mask.all()
+    assert_equal_bits(cache.read(camera[:1], (1, 1), splat=splat), first)
 
 
 def test_what_was_written_is_read_back(backend):
@@ -298,7 +340,7 @@ def test_sizes_in_bytes(dtype):
     cache = LatentCache(channels=4, dtype=dtype, capacity=100)
     per_token = 16 + 4 * dtype.itemsize + 4
     empty = cache.nbytes_allocated
-    assert cache.nbytes == 0 and 100 * per_token <= empty <= 100 * per_token + 64
+    assert cache.nbytes == 0 and 100 * per_token <= empty <= 100 * per_token + 1024 * 12 + 64
     cache.write(*frames(14, dtype=dtype))
     live = len(cache)
     assert 20 < live < 100
@@ -430,10 +472,11 @@ def test_refused_writes_change_nothing(argument, spoil, kind, message, capacity)
 @pytest.mark.parametrize(
     "changes, kind, message",
     [
-        ({"splat": "bilinear"}, ValueError, "splat must be one of nearest, got 'bilinear'"),
+        ({"splat": "bilinear"}, ValueError, "splat must be one of aligned, nearest, got 'bilinear'"),
         ({"size": (0, 7)}, ValueError, r"size must be \(height, width\), two positive integers, got \(0, 7\)"),
         ({"size": 5}, ValueError, r"size must be \(height, width\), two positive integers, got 5"),
         ({"cameras": torch.eye(4)[None]}, TypeError, r"cameras must be mirage_kernels\.Cameras, got Tensor"),
+        ({"sharpness": -1.0}, ValueError, r"sharpness must be a number >= 0, infinity included, got -1\.0"),
         ({"near": -1.0}, ValueError, r"near must be a finite depth >= 0 in world units, got -1\.0"),
         ({"dtype": torch.int32}, TypeError, r"dtype must be .*got torch\.int32"),
     ],

@@ -24,9 +24,10 @@ ROOT = Path(__file__).resolve().parents[1]
 BUILD = ROOT / "build"
 ARCHS = {"sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120"}
 KERNELS = {
-    "back_project_kernel", "count_kernel", "fill_keys_kernel", "heads_kernel", "judge_kernel", "keys_kernel",
-    "lift_kernel", "make_lifts_kernel", "make_projections_kernel", "mark_kernel", "move_kernel", "read_out_kernel",
-    "scan_kernel", "splat_backward_kernel",
+    "back_project_kernel", "best_kernel", "count_kernel", "fill_keys_kernel", "gather_kernel", "heads_kernel",
+    "hole_kernel", "judge_kernel", "keys_kernel", "lift_kernel", "make_lifts_kernel", "make_projections_kernel",
+    "make_readers_kernel", "mark_kernel", "move_kernel", "nearest_kernel", "read_out_kernel", "scan_kernel",
+    "share_kernel", "splat_backward_kernel",
 }  # fmt: skip
 
 

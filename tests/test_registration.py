@@ -10,7 +10,7 @@ import scenes
 import torch
 from comparison import assert_equal_bits
 
-from mirage_kernels import back_project, cache_write, reference, splat, use_backend, view_overlap
+from mirage_kernels import back_project, cache_write, reference, splat, splat_aligned, use_backend, view_overlap
 from mirage_kernels.schemas import FAMILIES, SCHEMAS, private_operator
 
 SIZE = (5, 7)
@@ -36,6 +36,15 @@ def operator_arguments(name, seed=0, count=200, views=2, dtype=torch.float32, ma
         for t in range(views):  # a token wins one cell of a view at most
             index[t].view(-1)[1:] = torch.from_numpy(rng.permutation(count)[: SIZE[0] * SIZE[1] - 1])
         return torch.from_numpy(rng.normal(size=(views, 6, *SIZE))).to(dtype), index, count, dtype
+    if name.startswith("splat_aligned"):
+        points, features, *frames = scenes.written_cloud(rng, count, 6, SIZE[1], dtype)
+        if name == "splat_aligned":
+            out = torch.bfloat16 if masked else dtype
+            return points, features, live, *frames, *cameras, *SIZE, 0.05, 20.0, out
+        arguments = points, features, live, *frames, *cameras, *SIZE, 0.05, 20.0, torch.float32
+        keys = private_operator("splat_aligned", "compiled")(*arguments)[4]
+        grad = torch.from_numpy(rng.normal(size=(views, 6, *SIZE))).to(dtype)
+        return grad, points, features, *frames, *cameras, keys, 20.0, masked
     if name == "cache_write":
         latents = torch.from_numpy(rng.normal(size=(views, 6, *SIZE))).to(dtype)
         buffers = scenes.buffers(60, 6, dtype, held=2)
@@ -49,7 +58,9 @@ def family(kernels):
 
 def non_trivial(name, results):
     results = results if isinstance(results, (tuple, list)) else [results]
-    return all(bool(x.any()) for x in results) and (name != "splat" or int(results[1].sum()) > 5)
+    return all(bool(x.any()) or x.numel() == 0 for x in results) and (
+        name not in ("splat", "splat_aligned") or int(results[1].sum()) > 5
+    )
 
 
 # ---------------------------------------------------------------------------------------------- schemas and fakes
@@ -87,8 +98,10 @@ def test_opcheck(kernels, name, masked, dtype):
     operator = private_operator(name, family(kernels))
     arguments = [kernels.put(x) for x in operator_arguments(name, dtype=dtype, masked=masked)]
     assert non_trivial(name, operator(*[x.clone() if isinstance(x, torch.Tensor) else x for x in arguments]))
-    if name == "splat" and dtype == torch.float32:
+    if name in ("splat", "splat_aligned") and dtype == torch.float32:
         arguments[1] = arguments[1].requires_grad_()
+    if name == "splat_aligned" and dtype == torch.float32 and masked:
+        arguments[0] = arguments[0].requires_grad_()
     torch.library.opcheck(operator, tuple(arguments))
 
 
@@ -200,6 +213,30 @@ def test_compile_splat_backward(kernels, compiler):
             grads.append(leaf.grad)
         assert grads[0].any()
         torch.testing.assert_close(*grads, rtol=1e-6, atol=1e-6)
+
+
+def test_compile_splat_aligned(kernels, compiler):
+    """One graph for every number of tokens, views and cells; the bits, and the gradients, of the plain call."""
+
+    def read(points, features, frame_ids, frame_centers, intrinsics, cam2world, height, width):
+        view = splat_aligned(points, features, frame_ids, frame_centers, intrinsics, cam2world, (height, width))
+        return view.latents * 1.0, view.mask, view.depth, view.index
+
+    compiled = torch.compile(read, fullgraph=True, dynamic=True, backend=compiler)
+    for k, (count, views, size) in enumerate(SIZES):
+        rng = np.random.default_rng(k)
+        tokens = scenes.written_cloud(rng, count, 6, size[1])
+        cameras = scenes.intrinsics(rng, views, size), scenes.poses(rng, views)
+        results = []
+        for function in (read, compiled):
+            arguments = [kernels.put(x.clone()) for x in (*tokens, *cameras)]
+            leaves = [x.requires_grad_() for x in arguments[:2]]
+            seen = function(*arguments, *size)
+            results.append([*seen, *torch.autograd.grad((seen[0] ** 2).sum(), leaves)])
+        assert results[0][1].sum() > 5 and results[0][4].any() and results[0][5].any()
+        assert_equal_bits(results[1][:4], results[0][:4])
+        for got, expected in zip(results[1][4:], results[0][4:], strict=True):
+            torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_compile_back_project(kernels, compiler):

@@ -21,7 +21,7 @@ import torch
 
 from mirage_kernels import available_backends, reference, splat, use_backend
 from mirage_kernels.backends import triton_interpreted
-from mirage_kernels.schemas import private_operator
+from mirage_kernels.schemas import SCHEMAS, private_operator
 
 if importlib.util.find_spec("triton") is None:
     pytest.skip("the package `triton` is not installed", allow_module_level=True)
@@ -29,7 +29,9 @@ if importlib.util.find_spec("triton") is None:
 INTERPRETED = triton_interpreted()
 GPU = torch.cuda.is_available() and not INTERPRETED
 DEVICE = "cuda" if GPU else "cpu"
-LEAST_COMPARISONS = 165  # that the interpreter has to run and pass
+NO_FIT = 0x7F7F7F7F7F7F7F7F  # the key of an empty place
+OPERATORS = tuple(SCHEMAS)
+LEAST_COMPARISONS = 240  # that the interpreter has to run and pass
 
 
 def comparison(test):
@@ -277,6 +279,91 @@ def test_gradient_through_the_public_function():
 
 
 # ----------------------------------------------------------------------------------------------------- back_project
+
+
+def aligned_arguments(count: int, channels: int, views: int, size: tuple[int, int], given=torch.float32, seed: int = 0):
+    """points, features, frame_ids, frame_centers, intrinsics and cam2world; every special value among them."""
+    points = make_points(count, seed)
+    random = torch.Generator().manual_seed(seed)
+    finite = points[:, 3].abs() <= 10
+    points[:, 3] = torch.where(finite, points[:, 2].abs() / size[1] * points[:, 3].abs() * 2, points[:, 3])
+    frame_ids = torch.randint(-1, 6, (count,), generator=random, dtype=torch.int32)
+    centers = torch.randn(5, 3, generator=random)
+    centers[3, 1] = math.nan
+    return points, features_of(count, channels, given, seed), frame_ids, centers, *make_cameras(views, size, seed)
+
+
+def check_splat_aligned(arguments, num_points=None, size=(6, 7), near=0.05, sharpness=20.0, dtype=torch.float32):
+    points, features, *rest = arguments
+    got = triton_operator("splat_aligned", points, features, num_points, *rest, *size, near, sharpness, dtype)
+    expected = reference.splat_aligned(points, features, num_points, *rest, size, near, sharpness, dtype)
+    agree(got[:4], expected)
+    return expected
+
+
+@comparison
+@pytest.mark.parametrize(("given", "asked"), PAIRS)
+def test_splat_aligned_dtypes(given, asked):
+    assert check_splat_aligned(aligned_arguments(150, 5, 2, (6, 7), given), dtype=asked)[1].any()
+
+
+@comparison
+@pytest.mark.parametrize("channels", [0, 1, 3, 48, 65])
+@pytest.mark.parametrize("sharpness", [0.0, math.inf])
+def test_splat_aligned_channels(channels, sharpness):
+    assert check_splat_aligned(aligned_arguments(120, channels, 2, (6, 7)), sharpness=sharpness)[1].any()
+
+
+@comparison
+@pytest.mark.parametrize("size", [(1, 1), (1, 33), (33, 1), (11, 13)])
+def test_splat_aligned_sizes(size):
+    assert check_splat_aligned(aligned_arguments(150, 3, 1, size, seed=1), size=size)[1].any()
+
+
+@comparison
+@pytest.mark.parametrize("count", [0, 1, 127, 128, 129])
+@pytest.mark.parametrize("views", [0, 1, 3])
+def test_splat_aligned_counts(count, views):
+    check_splat_aligned(aligned_arguments(count, 3, views, (6, 7)))
+
+
+@comparison
+@pytest.mark.parametrize("live", [-1, 0, 100, 400])
+def test_splat_aligned_num_points(live):
+    seen = check_splat_aligned(aligned_arguments(150, 3, 2, (6, 7)), torch.tensor(live))
+    assert seen[1].any() == (live > 0)
+
+
+@comparison
+@pytest.mark.parametrize("flaw", ["singular", "nan", "tiny", "huge"])
+def test_splat_aligned_degenerate_cameras(flaw):
+    *tokens, intrinsics, cam2world = aligned_arguments(150, 3, 3, (6, 7))
+    cam2world[1, :3, :3] = {"singular": 0.0, "nan": math.nan, "tiny": 1e-30, "huge": 1e30}[flaw]
+    assert check_splat_aligned((*tokens, intrinsics, cam2world))[1].any()
+
+
+@comparison
+@pytest.mark.parametrize("given", FLOATS)
+@pytest.mark.parametrize("of_points", [False, True])
+@pytest.mark.parametrize(("channels", "count", "views"), [(5, 70, 2), (70, 33, 1), (0, 5, 1), (3, 0, 1), (3, 5, 0)])
+def test_splat_aligned_backward(given, of_points, channels, count, views):
+    """Against the compiled CPU operator, which the definition holds: features bit for bit, points up to rounding."""
+    if not available_backends()["cpu"]:
+        pytest.skip("the CPU operators were not built: nothing to compare with")
+    points, features, *rest = aligned_arguments(count, channels, views, (5, 6), given, seed=3)
+    features = features.nan_to_num(0.5, 1.0, -1.0).clamp(-4, 4)
+    arguments = points, features, None, *rest, 5, 6, 0.05, 5.0, torch.float32
+    keys = private_operator("splat_aligned", "compiled")(*arguments)[4]
+    grad = torch.randn(views, channels, 5, 6, generator=torch.Generator().manual_seed(1)).to(given)
+    arguments = grad, points, features, *rest, keys, 5.0, of_points
+    got = triton_operator("splat_aligned_backward", *arguments)
+    expected = private_operator("splat_aligned_backward", "compiled")(*arguments)
+    same_bits(got[0], expected[0])
+    assert expected[0].any() == (channels * count * views > 0)
+    assert got[1].shape == expected[1].shape
+    if expected[1].any():
+        scale = expected[1].abs().max()
+        torch.testing.assert_close(got[1].cpu() / scale, expected[1] / scale, rtol=1e-4, atol=1e-6)
 
 
 def check_back_project(depth, mask, size, bilinear=False, cameras=None):
@@ -550,6 +637,7 @@ def launch_arguments(device: str) -> dict[str, tuple[object, ...]]:
     depth, mask = make_depth(2, 32, 32), make_mask(2, 32, 32, 0.01)
     points, features = make_points(512), features_of(512, 48, torch.float32)
     latents = make_latents(2, 48, *size, torch.bfloat16)
+    aligned = aligned_arguments(512, 48, 2, size)
     live = torch.tensor(500)
     index = torch.full((2, *size), -1)
     buffers = torch.zeros(600, 4), torch.zeros(600, 48), torch.zeros(600, dtype=torch.int32), torch.tensor(0)
@@ -557,6 +645,8 @@ def launch_arguments(device: str) -> dict[str, tuple[object, ...]]:
         "back_project": (depth, intrinsics, cam2world, mask, *size, False),
         "splat": (points, features, live, intrinsics, cam2world, *size, 0.05, torch.bfloat16),
         "splat_backward": (latents, index, 512, torch.bfloat16),
+        "splat_aligned": (*aligned[:2], live, *aligned[2:], *size, 0.05, 20.0, torch.bfloat16),
+        "splat_aligned_backward": (latents, *aligned, torch.full((2, *size, 4), NO_FIT), 20.0, True),
         "cache_write": (*buffers, latents, depth, intrinsics, cam2world, None, 3, True, 0.0, math.inf),
         "view_overlap": (points, live, intrinsics, cam2world, intrinsics, cam2world, *size, 0.1, 0.05),
     }
@@ -567,7 +657,7 @@ def launch_arguments(device: str) -> dict[str, tuple[object, ...]]:
 
 
 @comparison
-@pytest.mark.parametrize("name", ["back_project", "splat", "splat_backward", "cache_write", "view_overlap"])
+@pytest.mark.parametrize("name", OPERATORS)
 def test_registration(name):
     """Schema, fake and autograd agree with what the operator does; cache_write mutates what it says it does."""
     torch.library.opcheck(private_operator(name, "triton"), launch_arguments(DEVICE)[name])
@@ -581,7 +671,7 @@ def test_backend_is_available_and_can_be_forced():
 
 
 @pytest.mark.skipif(not GPU, reason="CUDA graphs need a GPU")
-@pytest.mark.parametrize("name", ["back_project", "splat", "splat_backward", "cache_write", "view_overlap"])
+@pytest.mark.parametrize("name", OPERATORS)
 def test_cuda_graph(name):
     """Captured once, replayed on new contents of the same tensors."""
     arguments = launch_arguments("cuda")[name]
@@ -669,6 +759,8 @@ def compile_launch(kernel, arguments: dict, options: dict, capability: int):
         ("back_project", {"lift_kernel", "tokens_kernel"}),
         ("splat", {"prepare_kernel", "nearest_kernel", "resolve_kernel"}),
         ("splat_backward", {"backward_kernel"}),
+        ("splat_aligned", {"prepare_kernel", "nearest_kernel", "best_kernel", "read_out_kernel"}),
+        ("splat_aligned_backward", {"prepare_kernel", "share_kernel", "gather_kernel"}),
         ("cache_write", {"lift_kernel", "tokens_kernel", "judge_kernel", "scan_kernel", "append_kernel"}),
         ("view_overlap", {"prepare_kernel", "mark_kernel", "count_kernel"}),
     ],
@@ -701,7 +793,7 @@ def test_compiles_for_large_cells_and_wide_indices(monkeypatch):
 
 
 @compiles
-@pytest.mark.parametrize("name", ["back_project", "splat", "splat_backward", "cache_write", "view_overlap"])
+@pytest.mark.parametrize("name", OPERATORS)
 def test_compiles_where_every_number_is_one(name, monkeypatch):
     """Triton makes constants of arguments that are 1, and constants lack the methods of values."""
     launches = record_launches(name, monkeypatch)

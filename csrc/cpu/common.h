@@ -91,10 +91,14 @@ constexpr int kGroup = 16;
 constexpr int kGroups = 64;
 constexpr int kBlock = kGroup * kGroups;
 
-struct PointBlock {
-  alignas(64) float x[kBlock], y[kBlock], z[kBlock];
+struct GroupBounds {
   alignas(64) float centre_x[kGroups], centre_y[kGroups], centre_z[kGroups], radius[kGroups], reach[kGroups];
-  int count, groups;
+  int groups;
+};
+
+struct PointBlock : GroupBounds {
+  alignas(64) float x[kBlock], y[kBlock], z[kBlock];
+  int count;
 };
 
 // Points past `count` in the last group are NaN: no view sees them.
@@ -106,10 +110,11 @@ struct Frustum {
   float length[5], slack[5];  // |normal|, and the share of `reach` that covers rounding
 };
 
-Frustum make_frustum(const Projection& projection, float near, int width, int height);
+// `margin`: cells by which the view is widened on every side.
+Frustum make_frustum(const Projection& projection, float near, int width, int height, int margin = 0);
 
 // The groups of the block that the view may see, in order; never leaves out a group with a point in view.
-int visible_groups(const PointBlock& block, const Frustum& frustum, int32_t* groups);
+int visible_groups(const GroupBounds& block, const Frustum& frustum, int32_t* groups);
 
 // For point i of the k-th listed group: cell[k * kGroup + i] = row * width + column, or -1 out of view, and its z.
 void project_groups(const PointBlock& block, const int32_t* groups, int count, const Projection& projection, float near,

@@ -86,19 +86,20 @@ void load_block(const float* points, int count, PointBlock& block) {
   }
 }
 
-// z > near, u >= 0, u < width, v >= 0 and v < height, each multiplied by z > 0. Float arithmetic of the projection and
-// of this test errs by a few 2^-24 of the terms' magnitudes; a slack of 1e-5 of them (168 x 2^-24) covers both.
-Frustum make_frustum(const Projection& projection, float near, int width, int height) {
+// z > near, u >= -margin, u < width + margin, and v likewise, each multiplied by z > 0. Float arithmetic of the
+// projection and of this test errs by a few 2^-24 of the terms' magnitudes; a slack of 1e-5 of them (168 x 2^-24) covers
+// both.
+Frustum make_frustum(const Projection& projection, float near, int width, int height, int margin) {
   const auto& m = projection.m;
-  const double w = width, h = height;
+  const double w = width + margin, h = height + margin, low = margin;
   Frustum frustum;
   for (int f = 0; f < 5; ++f) {
     double normal[4], magnitude[4];
     for (int j = 0; j < 4; ++j) {
       const double a = m[0][j], b = m[1][j], z = m[2][j];
-      const double value[5] = {z, a, w * z - a, b, h * z - b};
-      const double size[5] = {std::fabs(z), std::fabs(a), w * std::fabs(z) + std::fabs(a), std::fabs(b),
-                              h * std::fabs(z) + std::fabs(b)};
+      const double value[5] = {z, a + low * z, w * z - a, b + low * z, h * z - b};
+      const double size[5] = {std::fabs(z), low * std::fabs(z) + std::fabs(a), w * std::fabs(z) + std::fabs(a),
+                              low * std::fabs(z) + std::fabs(b), h * std::fabs(z) + std::fabs(b)};
       normal[j] = value[f];
       magnitude[j] = size[f];
     }
@@ -114,7 +115,7 @@ Frustum make_frustum(const Projection& projection, float near, int width, int he
 }
 
 MIRAGE_SIMD
-int visible_groups(const PointBlock& block, const Frustum& frustum_, int32_t* groups) {
+int visible_groups(const GroupBounds& block, const Frustum& frustum_, int32_t* groups) {
   const Frustum frustum = frustum_;
   alignas(64) int32_t outside[kGroups];
   for (int g = 0; g < kGroups; ++g) {

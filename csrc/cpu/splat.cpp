@@ -9,7 +9,6 @@ namespace mirage::cpu {
 namespace {
 
 constexpr index_t kMaxKeyBytes = index_t{256} << 20;
-constexpr int kTile = 128;  // cells read out at a time: 32 rows of 48 floats stay in the first-level cache
 
 struct Grid {
   index_t views, cells;
@@ -41,48 +40,6 @@ void fill_keys(const float* points, index_t begin, index_t end, const Projection
         }
       }
     }
-  }
-}
-
-// Rows of features to columns of the output: out[c * stride + k] = rows[k][c]. Eight channels at a time over the whole
-// tile, so that stores run along a few output lines instead of hopping a channel plane each.
-template <typename Word>
-inline __attribute__((always_inline)) void transpose_rows(const Word* const* rows, int count, index_t channels,
-                                                          Word* out, index_t stride) {
-  const int whole = count / 8 * 8;
-  index_t c = 0;
-  for (; c + 8 <= channels; c += 8) {
-    for (int k = 0; k < whole; k += 8) {
-      // The lines this group of channels will write in the next tile: a plane apart, no hardware prefetcher finds them.
-      if (k % 16 == 0)
-        for (index_t i = c; i < c + 8; ++i) __builtin_prefetch(out + i * stride + k + kTile, 1);
-      transpose_8x8(rows + k, c, out + c * stride + k, stride);
-    }
-    for (int k = whole; k < count; ++k)
-      for (index_t i = c; i < c + 8; ++i) out[i * stride + k] = rows[k][i];
-  }
-  for (; c < channels; ++c)
-    for (int k = 0; k < count; ++k) out[c * stride + k] = rows[k][c];
-}
-
-MIRAGE_SIMD
-void transpose_rows_32(const uint32_t* const* rows, int count, index_t channels, uint32_t* out, index_t stride) {
-  transpose_rows(rows, count, channels, out, stride);
-}
-
-MIRAGE_SIMD
-void transpose_rows_16(const uint16_t* const* rows, int count, index_t channels, uint16_t* out, index_t stride) {
-  transpose_rows(rows, count, channels, out, stride);
-}
-
-template <typename T>
-void transpose_tile(const T* const* rows, int count, index_t channels, T* out, index_t stride) {
-  if constexpr (sizeof(T) == 4) {
-    transpose_rows_32(reinterpret_cast<const uint32_t* const*>(rows), count, channels,
-                      reinterpret_cast<uint32_t*>(out), stride);
-  } else {
-    transpose_rows_16(reinterpret_cast<const uint16_t* const*>(rows), count, channels,
-                      reinterpret_cast<uint16_t*>(out), stride);
   }
 }
 

@@ -56,4 +56,21 @@ inline __attribute__((always_inline)) void transpose_8x8(const Word* const* rows
   for (int j = 0; j < 8; ++j) __builtin_memcpy(out + j * stride, &r[j], sizeof(Vector));
 }
 
+constexpr int kTile = 128;  // cells read out at a time: 32 rows of 48 floats stay in the first-level cache
+
+// Rows of features to columns of the output: out[c * stride + k] = rows[k][c], for 4-byte and 2-byte elements.
+void transpose_rows_32(const uint32_t* const* rows, int count, index_t channels, uint32_t* out, index_t stride);
+void transpose_rows_16(const uint16_t* const* rows, int count, index_t channels, uint16_t* out, index_t stride);
+
+template <typename T>
+void transpose_tile(const T* const* rows, int count, index_t channels, T* out, index_t stride) {
+  if constexpr (sizeof(T) == 4) {
+    transpose_rows_32(reinterpret_cast<const uint32_t* const*>(rows), count, channels,
+                      reinterpret_cast<uint32_t*>(out), stride);
+  } else {
+    transpose_rows_16(reinterpret_cast<const uint16_t* const*>(rows), count, channels,
+                      reinterpret_cast<uint16_t*>(out), stride);
+  }
+}
+
 }  // namespace mirage::cpu

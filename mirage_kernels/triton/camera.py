@@ -188,12 +188,19 @@ def cell_begin(i, cells, pixels):
 
 
 @triton.jit
-def load_points(points, row, mask, BLOCK: tl.constexpr):
-    """x, y, z of points (N, 4), by one 16-byte load each."""
+def load_rows(points, row, mask, BLOCK: tl.constexpr):
+    """x, y, z and footprint of points (N, 4), by one 16-byte load each."""
     tile = tl.load(points + row[:, None] * 4 + tl.arange(0, 4)[None, :], mask[:, None], other=0.0)
     xz, yf = tl.split(tl.reshape(tile, (BLOCK, 2, 2)))
     x, z = tl.split(xz)
-    y, _ = tl.split(yf)
+    y, footprint = tl.split(yf)
+    return x, y, z, footprint
+
+
+@triton.jit
+def load_points(points, row, mask, BLOCK: tl.constexpr):
+    """x, y, z of points (N, 4), by one 16-byte load each."""
+    x, y, z, _ = load_rows(points, row, mask, BLOCK)
     return x, y, z
 
 

@@ -178,10 +178,14 @@ inline unsigned long long atomicAdd(unsigned long long* at, unsigned long long v
 inline unsigned long long atomicMin(unsigned long long* at, unsigned long long value) {
   return emulator::atomic(at, [=](unsigned long long old) { return value < old ? value : old; });
 }
+inline unsigned atomicMin(unsigned* at, unsigned value) {
+  return emulator::atomic(at, [=](unsigned old) { return value < old ? value : old; });
+}
 inline unsigned atomicOr(unsigned* at, unsigned value) {
   return emulator::atomic(at, [=](unsigned old) { return old | value; });
 }
 
+inline float __fsqrt_rn(float value) { return __builtin_sqrtf(value); }
 inline int __popc(unsigned value) { return __builtin_popcount(value); }
 inline int __clz(int value) { return value == 0 ? 32 : __builtin_clz(static_cast<unsigned>(value)); }
 inline unsigned __float_as_uint(float value) { return __builtin_bit_cast(unsigned, value); }

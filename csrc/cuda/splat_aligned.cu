@@ -1,0 +1,440 @@
+// splat_aligned on CUDA: nearest depths, depths in the holes they leave, best fits of every cell, and their blend.
+//
+// In: points (N, 4), features (N, C), frame_ids (N,), frame_centers (F, 3), cameras of T views.
+// Out: latents (T, C, h, w), mask, depth, index (T, h, w), keys (T, h, w, kFits). Minima by integer atomics, best-of lists
+// by a chain of them: the same in whatever order the tokens come.
+#include "../core/fit.h"
+#include "common.cuh"
+
+namespace mirage::cuda {
+namespace {
+
+constexpr int kPointThreads = 256;
+constexpr int kViewsAtOnce = 16;  // readers held in shared memory
+constexpr int kCells = 32;        // cells of one read-out block: a warp's store is one 128-byte line of float32
+constexpr int kChannels = 64;     // channels staged at a time
+constexpr int kReadThreads = 256;
+constexpr int kBlocks = 3;  // of any kernel on a processor: 80 registers a thread
+constexpr int kLaneChannels = 4;  // channels that a lane sums at a time in the backward pass
+constexpr unsigned kNoDepth = 0xffffffffu;
+constexpr int kReaderWords = sizeof(Reader) / 4;
+static_assert(sizeof(Reader) == 64);
+
+struct Tokens {
+  const float4* points;
+  const int64_t* num_points;
+  index_t capacity;
+  const int32_t* frame_ids;
+  const float* frame_centers;
+  int frames;
+};
+
+struct Views {
+  const Reader* readers;
+  int count, height, width;
+  float near;
+};
+
+__global__ void make_readers_kernel(const double* intrinsics, const double* cam2world, int views, Reader* readers) {
+  const int t = blockIdx.x * blockDim.x + threadIdx.x;
+  if (t < views) readers[t] = make_reader(intrinsics + t * 9, cam2world + t * 16);
+}
+
+__device__ __forceinline__ Fit fit_point(const Tokens& tokens, index_t i, const float4& p, const Reader& reader,
+                                         float* writer) {
+  const int32_t id = __ldg(tokens.frame_ids + i);
+  const bool known = id >= 0 && id < tokens.frames;
+  for (int axis = 0; axis < 3; ++axis)
+    writer[axis] = known ? __ldg(tokens.frame_centers + index_t{3} * id + axis) : bits_float(0x7fc00000u);
+  return fit_token(reader, p.x, p.y, p.z, p.w, writer);
+}
+
+// Calls f(cell, distance) for the cells that the token counts in while it is taken for one cell large.
+template <typename F>
+__device__ __forceinline__ void for_corners(const Fit& fit, int height, int width, const F& f) {
+  const int column = floor_cell(fit.u - 0.5f), row = floor_cell(fit.v - 0.5f);
+  for (int r = row; r <= row + 1; ++r) {
+    for (int c = column; c <= column + 1; ++c) {
+      const float distance = cell_distance(fit.u, fit.v, c, r);
+      if (distance <= kReach * kReach && r >= 0 && r < height && c >= 0 && c < width) f(r * width + c, distance);
+    }
+  }
+}
+
+// The same for those within its footprint.
+template <typename F>
+__device__ __forceinline__ void for_footprint(const Fit& fit, int height, int width, const F& f) {
+  const int column = floor_cell(fit.u), row = floor_cell(fit.v);
+  for (int r = max(row - kHoleReach, 0); r <= min(row + kHoleReach, height - 1); ++r) {
+    for (int c = max(column - kHoleReach, 0); c <= min(column + kHoleReach, width - 1); ++c) {
+      const float distance = cell_distance(fit.u, fit.v, c, r);
+      if (distance <= fit.radius * fit.radius) f(r * width + c, distance);
+    }
+  }
+}
+
+// Each thread takes a point with one 16-byte load and shows it to every view: f(i, view, fit) where it comes near a cell.
+template <typename F>
+__device__ __forceinline__ void for_fits(const Tokens& tokens, const Views& views, Reader* shared, const F& f) {
+  const index_t count = live_points(tokens.num_points, tokens.capacity);
+  const index_t stride = static_cast<index_t>(gridDim.x) * kPointThreads;
+  const float limit_u = static_cast<float>(views.width), limit_v = static_cast<float>(views.height);
+  for (int first = 0; first < views.count; first += kViewsAtOnce) {
+    const int number = min(kViewsAtOnce, views.count - first);
+    __syncthreads();
+    for (int k = threadIdx.x; k < number * kReaderWords; k += kPointThreads)
+      reinterpret_cast<float*>(shared)[k] = reinterpret_cast<const float*>(views.readers + first)[k];
+    __syncthreads();
+    for (index_t i = static_cast<index_t>(blockIdx.x) * kPointThreads + threadIdx.x; i < count; i += stride) {
+      const float4 p = __ldg(tokens.points + i);
+      float writer[3];
+      for (int t = 0; t < number; ++t) {
+        const Fit fit = fit_point(tokens, i, p, shared[t], writer);
+        if (around_view(fit.u, fit.v, fit.z, views.near, limit_u, limit_v)) f(i, first + t, fit);
+      }
+    }
+  }
+}
+
+// The plain loads before atomics here can only be stale towards "farther" or "worse": they spare atomics and lose none.
+__device__ __forceinline__ void lower_depth(unsigned* at, float z) {
+  const unsigned bits = float_bits(z);
+  if (bits < __ldcg(at)) atomicMin(at, bits);
+}
+
+__global__ void __launch_bounds__(kPointThreads, kBlocks) nearest_kernel(Tokens tokens, Views views, unsigned* narrow) {
+  __shared__ Reader shared[kViewsAtOnce];
+  const index_t cells = static_cast<index_t>(views.height) * views.width;
+  for_fits(tokens, views, shared, [&](index_t, int t, const Fit& fit) {
+    for_corners(fit, views.height, views.width,
+                [&](int cell, float) { lower_depth(narrow + t * cells + cell, fit.z); });
+  });
+}
+
+__global__ void __launch_bounds__(kPointThreads, kBlocks)
+    hole_kernel(Tokens tokens, Views views, const unsigned* __restrict__ narrow, unsigned* wide) {
+  __shared__ Reader shared[kViewsAtOnce];
+  const index_t cells = static_cast<index_t>(views.height) * views.width;
+  for_fits(tokens, views, shared, [&](index_t, int t, const Fit& fit) {
+    if (!(fit.radius > kReach)) return;
+    for_footprint(fit, views.height, views.width, [&](int cell, float) {
+      if (narrow[t * cells + cell] == kNoDepth) lower_depth(wide + t * cells + cell, fit.z);
+    });
+  });
+}
+
+// Every place of a list keeps the lesser key and hands the greater on. What came into a list thus leaves its least keys in
+// it, in order, whichever way the insertions mix.
+__device__ __forceinline__ void insert_key(unsigned long long* list, unsigned long long key) {
+  if (__ldcg(list + kFits - 1) < key) return;
+  for (int k = 0; k < kFits && key != kNoFit; ++k) {
+    if (__ldcg(list + k) < key) continue;
+    const unsigned long long held = atomicMin(list + k, key);
+    key = held < key ? key : held;
+  }
+}
+
+__global__ void __launch_bounds__(kPointThreads, kBlocks)
+    best_kernel(Tokens tokens, Views views, const unsigned* __restrict__ narrow, const unsigned* __restrict__ wide,
+                unsigned long long* keys) {
+  __shared__ Reader shared[kViewsAtOnce];
+  const index_t cells = static_cast<index_t>(views.height) * views.width;
+  for_fits(tokens, views, shared, [&](index_t i, int t, const Fit& fit) {
+    const auto insert = [&](index_t at, unsigned surface, float distance) {
+      if (fit.z <= kGate * bits_float(surface))
+        insert_key(keys + at * kFits, make_key(distance + fit.lack, static_cast<uint32_t>(i)));
+    };
+    for_corners(fit, views.height, views.width, [&](int cell, float distance) {
+      const index_t at = t * cells + cell;
+      insert(at, narrow[at], distance);
+    });
+    if (!(fit.radius > kReach)) return;
+    for_footprint(fit, views.height, views.width, [&](int cell, float distance) {
+      const index_t at = t * cells + cell;
+      if (narrow[at] == kNoDepth) insert(at, wide[at], distance);
+    });
+  });
+}
+
+// A block reads out kCells neighbouring cells of one view: rows are blended along the channels, turned in shared memory,
+// and go out along the cells.
+template <typename In, typename Out>
+__global__ void __launch_bounds__(kReadThreads, kBlocks)
+    read_out_kernel(const int64_t* __restrict__ keys, const float4* __restrict__ points,
+                    const Reader* __restrict__ readers, const In* __restrict__ features, int channels, index_t cells,
+                    float sharpness, Out* __restrict__ latents, bool* __restrict__ mask, float* __restrict__ depth,
+                    int64_t* __restrict__ index) {
+  __shared__ float tile[kCells][kChannels + 1];
+  __shared__ Blend blends[kCells];
+  const index_t tiles = (cells + kCells - 1) / kCells;
+  const index_t view = blockIdx.x / tiles, first = blockIdx.x % tiles * kCells;
+  const int count = static_cast<int>(min(static_cast<index_t>(kCells), cells - first));
+  if (threadIdx.x < count) {
+    const index_t at = view * cells + first + threadIdx.x;
+    const Blend blend = make_blend(keys + at * kFits, sharpness);
+    Blend& shared = blends[threadIdx.x];
+    shared.count = blend.count;
+    for (int k = 0; k < kFits; ++k) {
+      shared.token[k] = blend.token[k];
+      shared.share[k] = blend.share[k];
+    }
+    const bool seen = blend.count > 0;
+    mask[at] = seen;
+    index[at] = seen ? static_cast<int64_t>(blend.token[0]) : -1;
+    float z = 0.0f;
+    if (seen) {
+      const float4 p = __ldg(points + blend.token[0]);
+      z = project_point(readers[view].projection, p.x, p.y, p.z).z;
+    }
+    depth[at] = z;
+  }
+  for (int base = 0; base < channels; base += kChannels) {
+    const int number = min(kChannels, channels - base);
+    __syncthreads();
+    for (int k = threadIdx.x; k < count * number; k += kReadThreads) {
+      const int cell = k / number, c = k % number;
+      const Blend& blend = blends[cell];
+      float value = 0.0f;
+      for (int n = 0; n < blend.count; ++n) {
+        const float part = blend.share[n] * to_float(features[blend.token[n] * static_cast<index_t>(channels) + base + c]);
+        value = n == 0 ? part : value + part;
+      }
+      tile[cell][c] = value;
+    }
+    __syncthreads();
+    const int cell = threadIdx.x % kCells;
+    if (cell < count)
+      for (int c = threadIdx.x / kCells; c < number; c += kReadThreads / kCells)
+        latents[(view * channels + base + c) * cells + first + cell] = from_float<Out>(tile[cell][c]);
+  }
+}
+
+// Backward, cell by cell: the gradient's rows (T cells, C) and, a place each, shares and slopes.
+template <typename In, typename Grad>
+__global__ void __launch_bounds__(kReadThreads, kBlocks)
+    share_kernel(const Grad* __restrict__ grad, const int64_t* __restrict__ keys, const In* __restrict__ features,
+                 int channels, index_t cells, float sharpness, bool of_points, float* __restrict__ rows,
+                 float* __restrict__ shares, float* __restrict__ slopes) {
+  __shared__ float tile[kCells][kChannels + 1];
+  __shared__ float dots[kCells][kFits];
+  const index_t tiles = (cells + kCells - 1) / kCells;
+  const index_t view = blockIdx.x / tiles, first = blockIdx.x % tiles * kCells;
+  const int count = static_cast<int>(min(static_cast<index_t>(kCells), cells - first));
+  const int cell = threadIdx.x % kCells, k = threadIdx.x / kCells;
+  const index_t at = view * cells + first + cell;
+  const Grad* own = grad + view * channels * cells + first + cell;
+  if (of_points && cell < count && k < kFits) {
+    float sum = 0.0f;
+    if (k < make_blend(keys + at * kFits, sharpness).count) {
+      const In* row = features + key_index(keys[at * kFits + k]) * static_cast<index_t>(channels);
+      for (int c = 0; c < channels; ++c) sum += to_float(own[c * cells]) * to_float(row[c]);
+    }
+    dots[cell][k] = sum;
+  }
+  __syncthreads();
+  if (threadIdx.x < count) {
+    const Blend blend = make_blend(keys + at * kFits, sharpness);
+    float slope[kFits] = {};
+    if (of_points) fit_slopes(blend, dots[cell], sharpness, slope);
+    for (int n = 0; n < kFits; ++n) {
+      shares[at * kFits + n] = blend.share[n];
+      slopes[at * kFits + n] = slope[n];
+    }
+  }
+  for (int base = 0; base < channels; base += kChannels) {
+    const int number = min(kChannels, channels - base);
+    __syncthreads();
+    if (cell < count)
+      for (int c = k; c < number; c += kReadThreads / kCells) tile[cell][c] = to_float(own[(base + c) * cells]);
+    __syncthreads();
+    for (int n = threadIdx.x; n < count * number; n += kReadThreads)
+      rows[(view * cells + first + n / number) * channels + base + n % number] = tile[n / number][n % number];
+  }
+}
+
+// Backward, token by token: a warp finds the places that its token has, in order of view and cell, and sums there.
+template <typename Out>
+__global__ void __launch_bounds__(kPointThreads, kBlocks)
+    gather_kernel(Tokens tokens, Views views, const int64_t* __restrict__ keys, const float* __restrict__ rows,
+                  const float* __restrict__ shares, const float* __restrict__ slopes, int channels,
+                  Out* __restrict__ grad_features, float* __restrict__ grad_points) {
+  const int lane = threadIdx.x % 32;
+  const index_t cells = static_cast<index_t>(views.height) * views.width;
+  const index_t stride = static_cast<index_t>(gridDim.x) * (kPointThreads / 32);
+  const float limit_u = static_cast<float>(views.width), limit_v = static_cast<float>(views.height);
+  for (index_t i = static_cast<index_t>(blockIdx.x) * (kPointThreads / 32) + threadIdx.x / 32; i < tokens.capacity;
+       i += stride) {
+    const float4 p = __ldg(tokens.points + i);
+    const float point[4] = {p.x, p.y, p.z, p.w};
+    for (int base = 0; base == 0 || base < channels; base += 32 * kLaneChannels) {
+      float sum[kLaneChannels] = {}, total[4] = {};
+      for (int t = 0; t < views.count; ++t) {
+        float writer[3];
+        const Fit fit = fit_point(tokens, i, p, views.readers[t], writer);
+        if (!around_view(fit.u, fit.v, fit.z, views.near, limit_u, limit_v)) continue;
+        float slope_u = 0.0f, slope_v = 0.0f, slope = 0.0f;
+        bool found = false;
+        for_footprint(fit, views.height, views.width, [&](int cell, float) {
+          const index_t at = t * cells + cell;
+          for (int k = 0; k < kFits; ++k) {
+            if (keys[at * kFits + k] == static_cast<int64_t>(kNoFit)) break;
+            if (key_index(keys[at * kFits + k]) != i) continue;
+            const float share = shares[at * kFits + k], s = slopes[at * kFits + k];
+            if (!(share > 0.0f)) break;
+            found = true;
+            for (int n = 0; n < kLaneChannels; ++n) {
+              const int c = base + n * 32 + lane;
+              if (c < channels) sum[n] += share * rows[at * channels + c];
+            }
+            slope_u += s * (2.0f * (fit.u - (static_cast<float>(cell % views.width) + 0.5f)));
+            slope_v += s * (2.0f * (fit.v - (static_cast<float>(cell / views.width) + 0.5f)));
+            slope += s;
+            break;
+          }
+        });
+        if (found && grad_points != nullptr && base == 0)
+          add_fit_gradient(views.readers[t], point, writer, slope_u, slope_v, slope, total);
+      }
+      for (int n = 0; n < kLaneChannels; ++n) {
+        const int c = base + n * 32 + lane;
+        if (c < channels) grad_features[i * channels + c] = from_float<Out>(sum[n]);
+      }
+      if (grad_points != nullptr && base == 0 && lane == 0)
+        for (int j = 0; j < 4; ++j) grad_points[4 * i + j] = total[j];
+    }
+  }
+}
+
+Tokens make_tokens(const Tensor& points, const std::optional<Tensor>& num_points, const Tensor& frame_ids,
+                   const Tensor& frame_centers) {
+  return {input<float4>(points),         count_pointer(num_points),   points.size(0),
+          input<int32_t>(frame_ids),     input<float>(frame_centers), static_cast<int>(frame_centers.size(0))};
+}
+
+Tensor make_readers(const Tensor& intrinsics, const Tensor& cam2world, cudaStream_t stream) {
+  const int views = static_cast<int>(cam2world.size(0));
+  Tensor readers = new_tensor(cam2world, {views, kReaderWords}, ScalarType::Float);
+  make_readers_kernel<<<(views + 63) / 64, 64, 0, stream>>>(input<double>(intrinsics), input<double>(cam2world), views,
+                                                            output<Reader>(readers));
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  return readers;
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> splat_aligned(
+    const Tensor& points_, const Tensor& features_, const std::optional<Tensor>& num_points, const Tensor& frame_ids_,
+    const Tensor& frame_centers_, const Tensor& intrinsics_, const Tensor& cam2world_, int64_t height, int64_t width,
+    double near, double sharpness, ScalarType dtype) {
+  const torch::stable::accelerator::DeviceGuard guard(points_.get_device_index());
+  const Tensor points = checked_points(points_);
+  const Tensor features = as_contiguous(features_);
+  const Tensor frame_ids = checked(frame_ids_, ScalarType::Int, "frame_ids");
+  const Tensor frame_centers = checked(frame_centers_, ScalarType::Float, "frame_centers");
+  const Tensor intrinsics = checked(intrinsics_, ScalarType::Double, "intrinsics");
+  const Tensor cam2world = checked(cam2world_, ScalarType::Double, "cam2world");
+  const cudaStream_t stream = current_stream(points);
+  const index_t views = cam2world.size(0), channels = features.size(1), cells = height * width;
+  const index_t capacity = points.size(0);
+
+  Tensor latents = new_tensor(points, {views, channels, height, width}, dtype);
+  Tensor mask = new_tensor(points, {views, height, width}, ScalarType::Bool);
+  Tensor depth = new_tensor(points, {views, height, width}, ScalarType::Float);
+  Tensor index = new_tensor(points, {views, height, width}, ScalarType::Long);
+  Tensor keys = new_tensor(points, {views, height, width, kFits}, ScalarType::Long);
+  if (views * cells == 0) return {latents, mask, depth, index, keys};
+
+  fill_bytes(keys, static_cast<int>(kNoFit & 0xff), stream);
+  const Tensor readers = make_readers(intrinsics, cam2world, stream);
+  if (capacity > 0) {
+    Tensor narrow = new_tensor(points, {views, cells}, ScalarType::Int);
+    Tensor wide = new_tensor(points, {views, cells}, ScalarType::Int);
+    fill_bytes(narrow, 0xff, stream);
+    fill_bytes(wide, 0xff, stream);
+    const Tokens tokens = make_tokens(points, num_points, frame_ids, frame_centers);
+    const Views seen{input<Reader>(readers), static_cast<int>(views), static_cast<int>(height), static_cast<int>(width),
+                     static_cast<float>(near)};
+    const unsigned grid = grid_for(capacity, kPointThreads, 16);
+    nearest_kernel<<<grid, kPointThreads, 0, stream>>>(tokens, seen, output<unsigned>(narrow));
+    STD_CUDA_KERNEL_LAUNCH_CHECK();
+    hole_kernel<<<grid, kPointThreads, 0, stream>>>(tokens, seen, input<unsigned>(narrow), output<unsigned>(wide));
+    STD_CUDA_KERNEL_LAUNCH_CHECK();
+    best_kernel<<<grid, kPointThreads, 0, stream>>>(tokens, seen, input<unsigned>(narrow), input<unsigned>(wide),
+                                                    output<unsigned long long>(keys));
+    STD_CUDA_KERNEL_LAUNCH_CHECK();
+  }
+
+  const index_t blocks = views * divide_up(cells, kCells);
+  STD_TORCH_CHECK(blocks < (index_t{1} << 31), "size and the number of views must stay below 2^31 blocks of 32 cells");
+  for_feature_type(features.scalar_type(), [&](auto in) {
+    using In = decltype(in);
+    for_feature_type(dtype, [&](auto out) {
+      using Out = decltype(out);
+      read_out_kernel<In, Out><<<static_cast<unsigned>(blocks), kReadThreads, 0, stream>>>(
+          input<int64_t>(keys), input<float4>(points), input<Reader>(readers), input<In>(features),
+          static_cast<int>(channels), cells, static_cast<float>(sharpness), output<Out>(latents), output<bool>(mask),
+          output<float>(depth), output<int64_t>(index));
+    });
+  });
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  return {latents, mask, depth, index, keys};
+}
+
+std::tuple<Tensor, Tensor> splat_aligned_backward(const Tensor& grad_latents_, const Tensor& points_,
+                                                  const Tensor& features_, const Tensor& frame_ids_,
+                                                  const Tensor& frame_centers_, const Tensor& intrinsics_,
+                                                  const Tensor& cam2world_, const Tensor& keys_, double sharpness,
+                                                  bool of_points) {
+  const torch::stable::accelerator::DeviceGuard guard(points_.get_device_index());
+  const Tensor grad_latents = as_contiguous(grad_latents_), features = as_contiguous(features_);
+  const Tensor points = checked_points(points_);
+  const Tensor frame_ids = checked(frame_ids_, ScalarType::Int, "frame_ids");
+  const Tensor frame_centers = checked(frame_centers_, ScalarType::Float, "frame_centers");
+  const Tensor intrinsics = checked(intrinsics_, ScalarType::Double, "intrinsics");
+  const Tensor cam2world = checked(cam2world_, ScalarType::Double, "cam2world");
+  const Tensor keys = checked(keys_, ScalarType::Long, "keys");
+  const cudaStream_t stream = current_stream(points);
+  const index_t views = grad_latents.size(0), channels = grad_latents.size(1);
+  const index_t height = grad_latents.size(2), width = grad_latents.size(3), cells = height * width;
+  const index_t capacity = points.size(0);
+
+  Tensor grad_features = new_tensor(points, {capacity, channels}, features.scalar_type());
+  Tensor grad_points = new_tensor(points, {of_points ? capacity : 0, 4}, ScalarType::Float);
+  if (views * cells == 0 || capacity == 0) {
+    fill_bytes(grad_features, 0, stream);
+    fill_bytes(grad_points, 0, stream);
+    return {grad_features, grad_points};
+  }
+  const Tensor readers = make_readers(intrinsics, cam2world, stream);
+  Tensor rows = new_tensor(points, {views * cells, channels}, ScalarType::Float);
+  Tensor shares = new_tensor(points, {views * cells, kFits}, ScalarType::Float);
+  Tensor slopes = new_tensor(points, {views * cells, kFits}, ScalarType::Float);
+  const index_t blocks = views * divide_up(cells, kCells);
+  STD_TORCH_CHECK(blocks < (index_t{1} << 31), "size and the number of views must stay below 2^31 blocks of 32 cells");
+  for_feature_type(features.scalar_type(), [&](auto in) {
+    using In = decltype(in);
+    for_feature_type(grad_latents.scalar_type(), [&](auto given) {
+      using Grad = decltype(given);
+      share_kernel<In, Grad><<<static_cast<unsigned>(blocks), kReadThreads, 0, stream>>>(
+          input<Grad>(grad_latents), input<int64_t>(keys), input<In>(features), static_cast<int>(channels), cells,
+          static_cast<float>(sharpness), of_points, output<float>(rows), output<float>(shares), output<float>(slopes));
+    });
+    STD_CUDA_KERNEL_LAUNCH_CHECK();
+    // What the forward pass saw in front of `near` is in the keys; here nothing else is looked for.
+    const Tokens tokens = make_tokens(points, std::nullopt, frame_ids, frame_centers);
+    const Views seen{input<Reader>(readers), static_cast<int>(views), static_cast<int>(height), static_cast<int>(width),
+                     0.0f};
+    gather_kernel<In><<<grid_for(capacity * 32, kPointThreads, 16), kPointThreads, 0, stream>>>(
+        tokens, seen, input<int64_t>(keys), input<float>(rows), input<float>(shares), input<float>(slopes),
+        static_cast<int>(channels), output<In>(grad_features), of_points ? output<float>(grad_points) : nullptr);
+    STD_CUDA_KERNEL_LAUNCH_CHECK();
+  });
+  return {grad_features, grad_points};
+}
+
+}  // namespace mirage::cuda
+
+STABLE_TORCH_LIBRARY_IMPL(mirage, CUDA, m) {
+  m.impl("splat_aligned_compiled", TORCH_BOX(&mirage::cuda::splat_aligned));
+  m.impl("splat_aligned_backward_compiled", TORCH_BOX(&mirage::cuda::splat_aligned_backward));
+}
