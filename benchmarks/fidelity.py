@@ -18,7 +18,7 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -28,11 +28,13 @@ from mirage.rgbd import RGBDFrames, load_rgbd_folder
 from mirage_kernels import Cameras, LatentCache
 from mirage_kernels.compat import LatentPointCloud
 
-from .baseline import ConcatenatedMemory
+from .reference_memory import ReferenceMemory
 
 WRITTEN_EVERY, READ_EVERY, HELD_OUT = 10, 50, 5  # in frame numbers
 DETAIL = 8  # first channel that counts as detail
 CHANNELS, PATCH = 48, 16
+
+Reader: TypeAlias = Callable[[Cameras], tuple[Tensor, Tensor]]
 
 
 class Room(NamedTuple):
@@ -103,10 +105,10 @@ def measure(room: Room, rounds: int = 5) -> list[dict[str, Any]]:
 
     Milliseconds are those of 9 held-out views.
     """
-    size = tuple(room.latents.shape[2:])
+    size = (room.latents.shape[2], room.latents.shape[3])
     cache = LatentCache(CHANNELS)
     cache.write(room.latents, room.written.depth, room.written.cameras)
-    baseline = ConcatenatedMemory(CHANNELS)
+    baseline = ReferenceMemory(CHANNELS)
     for i in range(len(room.written)):
         camera = room.written.cameras[[i]]
         baseline.write(room.latents[[i]], room.written.depth[[i]], camera.intrinsics, camera.cam2world)
@@ -131,11 +133,14 @@ def measure(room: Room, rounds: int = 5) -> list[dict[str, Any]]:
         views = [release.project(pose) for pose in cameras.cam2world]
         return torch.stack([latents for latents, _ in views]), torch.stack([mask for _, mask in views])
 
-    def read(**options: Any) -> Callable[[Cameras], tuple[Tensor, Tensor]]:
+    def nine_views(function: Reader) -> Callable[[], Any]:
+        return lambda: function(room.truths["held-out"][0][:9])
+
+    def read(**options: Any) -> Reader:
         return lambda cameras: cache.read(cameras, size, **options)[:2]
 
     points = baseline.points
-    memories: dict[str, tuple[int, int, Callable[[Cameras], tuple[Tensor, Tensor]]]] = {
+    memories: dict[str, tuple[int, int, Reader]] = {
         "published": (
             int(release.valid_mask.sum()),
             release.points_world.nbytes + release.features.nbytes,
@@ -151,12 +156,11 @@ def measure(room: Room, rounds: int = 5) -> list[dict[str, Any]]:
             read(splat="aligned", sharpness=sharpness),
         )
     rows = []
-    nine = room.truths["held-out"][0][:9]
     for name, (tokens, nbytes, function) in memories.items():
         row: dict[str, Any] = {"memory": name, "tokens": tokens, "bytes": nbytes}
         for poses, (cameras, true) in room.truths.items():
             row[poses] = score(*function(cameras), true)._asdict()
-        row["read_ms"] = median_ms(lambda function=function: function(nine), rounds)
+        row["read_ms"] = median_ms(nine_views(function), rounds)
         rows.append(row)
     return rows
 

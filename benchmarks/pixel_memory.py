@@ -175,7 +175,7 @@ class KernelPixelMemory:
     def render(self, cameras: Cameras, size: tuple[int, int]) -> Pictures:
         """F pictures of ``size`` = (height, width)."""
         if self.splat == "nearest":
-            view = self.cache.read(cameras, size, near=NEAR)
+            view = self.cache.read(cameras, size, splat="nearest", near=NEAR)
             return Pictures(view.latents[:, :3], view.mask)
         cameras = cameras.to(self.cache.device).resized(size)
         rgb = torch.zeros(len(cameras), 3, *size, device=self.cache.device)

@@ -44,14 +44,14 @@ def test_latent(size: Size, references: bool, bench: Any) -> None:
     candidates = _candidates(size, bench.device)
 
     def condition() -> Any:
-        view = cache.read(views, size.grid)
+        view = cache.read(views, size.grid, splat="nearest")
         control = _control(view.latents, view.mask)
         if not references:
             return control
         scores = cache.view_overlap(candidates, views, size.grid)
         return control, scores.topk(min(REFERENCES, len(candidates))).indices
 
-    seen = int(cache.read(views, size.grid).mask.sum())
+    seen = int(cache.read(views, size.grid, splat="nearest").mask.sum())
     nbytes = memories.read_bytes(size, bench.device, seen, torch.bfloat16)
     variant = "latent, bf16" if references else "latent, bf16, no reference frames"
     bench.measure("condition", NAME, variant, size.label, nbytes, condition, rounds=41, graph=not references)

@@ -57,7 +57,7 @@ class _Side:
         views = scenes.latent_views(cameras).resized(self.size.grid)
         if isinstance(self.memory, ReferenceMemory):
             return self.memory.read(views.intrinsics, views.cam2world, self.size.grid)
-        return self.memory.read(views, self.size.grid)
+        return self.memory.read(views, self.size.grid, splat="nearest")
 
     def points(self) -> torch.Tensor:
         if isinstance(self.memory, memories.PlainPixelMemory):

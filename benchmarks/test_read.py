@@ -21,7 +21,7 @@ LATENT += [(f"latent, bf16, {splat}", torch.bfloat16, splat) for splat in SPLATS
 def test_latent(size: Size, variant: str, dtype: torch.dtype, splat: str, bench: Any) -> None:
     cache = memories.latent_cache(size, bench.device, dtype)
     views = scenes.latent_views(scenes.chunk_cameras(size)).to(bench.device).resized(size.grid)
-    seen = int(cache.read(views, size.grid).mask.sum())
+    seen = int(cache.read(views, size.grid, splat="nearest").mask.sum())
     assert seen > 0.5 * len(views) * size.grid[0] * size.grid[1]
     nbytes = memories.read_bytes(size, bench.device, seen, dtype)
     if variant == "latent, bf16":
@@ -39,11 +39,11 @@ def test_latent_with_cold_caches(size: Size, bench: Any) -> None:
         pytest.skip("on a GPU every variant is measured warm and cold")
     cache = memories.latent_cache(size, bench.device, torch.bfloat16)
     views = scenes.latent_views(scenes.chunk_cameras(size)).resized(size.grid)
-    seen = int(cache.read(views, size.grid).mask.sum())
+    seen = int(cache.read(views, size.grid, splat="nearest").mask.sum())
     nbytes = memories.read_bytes(size, bench.device, seen, torch.bfloat16)
     bench.measure(
         "read", "9 latent views", "latent, bf16, cold caches", size.label, nbytes,
-        lambda: cache.read(views, size.grid), rounds=21, setup=flush_cpu_caches,
+        lambda: cache.read(views, size.grid, splat="nearest"), rounds=21, setup=flush_cpu_caches,
     )  # fmt: skip
 
 
@@ -67,7 +67,7 @@ def test_reference_is_not_exact(size: Size, bench: Any) -> None:
     bench.record("read", "cells wrong", "reference", size.label, value=wrong)
     bench.record("read", "cells that change", "reference", size.label, value=changed)
     cache = memories.latent_cache(size, bench.device, torch.float32)
-    reads = [cache.read(views, size.grid) for _ in range(5)]
+    reads = [cache.read(views, size.grid, splat="nearest") for _ in range(5)]
     same = [torch.equal(view.latents, reads[0].latents) and torch.equal(view.index, reads[0].index) for view in reads]
     assert all(same)
     bench.record("read", "cells that change", "latent, f32", size.label, value=0.0)

@@ -30,6 +30,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, UMT5EncoderModel
 
 from mirage_kernels import Cameras, LatentCache
+from mirage_kernels.cache import SPLATS
 
 from .adapter import MirageMemoryAdapter
 from .checkpoints import load_lora
@@ -314,6 +315,7 @@ class MiragePipeline(DiffusionPipeline, WanLoraLoaderMixin):
         sigmas: Sequence[float] | str | None = "published",
         guidance_scale: float = 1.0,
         memory_scale: float = 1.0,
+        splat: str = "aligned",
         max_reference_frames: int = 4,
         reference_threshold: float = 0.04,
         reference_voxel_size: float = 0.1,
@@ -345,6 +347,8 @@ class MiragePipeline(DiffusionPipeline, WanLoraLoaderMixin):
                 scheduler's own, as in diffusers' Wan pipelines.
             guidance_scale: above 1, classifier-free guidance.
             memory_scale: factor of the memory's hints.
+            splat: how the memory is read, see :meth:`~mirage_kernels.LatentCache.read`; an adapter of the published
+                release was trained on "nearest".
             max_reference_frames: earlier latent frames, at most, that see what the chunk will see, by `view_overlap`.
             reference_threshold: least overlap (IoU of voxel sets) of a reference frame.
             reference_voxel_size: edge of these voxels in world units.
@@ -398,6 +402,7 @@ class MiragePipeline(DiffusionPipeline, WanLoraLoaderMixin):
             sigmas=levels,
             guidance_scale=guidance_scale,
             memory_scale=memory_scale,
+            splat=splat,
             max_reference_frames=max_reference_frames,
             reference_threshold=reference_threshold,
             reference_voxel_size=reference_voxel_size,
@@ -778,6 +783,8 @@ def check_models(
 
 
 def _check_settings(settings: Settings) -> None:
+    if settings.splat not in SPLATS:
+        raise ValueError(f"splat must be one of {', '.join(SPLATS)}, got {settings.splat!r}")
     for name, least in (("num_inference_steps", 1), ("max_reference_frames", 0), ("preceding_frames", 0)):
         value = getattr(settings, name)
         if isinstance(value, bool) or not isinstance(value, int) or value < least:

@@ -48,6 +48,7 @@ class Settings:
     sigmas: tuple[float, ...] | None
     guidance_scale: float
     memory_scale: float
+    splat: str
     max_reference_frames: int
     reference_threshold: float
     reference_voxel_size: float
@@ -343,7 +344,7 @@ class MirageSession:
         preceding = list(range(max(last - settings.preceding_frames, 0), last)) if shared else []
 
         with self._timed(seconds, "read"):
-            view = self.cache.read(targets, size=self.latent_size)
+            view = self.cache.read(targets, size=self.latent_size, splat=settings.splat)
             references, overlaps = self._choose_references(targets)
         with self._timed(seconds, "denoise"):
             latents = self._pipeline.denoise(

@@ -219,7 +219,7 @@ class GeometricFilter:
             agreeing += agreed
         past = self._choose_past(views.past, points[known])
         if past is not None:
-            shown = views.cache.read(past, views.latent_size).depth
+            shown = views.cache.read(past, views.latent_size, splat="nearest").depth
             for t, projection in enumerate(_projections(past.resized(views.latent_size))):
                 opposed, agreed = self._votes(points, known, projection, shown[t])
                 against += opposed

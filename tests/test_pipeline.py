@@ -155,6 +155,18 @@ def test_memory_changes_what_is_generated(pipe: MiragePipeline) -> None:
     assert torch.equal(latents(pipe, 9), with_memory)  # the same bits in every run
 
 
+def test_the_memory_is_read_as_asked(pipe: MiragePipeline) -> None:
+    shown: dict[str, Tensor] = {}
+    for splat in ("aligned", "nearest"):
+        kept: list[MirageChunk] = []
+        output = pipe(**options(13, splat=splat, callback_on_chunk_end=lambda _, chunk, kept=kept: kept.append(chunk)))
+        shown[splat] = kept[1].view.latents
+        output.cache.rollback((3 * LATENT[0] * LATENT[1], 3))  # the first chunk, as the second one saw it
+        again = output.cache.read(kept[1].cameras, LATENT, splat=splat)
+        assert torch.equal(again.latents, shown[splat])
+    assert not torch.equal(shown["aligned"], shown["nearest"])
+
+
 def test_frames_are_those_of_decoding_everything_at_once(pipe: MiragePipeline) -> None:
     frames = pipe(**options(25, output_type="pt")).frames
     video = latents(pipe, 25)
@@ -424,6 +436,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"output_type": None}, "output_type None needs a run_dir or a callback_on_chunk_end"),
     ({"generator": [torch.Generator()]}, "generator must be one torch.Generator"),
     ({"sigmas": "cosine"}, "sigmas must be numbers"),
+    ({"splat": "bilinear"}, "splat must be one of aligned, nearest, got 'bilinear'"),
     ({"num_inference_steps": 0}, "num_inference_steps must be an int >= 1, got 0"),
     ({"max_reference_frames": -1}, "max_reference_frames must be an int >= 0"),
     ({"reference_voxel_size": 0.0}, "reference_voxel_size must be finite"),

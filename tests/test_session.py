@@ -68,13 +68,16 @@ def test_what_was_written_is_read_when_the_camera_returns(pipe: MiragePipeline) 
     assert torch.equal(cache.features, latents.permute(0, 2, 3, 1).reshape(-1, 48))
 
     # Back at the start the camera sees the room where it is, in the latents that were generated for it.
-    view = cache.read(views[24], size=LATENT)
+    view = cache.read(views[24], size=LATENT, splat="nearest")
     assert view.mask.all()
     assert torch.equal(view.latents[0].permute(1, 2, 0), cache.features[view.index[0]])
     lowest = -torch.nn.functional.max_pool2d(-true_depth[:1], (16, 16))[0]
     highest = torch.nn.functional.max_pool2d(true_depth[:1], (16, 16))[0]
     margin = 0.1 * highest
     assert ((view.depth[0] > lowest - margin) & (view.depth[0] < highest + margin)).float().mean() > 0.95
+    # Aligned, a token of the first or the last frame fits best, but where another one stands well before it.
+    aligned = cache.read(views[24], size=LATENT)
+    assert torch.isin(cache.frame_ids[aligned.index[0]], torch.tensor([0, 6])).float().mean() > 0.5
     # With the image's tokens alone, exactly the image's latents.
     session = start(pipe, 25)
     session.seed(views[0])
