@@ -77,12 +77,14 @@ def machine(results: Results) -> str:
 def read(results: Results) -> str:
     one = _cpu(results)
     rows = one["rows"] if one else []
-    head = ["one chunk's read, CPU", "Mirage, bf16", "float32", "reference", "pixels, our kernels", "pixels, PyTorch"]
+    head = ["one chunk's read, CPU", "Mirage, nearest, bf16", "nearest, f32", "aligned, bf16", "reference"]
+    head += ["pixels, our kernels", "pixels, PyTorch"]
     lines = []
     for size in _sizes(rows, "read", "9 latent views", "latent, bf16"):
         best = _median(rows, "read", "9 latent views", "latent, bf16", size)
         others = [
             _median(rows, "read", "9 latent views", "latent, f32", size),
+            _median(rows, "read", "9 latent views", "latent, bf16, aligned", size),
             _median(rows, "read", "9 latent views", "reference", size),
             _median(rows, "read", "33 pictures", "pixel, kernels nearest", size),
             _median(rows, "read", "33 pictures", "pixel, plain", size),
