@@ -78,10 +78,13 @@ def test_chunk(bench: Any) -> None:
     picture = scenes.pictures(cameras[0], scenes.render_depth(cameras[0]))
     session = pipeline.start(picture, "a room", num_inference_steps=steps, generator=torch.Generator().manual_seed(0))
     made: list[dict[str, float]] = []
+    peak: list[int] = []
 
     def step(chunk: int) -> None:
         first = 0 if chunk == 0 else 1 + chunk * new
-        made.append(session.step(cameras[first : 1 + (chunk + 1) * new]).metrics["seconds"])
+        metrics = session.step(cameras[first : 1 + (chunk + 1) * new]).metrics
+        made.append(metrics["seconds"])
+        peak.append(metrics.get("peak_device_bytes", 0))
 
     step(0)
     whole = [bench.once(lambda chunk=chunk: step(chunk)) for chunk in range(1, chunks)]
@@ -89,5 +92,7 @@ def test_chunk(bench: Any) -> None:
     bench.file("chunk", "whole", what, label, None, whole)
     for part in PARTS:
         bench.file("chunk", part, what, label, None, [seconds[part] for seconds in made[1:]])
+    if bench.device.type == "cuda":
+        bench.record("chunk", "peak memory", what, label, nbytes=max(peak))
     assert summarise(whole).median >= summarise([seconds["read"] for seconds in made[1:]]).median
     assert len(session.cache) > 0
