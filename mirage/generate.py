@@ -169,7 +169,9 @@ def load_pipeline(options: GenerateOptions) -> Any:
     if options.model == TINY_RANDOM:
         from .tiny import tiny_random_pipeline
 
-        pipeline = tiny_random_pipeline().to(dtype)
+        pipeline = tiny_random_pipeline()
+        if dtype != torch.float32:
+            pipeline.to(dtype)
     else:
         pipeline = MiragePipeline.from_pretrained(options.model, dtype=dtype)
     if options.adapter is not None:
