@@ -160,6 +160,7 @@ class KernelPixelMemory:
     def __init__(self, splat: str = "nearest", device: torch.device | str = "cpu", capacity: int | None = None) -> None:
         self.splat = splat
         self.cache = LatentCache(4, dtype=torch.float32, device=device, capacity=capacity)
+        self._rows = torch.empty(0)  # colours and the unused channel, kept from write to write
 
     def __len__(self) -> int:
         return len(self.cache)
@@ -170,7 +171,13 @@ class KernelPixelMemory:
 
     def write(self, rgb: Tensor, depth: Tensor, cameras: Cameras) -> None:
         """Lift and append every pixel of known depth: rgb (T, 3, H, W) in [0, 1], depth (T, H, W)."""
-        self.cache.write(F.pad(rgb, (0, 0, 0, 0, 0, 1)), depth, cameras)
+        if self._rows.shape != (len(rgb), 4, *rgb.shape[2:]):
+            self._rows = rgb.new_zeros(len(rgb), 4, *rgb.shape[2:])
+        self._rows[:, :3] = rgb
+        # Where the grid is the depth map itself, either sampling gives each pixel its own depth; this one is the
+        # faster, and asks only that what is unknown be 0.
+        depth = depth.nan_to_num(0.0, 0.0, 0.0)
+        self.cache.write(self._rows, depth, cameras, depth_sampling="bilinear")
 
     def render(self, cameras: Cameras, size: tuple[int, int]) -> Pictures:
         """F pictures of ``size`` = (height, width)."""
