@@ -2,7 +2,8 @@
 
 What this file computes is what is true: the C++, CUDA and Triton kernels are held to it bit for bit in float32. It is
 written to be read. Camera matrices are composed in float64 and rounded once; per-point work then runs in the working
-dtype, one rounded operation at a time, in the order the kernels use (see ``csrc/core/camera.h``).
+dtype, one rounded operation at a time, in the order the kernels use (see ``csrc/core/camera.h``). Reads here know nothing
+of the bounds of blocks: those spare kernels work and change no result.
 
 Conventions: OpenCV axes (x right, y down, z forward); pixel coordinates are continuous, column j covers [j, j + 1).
 """
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 VOXEL_LIMIT = 2**20
+BLOCK = 256  # consecutive rows of points that share one box; the kernels' copy is kBlockTokens in csrc/core/frustum.h
 REPORT_FIELDS = ("written", "refused", "masked", "unknown_depth", "out_of_range", "non_finite")
 
 
@@ -481,6 +483,7 @@ def cache_write(
     depth_sampling: str,
     min_depth: float,
     max_depth: float,
+    bounds: Tensor | None = None,
 ) -> Tensor:
     """Definition of :func:`mirage_kernels.cache_write`: appends in token order, returns the six report counts."""
     size = (latents.shape[2], latents.shape[3])
@@ -502,6 +505,9 @@ def cache_write(
         features[start : start + fits] = rows[:fits].to(features.dtype)
         frame_ids[start : start + fits] = frames.expand_as(keep)[keep][:fits].to(frame_ids.dtype)
     count += fits
+    if bounds is not None and fits > 0:
+        first, end = start // BLOCK, start + fits
+        block_bounds(points[first * BLOCK : end], None, bounds[first : (end - 1) // BLOCK + 1])
     return torch.stack(
         [
             torch.tensor(fits, device=keep.device),
@@ -512,6 +518,21 @@ def cache_write(
             (static & known & in_range & ~finite).sum(),
         ]
     )
+
+
+def block_bounds(points: Tensor, num_points: Tensor | None, bounds: Tensor) -> None:
+    """Definition of :func:`mirage_kernels.block_bounds`: writes bounds (ceil(N / BLOCK), 6).
+
+    A point with a coordinate that is not finite does not count: no camera sees it. -0 becomes 0.
+    """
+    count = points.shape[0]
+    number = torch.arange(count, device=points.device)
+    live = torch.ones_like(number, dtype=torch.bool) if num_points is None else number < num_points
+    counts = (live & torch.isfinite(points[:, :3]).all(-1))[:, None]
+    for side, reduce, empty in ((slice(0, 3), "amin", torch.inf), (slice(3, 6), "amax", -torch.inf)):
+        bounds[:, side] = empty
+        block = (number // BLOCK)[:, None].expand(count, 3)
+        bounds[:, side].scatter_reduce_(0, block, torch.where(counts, points[:, :3], empty) + 0.0, reduce)
 
 
 def voxel_keys(points: Tensor, voxel_size: float) -> Tensor:
