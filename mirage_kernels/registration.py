@@ -32,6 +32,7 @@ def _fake_splat(
     width: int,
     near: float,
     dtype: torch.dtype,
+    bounds: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     shape = (cam2world.shape[0], height, width)
     return (
@@ -59,6 +60,7 @@ def _fake_splat_aligned(
     near: float,
     sharpness: float,
     dtype: torch.dtype,
+    bounds: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     seen = _fake_splat(points, features, num_points, intrinsics, cam2world, height, width, near, dtype)
     return (*seen, features.new_empty((cam2world.shape[0], height, width, FITS), dtype=torch.int64))
@@ -93,6 +95,10 @@ def _fake_cache_trim(points: Tensor, *args: Any) -> Tensor:
     return points.new_empty((), dtype=torch.int64)
 
 
+def _fake_block_bounds(*args: Any) -> None:
+    return None
+
+
 def _fake_view_overlap(
     points: Tensor, num_points: Tensor | None, intrinsics: Tensor, cam2world: Tensor, *args: Any
 ) -> Tensor:
@@ -114,13 +120,13 @@ def _splat_backward(family: str) -> Any:
         if ctx.needs_input_grad[1]:
             operator = private_operator("splat_backward", family)
             grad = operator(grad_latents.contiguous(), index, ctx.num_points, ctx.dtype)
-        return (None, grad, *([None] * 7))
+        return (None, grad, *([None] * 8))
 
     return backward
 
 
 def _setup_splat_aligned_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    points, features, _, frame_ids, frame_centers, intrinsics, cam2world, _, _, _, ctx.sharpness, _ = inputs
+    points, features, _, frame_ids, frame_centers, intrinsics, cam2world, _, _, _, ctx.sharpness, *_ = inputs
     _, mask, depth, index, keys = output
     ctx.save_for_backward(points, features, frame_ids, frame_centers, intrinsics, cam2world, keys)
     ctx.mark_non_differentiable(mask, depth, index, keys)
@@ -137,7 +143,7 @@ def _splat_aligned_backward(family: str) -> Any:
                 gradient if needed else None
                 for gradient, needed in zip(gradients, (of_features, of_points), strict=True)
             )
-        return (grad_points, grad_features, *([None] * 10))
+        return (grad_points, grad_features, *([None] * 11))
 
     return backward
 
@@ -151,6 +157,7 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "cache_write": _fake_cache_write,
     "bounded_write": _fake_bounded_write,
     "cache_trim": _fake_cache_trim,
+    "block_bounds": _fake_block_bounds,
     "view_overlap": _fake_view_overlap,
 }
 

@@ -291,6 +291,19 @@ def aligned_cells(
     return blended
 
 
+def block_bounds(points: np.ndarray, num_points: int | None = None) -> np.ndarray:
+    """(ceil(N / 256), 6): least and greatest x, y, z of the live points of each 256 whose coordinates are finite."""
+    live = len(points) if num_points is None else max(0, min(num_points, len(points)))
+    bounds = np.array([[math.inf] * 3 + [-math.inf] * 3] * -(-len(points) // 256)).reshape(-1, 6)
+    for k in range(live):
+        x, y, z = (float(value) for value in points[k, :3])
+        if math.isfinite(x) and math.isfinite(y) and math.isfinite(z):
+            box = bounds[k // 256]
+            box[:3] = [min(low, value) for low, value in zip(box[:3], (x, y, z), strict=True)]
+            box[3:] = [max(high, value) for high, value in zip(box[3:], (x, y, z), strict=True)]
+    return bounds + 0.0
+
+
 def splat_backward(grad_latents: np.ndarray, index: np.ndarray, num_points: int) -> np.ndarray:
     """(N, C): a token's gradient is the sum over the cells it won."""
     views, channels, height, width = grad_latents.shape

@@ -1,6 +1,6 @@
 // cache_write on the CPU: lift and judge every token row, count, then copy the kept rows to their places.
 //
-// In: latents (T, C, h, w), depth (T, H, W), cameras, mask. In place: points, features, frame_ids, count.
+// In: latents (T, C, h, w), depth (T, H, W), cameras, mask. In place: points, features, frame_ids, count, bounds.
 // Out: how many tokens were written, refused, masked, of unknown depth, out of range, not finite.
 #include "judge.h"
 #include "transpose.h"
@@ -58,7 +58,7 @@ void gather_features(const T* latents, index_t channels, index_t stride, const i
 Tensor cache_write(Tensor points, Tensor features, Tensor frame_ids, Tensor count, const Tensor& latents_,
                    const Tensor& depth_, const Tensor& intrinsics_, const Tensor& cam2world_,
                    const std::optional<Tensor>& mask_, int64_t first_frame, bool bilinear, double min_depth,
-                   double max_depth) {
+                   double max_depth, const std::optional<Tensor>& bounds) {
   const Tensor latents = as_contiguous(latents_);
   const Tensor depth = checked(depth_, ScalarType::Float, "depth");
   const Tensor intrinsics = checked(intrinsics_, ScalarType::Double, "intrinsics");
@@ -67,6 +67,7 @@ Tensor cache_write(Tensor points, Tensor features, Tensor frame_ids, Tensor coun
   if (mask_.has_value()) mask = checked(*mask_, ScalarType::Bool, "mask");
   STD_TORCH_CHECK(points.is_contiguous() && features.is_contiguous() && frame_ids.is_contiguous(),
                   "points, features and frame_ids must be contiguous: they are written in place");
+  if (bounds.has_value()) check_bounds(*bounds, points.size(0));
   const index_t views = latents.size(0), channels = latents.size(1), height = latents.size(2), width = latents.size(3);
   const Judged judged = judge_tokens(latents, depth, intrinsics, cam2world, mask, bilinear, static_cast<float>(min_depth),
                                      static_cast<float>(max_depth), features.scalar_type());
@@ -123,6 +124,11 @@ Tensor cache_write(Tensor points, Tensor features, Tensor frame_ids, Tensor coun
     });
   });
   *output<int64_t>(count) = start + report[0];
+  if (bounds.has_value() && report[0] > 0) {
+    const index_t end = start + report[0];
+    update_bounds(input<float>(points), end, start / kBlockTokens, divide_up(end, kBlockTokens), nullptr,
+                  output<float>(*bounds));
+  }
 
   Tensor result = new_tensor({6}, ScalarType::Long);
   std::copy(report, report + 6, output<int64_t>(result));
