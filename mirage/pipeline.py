@@ -35,6 +35,7 @@ from mirage_kernels.cache import SPLATS
 from .adapter import MirageMemoryAdapter
 from .checkpoints import load_lora
 from .chunks import CHUNK_FRAMES, STRIDE, check_num_frames
+from .conditioning import CleanFrames, make_memory_context, make_scores
 from .depth import DepthEstimator, GivenDepth, make_depth_estimator
 from .extras import import_extra
 from .latent_depth import LatentDepth
@@ -494,22 +495,13 @@ class MiragePipeline(DiffusionPipeline, WanLoraLoaderMixin):
             visible: (F, h, w) bool.
         """
         latents = readout.movedim(0, 1)[None].to(self._execution_device, torch.float32)
-        if self.memory_adapter.conditioning == "mask":
-            extra = visible[None, None].to(latents)
-        else:
-            extra = self._score_latents(*latents.shape[2:]).to(latents)
-        return torch.cat([latents, extra], dim=1)
+        scores = self._score_latents(*latents.shape[2:]) if self.memory_adapter.conditioning == "scores" else None
+        return make_memory_context(latents, visible[None], scores)
 
     def _score_latents(self, frames: int, height: int, width: int) -> Tensor:
-        """(1, C, F, h, w) latents of an all-ones video: the published score channels, which depend on the shape alone.
-
-        The VAE is causal: those of fewer frames are the first ones of those of more.
-        """
         known = self._scores.get((height, width))
         if known is None or known.shape[2] < frames:
-            ratio = self.vae_scale_factor_spatial
-            ones = torch.ones(1, 3, STRIDE * (frames - 1) + 1, height * ratio, width * ratio)
-            known = encode_frames(self.vae, ones)
+            known = make_scores(self.vae, frames, height, width)
             self._scores = {(height, width): known}
         return known[:, :, :frames]
 
@@ -549,13 +541,11 @@ class MiragePipeline(DiffusionPipeline, WanLoraLoaderMixin):
 
         def as_video(frames: Tensor | None) -> Tensor:
             """(1, C, F, h, w) float32, without frames for None."""
-            if frames is None:
-                return first[:, :, :0]
+            frames = first_latent[:0] if frames is None else frames
             return frames.movedim(0, 1)[None].to(device, torch.float32)
 
-        first = first_latent.movedim(0, 1)[None].to(device, torch.float32)
-        before, after = as_video(references), as_video(preceding)
-        num_before = before.shape[2]
+        first = as_video(first_latent)
+        clean = CleanFrames(first, as_video(references), as_video(preceding))
         memory_context = None
         if self.memory_adapter is not None:
             memory_context = self.make_memory_context(readout, visible).to(dtype)
@@ -570,8 +560,7 @@ class MiragePipeline(DiffusionPipeline, WanLoraLoaderMixin):
 
         shape = (1, first.shape[1], num_latents, *first.shape[3:])
         latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
-        denoised = torch.zeros(num_before + num_latents + after.shape[2], device=device)  # 1 per frame that is
-        denoised[num_before + 1 : num_before + num_latents] = 1.0
+        denoised = clean.denoised(num_latents)
         with self.progress_bar(total=len(timesteps)) as progress_bar:
             for i, t in enumerate(timesteps):
                 if self.interrupt:
@@ -579,9 +568,9 @@ class MiragePipeline(DiffusionPipeline, WanLoraLoaderMixin):
                 self._current_timestep = t
                 predict = partial(
                     self.transformer,
-                    hidden_states=torch.cat([before, first, latents[:, :, 1:], after], dim=2).to(dtype),
+                    hidden_states=clean.around(latents).to(dtype),
                     timestep=(denoised * t)[None],
-                    num_reference_frames=num_before,
+                    num_reference_frames=clean.references.shape[2],
                     memory_adapter=self.memory_adapter,
                     memory_context=memory_context,
                     memory_scale=settings.memory_scale,
@@ -593,7 +582,7 @@ class MiragePipeline(DiffusionPipeline, WanLoraLoaderMixin):
                     with self.transformer.cache_context("uncond"):
                         unconditional = predict(encoder_hidden_states=negative_prompt_embeds)[0]
                     flow = unconditional + settings.guidance_scale * (flow - unconditional)
-                flow = flow[:, :, num_before : num_before + num_latents]
+                flow = clean.target(flow, num_latents)
                 latents = self.scheduler.step(flow, t, latents, return_dict=False)[0]
 
                 if callback_on_step_end is not None:
