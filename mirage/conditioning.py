@@ -31,7 +31,7 @@ class CleanFrames:
     preceding: Tensor
 
     def around(self, latents: Tensor) -> Tensor:
-        """(B, C, R + T + P, h, w) for the transformer, of target latents (B, C, T, h, w) whose first frame is replaced."""
+        """(B, C, R + T + P, h, w) of target latents (B, C, T, h, w), whose first frame is replaced."""
         return torch.cat([self.references, self.first, latents[:, :, 1:], self.preceding], dim=2)
 
     def denoised(self, num_latents: int) -> Tensor:

@@ -199,6 +199,11 @@ class MiragePipeline(DiffusionPipeline, WanLoraLoaderMixin):
     # diffusers' properties.
 
     @property
+    def text_length(self) -> int:
+        """Tokens of a prompt's embedding: 512 as of the Wan pipelines, or fewer where the tokenizer says so."""
+        return min(512, self.tokenizer.model_max_length)
+
+    @property
     def guidance_scale(self) -> float:
         return self._guidance_scale
 
@@ -311,7 +316,7 @@ class MiragePipeline(DiffusionPipeline, WanLoraLoaderMixin):
         negative_prompt: str | None = None,
         prompt_embeds: Tensor | None = None,
         negative_prompt_embeds: Tensor | None = None,
-        max_sequence_length: int = 512,
+        max_sequence_length: int | None = None,
         num_inference_steps: int = 20,
         sigmas: Sequence[float] | str | None = "published",
         guidance_scale: float = 1.0,
@@ -342,7 +347,7 @@ class MiragePipeline(DiffusionPipeline, WanLoraLoaderMixin):
             num_frames: of the whole video, where it is known: to check `depth` and `depth_estimator` against.
             height, width: of the frames, multiples of 32; default the image's, rounded down.
             negative_prompt, prompt_embeds, negative_prompt_embeds, max_sequence_length: as of the Wan pipelines;
-                embeddings are (1, L, D).
+                embeddings are (1, L, D). L is by default :attr:`text_length`.
             num_inference_steps: denoising steps of a chunk.
             sigmas: noise levels before the scheduler's shift; "published" are :func:`published_sigmas`; None are the
                 scheduler's own, as in diffusers' Wan pipelines.
@@ -444,7 +449,7 @@ class MiragePipeline(DiffusionPipeline, WanLoraLoaderMixin):
             "depth_estimator": None if sources.estimator is None else type(sources.estimator).__name__,
             "static_filter": static_filter if isinstance(static_filter, str) else type(static_filter).__name__,
             "seed": generator.initial_seed() if seeded else None,
-            **{name: _fingerprint(model) for name, model in self.components.items()},
+            **{name: fingerprint(model) for name, model in self.components.items()},
         }
         store = RunStore(run_dir, record, resume)
         try:
@@ -457,7 +462,7 @@ class MiragePipeline(DiffusionPipeline, WanLoraLoaderMixin):
                 do_classifier_free_guidance=self.do_classifier_free_guidance,
                 prompt_embeds=prompt_embeds,
                 negative_prompt_embeds=negative_prompt_embeds,
-                max_sequence_length=max_sequence_length,
+                max_sequence_length=self.text_length if max_sequence_length is None else max_sequence_length,
                 device=device,
             )
             dtype = self.transformer.dtype
@@ -693,7 +698,7 @@ def _describe_depth(depth: GivenDepth, image_size: tuple[int, int]) -> str:
     return f"{depth.num_frames} frames {_digest(_bytes(depth(None, camera, [0])))}"
 
 
-def _fingerprint(component: Any) -> str | None:
+def fingerprint(component: Any) -> str | None:
     """A word that changes with a component's class, dtype, shapes and weights (the first few of each tensor), wherever
     it was loaded from."""
     if component is None:
