@@ -58,7 +58,7 @@ def _add_generate(commands: Any) -> None:
         description="Without an image, the left view of scikit-image's stereo pair with its true depth is taken.",
     )
     add = parser.add_argument
-    add("--model", required=True, help="folder or hub id of a Wan2.2 or Mirage pipeline, or tiny-random")
+    add("--model", required=True, help="folder or hub id of a Wan2.2 or Mirage pipeline, mirage-tiny, or tiny-random")
     add("--adapter", metavar="DIR_OR_ID_OR_FILE", help="memory adapter; a file is one of the published release")
     add("--lora", metavar="FILE", help="LoRA of the transformer")
     add("--image", type=Path, metavar="FILE", help="the first frame")
@@ -142,8 +142,8 @@ def train_command(options: argparse.Namespace) -> int:
     config = load_config(options.config, options.overrides)
     report = train(config)
     loss = "" if report["loss"] is None else f", loss {report['loss']:.4g}"
-    saved = ", ".join(report["saved"])
-    print(f"{report['steps']} steps{loss}, {report['seconds']:.0f} s; {saved} in {config.out}")
+    if saved := ", ".join(report["saved"]):  # of several processes, one
+        print(f"{report['steps']} steps{loss}, {report['seconds']:.0f} s; {saved} in {config.out}")
     return 0
 
 

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import generation
 import pytest
 import torch
 import yaml
@@ -30,7 +31,7 @@ from mirage.cli import main
 from mirage.conditioning import CleanFrames
 from mirage.pipeline import check_models
 from mirage.session import Prompt, Settings
-from mirage.tiny import tiny_random_pipeline
+from mirage.tiny import assemble_mirage_tiny, mirage_tiny_pipeline, tiny_random_pipeline
 from mirage.training.loop import METRICS, train
 from mirage.training.models import trained
 from mirage.training.objective import ChunkMaker, DiffusionObjective
@@ -82,6 +83,15 @@ def test_three_steps_of_every_stage_chained(tmp_path: Path) -> None:
     found = {name: p for name, p in transformer.named_parameters() if ".lora_B." in name}
     for part in ("attn1.to_q", "attn1.to_k", "attn2.to_v", "attn2.to_out.0", "ffn.net.0.proj", "ffn.net.2"):
         assert any(part in name and parameter.any() for name, parameter in found.items())
+    # As `make tiny` puts them together, and as `--model mirage-tiny` loads them.
+    (tmp_path / "vae-video").symlink_to(tmp_path / "vae")
+    assert 0 < assemble_mirage_tiny(tmp_path, tmp_path / "model") < 40e6
+    pipe = mirage_tiny_pipeline(folder=tmp_path / "model")
+    assert pipe.text_length == 96 and pipe.dtype == torch.float32
+    assert torch.allclose(pipe.memory_adapter.proj_out[0].weight, adapter.proj_out[0].weight, rtol=0.01, atol=1e-4)
+    pipe.set_progress_bar_config(disable=True)
+    frames = pipe(**generation.options(9, num_inference_steps=1)).frames
+    assert frames.shape == (1, 48, 3, 4, 6) and frames.isfinite().all()
 
 
 @pytest.mark.parametrize("stage", ["backbone", "adapter", "lora"])
@@ -110,6 +120,11 @@ def test_it_learns(tmp_path: Path) -> None:
     for name in ("flow", "depth"):
         early, late = (sum(line[name] for line in part) / 8 for part in (losses[:8], losses[-8:]))
         assert late < 0.9 * early, name
+
+
+def test_mirage_tiny_is_trained_first(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="mirage-tiny is not in this installation: `make tiny` trains it"):
+        mirage_tiny_pipeline(folder=tmp_path)
 
 
 # The same curve after a stop.
@@ -181,6 +196,34 @@ def test_a_killed_process_goes_on_exactly(tmp_path: Path) -> None:
         assert main(["train", str(files[name])]) == 0
     curves = [[line["loss"] for line in lines(tmp_path / name)] for name in ("whole", "killed")]
     assert len(curves[0]) == 8 and curves[0] == pytest.approx(curves[1], abs=1e-6)
+
+
+def test_two_processes_train_one_model(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump(values("adapter", tmp_path / "out", save_every=3)))
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node",
+        "2",
+        "-m",
+        "mirage",
+        "train",
+        str(file),
+    ]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=180)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("3 steps, loss") == 1 and [line["step"] for line in lines(tmp_path / "out")] == [1, 2, 3]
+    names = {path.name for path in (tmp_path / "out" / "checkpoints" / "00000003").iterdir()}
+    assert {"random_states_0.pkl", "random_states_1.pkl", "trained.safetensors"} <= names
+    # The first step's loss is the mean of what each process makes of its own clip.
+    asked = config("adapter", tmp_path / "out", save_every=3)
+    models = models_of(asked)
+    objective, maker = DiffusionObjective(asked, models), ChunkMaker(asked, models, torch.device("cpu"))
+    alone = [float(objective(maker(draw(asked, number)))["loss"]) for number in (0, 1)]
+    assert lines(tmp_path / "out")[0]["loss"] == pytest.approx(sum(alone) / 2, rel=1e-5)
 
 
 def test_what_a_run_goes_on_with(tmp_path: Path) -> None:

@@ -90,6 +90,25 @@ def test_what_is_wrong_is_told_by_key(key: str, value: Any, message: str | None)
         make_config(given)
 
 
+CONFIGS = Path(__file__).parents[1] / "configs"
+
+
+@pytest.mark.parametrize("file", sorted(CONFIGS.rglob("*.yaml")), ids=lambda file: f"{file.parent.name}/{file.stem}")
+def test_files_of_the_repository(file: Path) -> None:
+    config = load_config(file)
+    assert config.out == f"runs/{'tiny' if file.parent.name == 'tiny' else 'wan'}/{file.stem}"
+    if file.parent.name == "tiny":
+        # Each takes what one before it has written.
+        order = ["vae", "vae-video", "clips", "backbone", "adapter", "lora"]
+        needed = [*(getattr(config.models, name) for name in ("vae", "transformer", "memory_adapter", "latent_depth"))]
+        needed += [source.path for source in config.data.sources]
+        for path in needed:
+            if isinstance(path, str):
+                assert path.split("/")[:2] == ["runs", "tiny"]
+                assert order.index(path.split("/")[2]) < order.index(file.stem)
+        assert config.models.text_length == (None if file.stem.startswith("vae") else 96)
+
+
 def test_what_is_missing_is_told() -> None:
     for key in ("stage", "out", "data"):
         with pytest.raises(ValueError, match=f"{key} must be given"):

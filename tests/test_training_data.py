@@ -200,6 +200,21 @@ def test_order_is_a_function_of_the_seed() -> None:
     assert mix(1, "a") == mix(1, "a") != mix(1, "b") and 0 <= mix("x") < 2**63
 
 
+def test_clips_are_kept_where_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, keeping = (
+        Clips(DataConfig([SourceConfig("synthetic", rooms=2)], frames=FRAMES, size=SIZE, cache=cache))
+        for cache in (False, True)
+    )
+    first = keeping[0].clip
+    monkeypatch.setattr(SyntheticRoom, "render", None)
+    again = keeping[0].clip
+    monkeypatch.undo()
+    exact = plain[0].clip
+    assert again.frames is not None and first.frames is not None and exact.frames is not None
+    assert torch.equal(again.frames, first.frames) and torch.equal(again.depth, exact.depth)
+    assert (again.frames - exact.frames).abs().max() <= 0.5 / 255 + 1e-6
+
+
 def test_processes_share_the_numbers() -> None:
     drawn = [list(Numbers(2, 5, 2, rank, 3)) for rank in range(3)]
     assert sorted(n for batches in drawn for batch in batches for n in batch) == list(range(12, 30))

@@ -71,6 +71,8 @@ class DataConfig:
         sources: :class:`SourceConfig`, one after the other, shuffled together.
         frames: 4 n + 1 frames of a clip.
         size: height and width to which clips are resized and cropped, multiples of 32. Packed clips keep theirs.
+        cache: keep clips in memory once they are loaded, frames in 8 bits: rooms take longer to render than a step.
+            Each worker keeps its own.
         workers: processes that load clips.
         max_broken: share of the clips that may be broken before training stops.
     """
@@ -78,6 +80,7 @@ class DataConfig:
     sources: list[SourceConfig]
     frames: int = 65
     size: list[int] = field(default_factory=lambda: [96, 160])
+    cache: bool = False
     workers: int = 0
     max_broken: float = 0.5
 

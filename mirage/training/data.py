@@ -25,7 +25,7 @@ import json
 import random
 import tarfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -123,6 +123,7 @@ class Clips(Dataset):
         self.sources = [_make_source(source, config) for source in config.sources]
         self.where = [(s, i) for s, source in enumerate(self.sources) for i in range(len(source))]
         self.seed = seed
+        self._kept: dict[tuple[int, int], Clip] | None = {} if config.cache else None
         self._epoch: tuple[int, list[int]] | None = None
 
     def __len__(self) -> int:
@@ -138,10 +139,20 @@ class Clips(Dataset):
         for shift in range(len(self)):
             source, index = self.where[self._position(number, shift)]
             try:
-                return Drawn(number, self.sources[source].load(index), broken)
+                return Drawn(number, self._load(source, index), broken)
             except (OSError, ValueError) as error:
                 broken[self.sources[source].name(index)] = str(error)
         raise ValueError(f"all {len(self)} clips are broken: {list_broken(broken)}")
+
+    def _load(self, source: int, index: int) -> Clip:
+        if self._kept is None:
+            return self.sources[source].load(index)
+        if (source, index) not in self._kept:
+            clip = self.sources[source].load(index)
+            small = None if clip.frames is None else (clip.frames * 255.0).round().byte()
+            self._kept[source, index] = replace(clip, frames=small)
+        kept = self._kept[source, index]
+        return kept if kept.frames is None else replace(kept, frames=kept.frames / 255.0)
 
     def _position(self, number: int, shift: int) -> int:
         epoch, place = divmod(number, len(self))
@@ -422,7 +433,7 @@ class _Packed:
             raise ValueError(f"{clip.name}: must have {expected} latent frames or more for data.frames, got {got}")
         if words is None:
             return clip
-        return Clip(**{**vars(clip), "prompt": _read_at(path, words).decode(errors="replace").strip()})
+        return replace(clip, prompt=_read_at(path, words).decode(errors="replace").strip())
 
 
 def _index_shard(path: Path) -> list[tuple[Path, str, tuple[int, int] | None, tuple[int, int] | None]]:
