@@ -20,8 +20,7 @@ REPORT_FIELDS = ("written", "refused", "masked", "unknown_depth", "out_of_range"
 
 
 # Features of one byte: float8 e4m3 (OCP 8-bit floating point, 1.0; torch.float8_e4m3fn) and one scale a token, a power
-# of two stored as its biased exponent in a byte, like the E8M0 scales of the OCP Microscaling formats, 1.0. The kernels'
-# copies of these numbers are in csrc/core/float8.h and triton/float8.py.
+# of two stored as its biased exponent in a byte, like the E8M0 scales of the OCP Microscaling formats, 1.0.
 FLOAT8 = torch.float8_e4m3fn
 FLOAT8_MAX = 448.0
 SCALE_BIAS = 127

@@ -636,9 +636,7 @@ def settings_with(**changes):
         pytest.param(settings_with(channels="4"), "channels|features", id="channels no number"),
         pytest.param(settings_with(dtype="float64"), "dtype|features", id="dtype not stored"),
         pytest.param(settings_with(dtype="float8_e4m3fn"), "one of float32, .* in version 1", id="float8 in 1"),
-        pytest.param(
-            lambda t, m: {**m, "version": "2"}, "one of float8_e4m3fn in version 2", id="float32 in 2"
-        ),
+        pytest.param(lambda t, m: {**m, "version": "2"}, "one of float8_e4m3fn in version 2", id="float32 in 2"),
         pytest.param(settings_with(dtype="nonsense"), "dtype|features", id="no dtype"),
         pytest.param(settings_with(dtype=None), "dtype", id="dtype null"),
         pytest.param(settings_with(capacity=3), "points must fit the saved capacity, 3", id="capacity too small"),

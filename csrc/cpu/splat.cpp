@@ -105,7 +105,8 @@ void read_out(const ReadOut& r, const Grid& grid, const Features<In>& features, 
         const int64_t* winners = r.index + t * grid.cells + first;
         for (int k = 0; k < count; ++k) {
           Out* row = converted.data() + k * channels;
-          load_row(rows[task % 2][k], winners[k] < 0 ? uint8_t{kLeastScale} : features.scale(winners[k]), channels, row);
+          const uint8_t scale = winners[k] < 0 ? kLeastScale : features.scale(winners[k]);
+          load_row(rows[task % 2][k], scale, channels, row);
           converted_rows[k] = row;
         }
         transpose_tile(converted_rows, count, channels, out, grid.cells);
