@@ -6,7 +6,17 @@ from . import registration as _registration
 from .backends import available_backends, find_backends, use_backend
 from .cache import LatentCache, WriteReport
 from .cameras import Cameras
-from .ops import BackProjection, View, back_project, cache_write, splat, splat_aligned, view_overlap
+from .ops import (
+    BackProjection,
+    View,
+    back_project,
+    bounded_write,
+    cache_trim,
+    cache_write,
+    splat,
+    splat_aligned,
+    view_overlap,
+)
 from .version import __version__
 
 find_backends()
@@ -21,6 +31,8 @@ __all__ = [
     "__version__",
     "available_backends",
     "back_project",
+    "bounded_write",
+    "cache_trim",
     "cache_write",
     "splat",
     "splat_aligned",

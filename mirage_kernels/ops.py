@@ -1,4 +1,4 @@
-"""The five operators: checks, and the choice of a backend.
+"""The operators: checks, and the choice of a backend.
 
 Checks look at metadata only (shapes, dtypes, devices), on the host, before anything is computed or written; they never
 wait for a GPU. Values are validated once by :class:`~mirage_kernels.Cameras`; an operator given a degenerate camera or
@@ -7,8 +7,9 @@ a NaN depth writes or shows nothing there, and never reads or writes out of boun
 
 from __future__ import annotations
 
+import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,6 +21,8 @@ from .schemas import private_operator
 
 NEAR = 0.05
 SHARPNESS = 30.0
+VIEWS_PER_VOXEL, MOST_VIEWS = 4, 64
+CARVE_VIEWS = 2
 FEATURE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 STORED_DTYPES = (*FEATURE_DTYPES, FLOAT8)  # of features; the last with a scale a token, and not of latents
 DEPTH_SAMPLINGS = ("median", "bilinear")
@@ -429,6 +432,45 @@ def check_write_inputs(
     return depth, intrinsics, cam2world, mask
 
 
+def _check_buffers(
+    points: Tensor,
+    features: Tensor,
+    frame_ids: Tensor,
+    count: Tensor,
+    channels: int | None,
+    device: torch.device | None,
+    stored: tuple[torch.dtype, ...] = FEATURE_DTYPES,
+    **bytes_per_token: Tensor | None,
+) -> None:
+    """Buffers of a cache, written in place; ``channels`` and ``device`` are those of what is written into them."""
+    points = _check_points(points, None)
+    capacity = points.shape[0]
+    like = "points" if device is None else "latents"
+    device = points.device if device is None else device
+    for name, buffer in (("features", features), ("frame_ids", frame_ids), ("count", count), *bytes_per_token.items()):
+        if buffer is not None or name not in ("votes", "looks"):
+            _require_tensor(name, buffer, "written in place")
+    rows = features.shape[1:] if channels is None and features.dim() == 2 else (channels or 0,)
+    buffers: list[tuple[str, Tensor, tuple[int, ...], tuple[torch.dtype, ...]]] = [
+        ("points", points, (capacity, 4), (torch.float32,)),
+        ("features", features, (capacity, *rows), stored),
+        ("frame_ids", frame_ids, (capacity,), (torch.int32,)),
+        ("count", count, tuple(count.shape), (torch.int64,)),
+    ]
+    buffers += [(name, kept, (capacity,), (torch.uint8,)) for name, kept in bytes_per_token.items() if kept is not None]
+    for name, buffer, shape, dtypes in buffers:
+        kinds = " or ".join(str(kind).removeprefix("torch.") for kind in dtypes)
+        _require(tuple(buffer.shape) == shape and buffer.dtype in dtypes, name, f"{shape} {kinds}", buffer)
+        _require_device(name, buffer, device, like)
+        _require_contiguous(name, buffer)
+    _require(count.numel() == 1, "count", "one int64", count)
+
+
+def _check_first_frame(first_frame: int, views: int) -> None:
+    if not 0 <= first_frame or first_frame + views >= 2**31:
+        raise ValueError(f"first_frame must be an int >= 0 with room for {views} frames in int32, got {first_frame!r}")
+
+
 def cache_write(
     points: Tensor,
     features: Tensor,
@@ -480,34 +522,159 @@ def cache_write(
     depth, intrinsics, cam2world, mask = check_write_inputs(
         latents, depth, intrinsics, cam2world, mask, depth_sampling, min_depth, max_depth
     )
-    views = latents.shape[0]
-    points = _check_points(points, None)
-    capacity = points.shape[0]
-    for name, buffer in (("features", features), ("frame_ids", frame_ids), ("count", count)):
-        _require_tensor(name, buffer, "written in place")
-    buffers: tuple[tuple[str, Tensor, tuple[int, ...], tuple[torch.dtype, ...]], ...] = (
-        ("points", points, (capacity, 4), (torch.float32,)),
-        ("features", features, (capacity, latents.shape[1]), STORED_DTYPES),
-        ("frame_ids", frame_ids, (capacity,), (torch.int32,)),
-        ("count", count, tuple(count.shape), (torch.int64,)),
-    )
-    for name, buffer, shape, dtypes in buffers:
-        kinds = " or ".join(str(kind).removeprefix("torch.") for kind in dtypes)
-        _require(tuple(buffer.shape) == shape and buffer.dtype in dtypes, name, f"{shape} {kinds}", buffer)
-        _require_device(name, buffer, latents.device, "latents")
-        _require_contiguous(name, buffer)
+    _check_buffers(points, features, frame_ids, count, latents.shape[1], latents.device, STORED_DTYPES)
     _check_scales(features, scales, latents.device, "latents")
     if scales is not None:
         _require_contiguous("scales", scales)
-    _require(count.numel() == 1, "count", "one int64", count)
-    if not 0 <= first_frame or first_frame + views >= 2**31:
-        raise ValueError(f"first_frame must be an int >= 0 with room for {views} frames in int32, got {first_frame!r}")
+    _check_first_frame(first_frame, latents.shape[0])
+    points = _plain(points)
     arguments = (points, _plain(features), frame_ids, count, _plain(latents), depth, intrinsics, cam2world, mask)
     backend = choose_backend(latents.device, torch.float32)
     if backend == "reference":
         return reference.cache_write(*arguments, first_frame, depth_sampling, min_depth, max_depth, scales)
     operator = private_operator("cache_write", _family(backend))
     return operator(*arguments, first_frame, depth_sampling == "bilinear", min_depth, max_depth, scales)
+
+
+def check_count(name: str, value: Any, least: int, most: int) -> int:
+    """An int in [least, most]."""
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+        raise ValueError(f"{name} must be an int from {least} to {most}, got {value!r}")
+    return value
+
+
+@functools.lru_cache(maxsize=16)
+def _order(size: tuple[int, int], device: torch.device) -> Tensor:
+    return reference.z_order(size).to(device)
+
+
+def bounded_write(
+    points: Tensor,
+    features: Tensor,
+    frame_ids: Tensor,
+    votes: Tensor,
+    count: Tensor,
+    frame_centers: Tensor,
+    latents: Tensor,
+    depth: Tensor,
+    intrinsics: Tensor,
+    cam2world: Tensor,
+    *,
+    looks: Tensor | None = None,
+    mask: Tensor | None = None,
+    first_frame: int = 0,
+    depth_sampling: str = "median",
+    min_depth: float = 0.0,
+    max_depth: float = math.inf,
+    near: float = NEAR,
+    views_per_voxel: int = VIEWS_PER_VOXEL,
+    carve_views: int = CARVE_VIEWS,
+) -> Tensor:
+    """Lift the tokens of T views and write what the buffers do not show yet, in place.
+
+    Tokens are judged as by :func:`cache_write`. Then view after view, so that writing T views at once or one by one is
+    the same:
+
+    - An older token that projects into a cell of the view, within 10 % of the depth seen there, *shows* what the new
+      token of that cell does when it fits the cell with a score of at most 0.2 (the score of :func:`splat_aligned`), or
+      lacks at most 0.05 in scale and viewing ray, wherever in the cell it lies. The best of those is kept, and the new
+      token is not written (``covered``); but the new one takes its place (``replaced``) where it is the same look (a
+      score of at most 0.02), or one from 1.25 times as near or nearer. Given ``looks``, the two are averaged instead
+      (``merged``), as the mean of up to 16 looks; the position moves only within its voxel.
+    - What no token shows is ``written`` while its voxel holds fewer than ``views_per_voxel`` tokens, else ``refused``.
+      A voxel's edge is the power of two that is nearest, as a ratio, to the token's footprint: scale-free. Tokens that
+      come to one voxel in one view come in the order of a Z-order curve over the grid, as they are stored.
+    - ``carve_views`` > 0: a view sees through a token that projects into a cell of known depth and lies before all the
+      depths of the four cells around it, by more than 5 %. A token that so many views have seen through since a view
+      last saw it in its place is ``carved``: marked dead, for :func:`cache_trim` to remove.
+
+    Every decision is by minima, counts and ranks that no order of threads can change: the same bits on every backend.
+
+    Args:
+        points: (capacity, 4) float32, written in place: x, y, z, footprint.
+        features: (capacity, C) float32, float16 or bfloat16, written in place.
+        frame_ids: (capacity,) int32, written in place: the view that wrote a token last.
+        votes: (capacity,) uint8, written in place: views that saw through a token; 255 marks a dead one.
+        count: one int64, the rows in use on entry and on return, dead ones included.
+        frame_centers: (F, 3) float32, camera centres by frame id, those of these views included.
+        latents: (T, C, h, w) float32, float16 or bfloat16.
+        depth: (T, H, W) float, as in :func:`back_project`.
+        intrinsics: (T, 3, 3) float, in pixels of the depth map.
+        cam2world: (T, 4, 4) float.
+        looks: (capacity,) uint8, written in place: looks averaged in each token. None keeps tokens as they were seen.
+        mask: (T, H', W') bool, True = static.
+        first_frame: frame id of view 0.
+        depth_sampling: ``"median"`` or ``"bilinear"``, as in :func:`back_project`.
+        min_depth, max_depth: range of token depths kept, world units.
+        near: tokens nearer to a view than this, in world units, are not in it.
+        views_per_voxel: tokens that a voxel holds at most, 1 to 64.
+        carve_views: views that must see through a token, up to 254; 0 carves nothing.
+
+    Returns:
+        (11,) int64 on the device: written, replaced, merged, covered, refused, masked, unknown_depth, out_of_range,
+        non_finite, of the new tokens, each counted once; carved and evicted (0), of those held before.
+
+    Raises:
+        ValueError, TypeError: naming the argument, what was expected and what came; nothing has been written then.
+    """
+    depth, intrinsics, cam2world, mask = check_write_inputs(
+        latents, depth, intrinsics, cam2world, mask, depth_sampling, min_depth, max_depth
+    )
+    _require_tensor("votes", votes, "written in place")
+    _check_buffers(points, features, frame_ids, count, latents.shape[1], latents.device, votes=votes, looks=looks)
+    _check_first_frame(first_frame, latents.shape[0])
+    _require_tensor("frame_centers", frame_centers, "(F, 3) float32")
+    expected = f"(F, 3) float32, at least {first_frame + latents.shape[0]} rows"
+    fits = frame_centers.dim() == 2 and frame_centers.shape[1] == 3
+    enough = fits and frame_centers.shape[0] >= first_frame + latents.shape[0]
+    _require(enough and frame_centers.dtype == torch.float32, "frame_centers", expected, frame_centers)
+    _require_device("frame_centers", frame_centers, latents.device, "latents")
+    check_count("views_per_voxel", views_per_voxel, 1, MOST_VIEWS)
+    check_count("carve_views", carve_views, 0, reference.DEAD - 1)
+    near = _check_near(near)
+    order = _order((latents.shape[2], latents.shape[3]), latents.device)
+    buffers = (_plain(points), _plain(features), frame_ids, votes, looks, count, _plain(frame_centers))
+    inputs = (_plain(latents), depth, intrinsics, cam2world, mask, order, first_frame)
+    rest = (min_depth, max_depth, near, views_per_voxel, carve_views)
+    backend = choose_backend(latents.device, torch.float32)
+    if backend == "reference":
+        return reference.bounded_write(*buffers, *inputs, depth_sampling, *rest)
+    operator = private_operator("bounded_write", _family(backend))
+    return operator(*buffers, *inputs, depth_sampling == "bilinear", *rest)
+
+
+def cache_trim(
+    points: Tensor,
+    features: Tensor,
+    frame_ids: Tensor,
+    count: Tensor,
+    *,
+    votes: Tensor | None = None,
+    looks: Tensor | None = None,
+    max_tokens: int | None = None,
+) -> Tensor:
+    """Remove dead tokens, and the oldest of what is too many; the others move together, in order, in place.
+
+    Evicted first: what was written, replaced or merged by the earliest view (the least frame id); within a view, the
+    lowest row.
+
+    Args:
+        points, features, frame_ids, count, votes, looks: as in :func:`bounded_write`; without ``votes`` none is dead.
+        max_tokens: how many may stay, >= 0; None: any number.
+
+    Returns:
+        One int64 on the device: the tokens evicted, dead ones not counted.
+
+    Raises:
+        ValueError, TypeError: naming the argument, what was expected and what came; nothing has changed then.
+    """
+    _check_buffers(points, features, frame_ids, count, None, None, votes=votes, looks=looks)
+    most = 2**62 if max_tokens is None else check_count("max_tokens", max_tokens, 0, 2**62)
+    arguments = (_plain(points), _plain(features), frame_ids, votes, looks, count, most)
+    backend = choose_backend(points.device, torch.float32)
+    if backend == "reference":
+        return reference.cache_trim(*arguments)
+    return private_operator("cache_trim", _family(backend))(*arguments)
 
 
 def view_overlap(

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .reference import FITS
+from .reference import FITS, WRITE_REPORT
 from .schemas import FAMILIES, NAMESPACE, private_operator
 
 
@@ -91,6 +91,14 @@ def _fake_cache_write(points: Tensor, *args: Any) -> Tensor:
     return points.new_empty((6,), dtype=torch.int64)
 
 
+def _fake_bounded_write(points: Tensor, *args: Any) -> Tensor:
+    return points.new_empty((len(WRITE_REPORT),), dtype=torch.int64)
+
+
+def _fake_cache_trim(points: Tensor, *args: Any) -> Tensor:
+    return points.new_empty((), dtype=torch.int64)
+
+
 def _fake_view_overlap(
     points: Tensor, num_points: Tensor | None, intrinsics: Tensor, cam2world: Tensor, *args: Any
 ) -> Tensor:
@@ -148,6 +156,8 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "splat_aligned": _fake_splat_aligned,
     "splat_aligned_backward": _fake_splat_aligned_backward,
     "cache_write": _fake_cache_write,
+    "bounded_write": _fake_bounded_write,
+    "cache_trim": _fake_cache_trim,
     "view_overlap": _fake_view_overlap,
 }
 

@@ -38,6 +38,16 @@ SCHEMAS = {
         " Tensor intrinsics, Tensor cam2world, Tensor? mask, int first_frame, bool bilinear,"
         " float min_depth, float max_depth, Tensor(e!)? scales=None) -> Tensor"
     ),
+    "bounded_write": (
+        "(Tensor(a!) points, Tensor(b!) features, Tensor(c!) frame_ids, Tensor(d!) votes, Tensor(e!)? looks,"
+        " Tensor(f!) count, Tensor frame_centers, Tensor latents, Tensor depth, Tensor intrinsics, Tensor cam2world,"
+        " Tensor? mask, Tensor order, int first_frame, bool bilinear, float min_depth, float max_depth, float near,"
+        " int views_per_voxel, int carve_views) -> Tensor"
+    ),
+    "cache_trim": (
+        "(Tensor(a!) points, Tensor(b!) features, Tensor(c!) frame_ids, Tensor(d!)? votes, Tensor(e!)? looks,"
+        " Tensor(f!) count, int max_tokens) -> Tensor"
+    ),
     "view_overlap": (
         "(Tensor points, Tensor? num_points, Tensor intrinsics, Tensor cam2world, Tensor target_intrinsics,"
         " Tensor target_cam2world, SymInt height, SymInt width, float voxel_size, float near) -> Tensor"
