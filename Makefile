@@ -26,7 +26,7 @@ lint: $(READY)
 	$(BIN)/python -m ruff format --check .
 	$(BIN)/python -m mypy
 
-ASAN_TESTS := back_project splat splat_aligned cache_write view_overlap cache
+ASAN_TESTS := back_project splat splat_aligned cache_write float8 view_overlap cache
 
 # The CPU operators under address and undefined-behaviour sanitizers, from a build of their own.
 asan: $(READY)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mirage_kernels import LatentCache
-from mirage_kernels.storage import VERSION, read_metadata
+from mirage_kernels.storage import format_version, read_metadata
 
 from . import __version__
 from .extras import MissingExtraError, import_extra
@@ -211,7 +211,7 @@ def describe_cache(path: Path) -> dict[str, Any]:
     return {
         "file": str(path),
         "file_bytes": path.stat().st_size,
-        "version": VERSION,
+        "version": int(format_version(settings)),
         "tokens": len(cache),
         "channels": cache.channels,
         "dtype": settings.pop("dtype"),

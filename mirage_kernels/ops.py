@@ -16,6 +16,7 @@ from torch import Tensor
 
 from . import reference
 from .backends import choose_backend
+from .reference import FLOAT8
 from .schemas import private_operator
 
 NEAR = 0.05
@@ -23,6 +24,7 @@ SHARPNESS = 30.0
 VIEWS_PER_VOXEL, MOST_VIEWS = 4, 64
 CARVE_VIEWS = 2
 FEATURE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+STORED_DTYPES = (*FEATURE_DTYPES, FLOAT8)  # of features; the last with a scale a token, and not of latents
 DEPTH_SAMPLINGS = ("median", "bilinear")
 
 
@@ -73,6 +75,11 @@ def _require_float(name: str, value: Tensor, expected: str, dtypes: tuple[torch.
 def _require_device(name: str, value: Tensor, device: torch.device, like: str) -> None:
     if value.device != device:
         raise ValueError(f"{name} must be on {device} like {like}, got {value.device}")
+
+
+def _require_contiguous(name: str, value: Tensor) -> None:
+    if not value.is_contiguous():
+        raise ValueError(f"{name} must be contiguous, it is written in place, got strides {value.stride()}")
 
 
 def check_size(size: object, name: str = "size") -> tuple[int, int]:
@@ -152,17 +159,21 @@ def _check_points(points: Tensor, num_points: Tensor | None, differentiable: boo
     return points if differentiable else _plain(points)
 
 
-def _check_features(features: Tensor, points: Tensor, dtype: torch.dtype | None) -> torch.dtype:
-    """The dtype of the latents, after checks of the features and of that."""
+def _check_features(features: Tensor, scales: Tensor | None, points: Tensor, dtype: torch.dtype | None) -> torch.dtype:
+    """The dtype of the latents, after checks of the features, of their scales, and of that."""
     _require_tensor("features", features, "(N, C) float")
     _require(features.dim() == 2, "features", "(N, C) float", features)
     if features.shape[0] != points.shape[0]:
         raise ValueError(f"features must be (N, C) with the N of points, {points.shape[0]}, got {_describe(features)}")
-    _require_float("features", features, "(N, C) float", (torch.float64, *FEATURE_DTYPES))
+    _require_float("features", features, "(N, C) float", (torch.float64, *STORED_DTYPES))
     _require_device("features", features, points.device, "points")
-    dtype = features.dtype if dtype is None else dtype
+    _check_scales(features, scales, points.device, "points")
+    if dtype is None:
+        dtype = torch.bfloat16 if features.dtype == FLOAT8 else features.dtype
     if dtype not in (torch.float64, *FEATURE_DTYPES):
         raise TypeError(f"dtype must be float32, float16, bfloat16 or float64, got {dtype}")
+    if features.dtype == FLOAT8 and features.requires_grad and torch.is_grad_enabled():
+        raise ValueError("features must not require a gradient in float8_e4m3fn: rounded to that, they have none")
     return dtype
 
 
@@ -178,6 +189,18 @@ def _check_bounds(bounds: Tensor | None, points: Tensor, name: str = "bounds", i
     if in_place and not bounds.is_contiguous():
         raise ValueError(f"{name} must be contiguous, it is written in place, got strides {bounds.stride()}")
     return _plain(bounds)
+
+
+def _check_scales(features: Tensor, scales: Tensor | None, device: torch.device, like: str) -> None:
+    if features.dtype != FLOAT8:
+        if scales is not None:
+            raise ValueError(f"scales must be None but for float8_e4m3fn features, got {_describe(scales)}")
+        return
+    expected = f"({features.shape[0]},) uint8, one for each row of float8_e4m3fn features"
+    _require_tensor("scales", scales, expected)
+    assert scales is not None
+    _require(scales.shape == features.shape[:1] and scales.dtype == torch.uint8, "scales", expected, scales)
+    _require_device("scales", scales, device, like)
 
 
 def _check_near(near: float) -> float:
@@ -247,6 +270,7 @@ def splat(
     cam2world: Tensor,
     size: tuple[int, int],
     *,
+    scales: Tensor | None = None,
     num_points: Tensor | None = None,
     bounds: Tensor | None = None,
     near: float = NEAR,
@@ -262,18 +286,21 @@ def splat(
     Args:
         points: (N, 4) float32: x, y, z, footprint in world units (float64 is computed by the definition). Points with a
             NaN or Inf coordinate are seen by no camera.
-        features: (N, C) float32, float16 or bfloat16 (float64 by the definition).
+        features: (N, C) float32, float16, bfloat16 or float8_e4m3fn (float64 by the definition).
         intrinsics: (T, 3, 3) float, in cells of the target grid (``Cameras.resized(size)``).
         cam2world: (T, 4, 4) float, OpenCV axes.
         size: (h, w) of the target grid.
+        scales: (N,) uint8, with float8_e4m3fn features and only with them: a feature's value is
+            float8 * 2^(scale - 127), as :func:`cache_write` stores it.
         num_points: one int64 on the device of ``points``, read there: only so many first rows are live.
         bounds: (ceil(N / 256), 6) float32, as of :func:`block_bounds`: the promise that the live points of rows 256 b
             to 256 b + 255 lie within bounds[b]. What no camera sees is then passed over by blocks; no result changes.
         near: least depth, in world units.
-        dtype: of the latents; default that of ``features``.
+        dtype: of the latents, any of these but float8_e4m3fn; default that of ``features``, bfloat16 for float8_e4m3fn.
 
     Returns:
-        :class:`View`. ``latents`` carries a gradient to ``features``, deterministic too; nothing else does.
+        :class:`View`. ``latents`` carries a gradient to ``features``, deterministic too; nothing else does, and
+        float8_e4m3fn features may not ask for one.
 
     Raises:
         ValueError, TypeError: naming the argument, what was expected and what came.
@@ -281,16 +308,16 @@ def splat(
     height, width = check_size(size)
     points = _check_points(points, num_points)
     bounds = _check_bounds(bounds, points)
-    dtype = _check_features(features, points, dtype)
+    dtype = _check_features(features, scales, points, dtype)
     intrinsics, cam2world = _check_cameras(intrinsics, cam2world, points.device, "points")
     near = _check_near(near)
     working = torch.float64 if torch.float64 in (points.dtype, features.dtype, dtype) else torch.float32
     backend = choose_backend(points.device, working)
     if backend == "reference":
         size = (height, width)
-        return View(*reference.splat(points, features, num_points, intrinsics, cam2world, size, near, dtype))
+        return View(*reference.splat(points, features, num_points, intrinsics, cam2world, size, near, dtype, scales))
     operator = private_operator("splat", _family(backend))
-    arguments = (points, features, num_points, intrinsics, cam2world, height, width, near, dtype, bounds)
+    arguments = (points, features, num_points, intrinsics, cam2world, height, width, near, dtype, bounds, scales)
     if torch.compiler.is_compiling() or (features.requires_grad and torch.is_grad_enabled()):
         return View(*operator(*arguments))
     # Reads in inference skip the autograd layer, which is Python: half of the 36 microseconds of an empty call.
@@ -314,6 +341,7 @@ def splat_aligned(
     cam2world: Tensor,
     size: tuple[int, int],
     *,
+    scales: Tensor | None = None,
     num_points: Tensor | None = None,
     bounds: Tensor | None = None,
     near: float = NEAR,
@@ -343,23 +371,25 @@ def splat_aligned(
     Args:
         points: (N, 4) float32: x, y, z, footprint in world units (float64 is computed by the definition). Points with a
             NaN or Inf coordinate are seen by no camera; a footprint that is NaN or not positive counts as the least r.
-        features: (N, C) float32, float16 or bfloat16 (float64 by the definition).
+        features: (N, C) float32, float16, bfloat16 or float8_e4m3fn (float64 by the definition).
         frame_ids: (N,) int32, the row of ``frame_centers`` that wrote each token; unknown where there is no such row.
         frame_centers: (F, 3) float32, centres of the writing cameras in world units.
         intrinsics: (T, 3, 3) float, in cells of the target grid (``Cameras.resized(size)``).
         cam2world: (T, 4, 4) float, OpenCV axes.
         size: (h, w) of the target grid.
+        scales: (N,) uint8, with float8_e4m3fn features and only with them: a feature's value is
+            float8 * 2^(scale - 127), as :func:`cache_write` stores it.
         num_points: one int64 on the device of ``points``, read there: only so many first rows are live.
         bounds: (ceil(N / 256), 6) float32, as of :func:`block_bounds`: the promise that the live points of rows 256 b
             to 256 b + 255 lie within bounds[b]. What no camera sees is then passed over by blocks; no result changes.
         near: least depth, in world units.
         sharpness: how much better a fit must be to count for more; a number >= 0, or infinity.
-        dtype: of the latents; default that of ``features``.
+        dtype: of the latents, any of these but float8_e4m3fn; default that of ``features``, bfloat16 for float8_e4m3fn.
 
     Returns:
         :class:`View`. ``depth`` and ``index`` are those of the best fit. ``latents`` carries gradients to ``features``
         and, with the choice of tokens held fixed, to ``points``; they are deterministic too, equal on every backend up
-        to rounding. Nothing else carries one.
+        to rounding. Nothing else carries one, and float8_e4m3fn features may not ask for one.
 
     Raises:
         ValueError, TypeError: naming the argument, what was expected and what came.
@@ -367,7 +397,7 @@ def splat_aligned(
     height, width = check_size(size)
     points = _check_points(points, num_points, differentiable=True)
     bounds = _check_bounds(bounds, points)
-    dtype = _check_features(features, points, dtype)
+    dtype = _check_features(features, scales, points, dtype)
     for name, value, shape, kind in (
         ("frame_ids", frame_ids, (points.shape[0],), torch.int32),
         ("frame_centers", frame_centers, None, torch.float32),
@@ -384,9 +414,9 @@ def splat_aligned(
     backend = choose_backend(points.device, working)
     tensors = (points, features, num_points, frame_ids, frame_centers, intrinsics, cam2world)
     if backend == "reference":
-        return View(*reference.splat_aligned(*tensors, (height, width), near, sharpness, dtype))
+        return View(*reference.splat_aligned(*tensors, (height, width), near, sharpness, dtype, scales))
     operator = private_operator("splat_aligned", _family(backend))
-    arguments = (*tensors, height, width, near, sharpness, dtype, bounds)
+    arguments = (*tensors, height, width, near, sharpness, dtype, bounds, scales)
     wanted = (features.requires_grad or points.requires_grad) and torch.is_grad_enabled()
     if torch.compiler.is_compiling() or wanted:
         return View(*operator(*arguments)[:4])
@@ -431,6 +461,7 @@ def _check_buffers(
     count: Tensor,
     channels: int | None,
     device: torch.device | None,
+    stored: tuple[torch.dtype, ...] = FEATURE_DTYPES,
     **bytes_per_token: Tensor | None,
 ) -> None:
     """Buffers of a cache, written in place; ``channels`` and ``device`` are those of what is written into them."""
@@ -444,7 +475,7 @@ def _check_buffers(
     rows = features.shape[1:] if channels is None and features.dim() == 2 else (channels or 0,)
     buffers: list[tuple[str, Tensor, tuple[int, ...], tuple[torch.dtype, ...]]] = [
         ("points", points, (capacity, 4), (torch.float32,)),
-        ("features", features, (capacity, *rows), FEATURE_DTYPES),
+        ("features", features, (capacity, *rows), stored),
         ("frame_ids", frame_ids, (capacity,), (torch.int32,)),
         ("count", count, tuple(count.shape), (torch.int64,)),
     ]
@@ -453,8 +484,7 @@ def _check_buffers(
         kinds = " or ".join(str(kind).removeprefix("torch.") for kind in dtypes)
         _require(tuple(buffer.shape) == shape and buffer.dtype in dtypes, name, f"{shape} {kinds}", buffer)
         _require_device(name, buffer, device, like)
-        if not buffer.is_contiguous():
-            raise ValueError(f"{name} must be contiguous, it is written in place, got strides {buffer.stride()}")
+        _require_contiguous(name, buffer)
     _require(count.numel() == 1, "count", "one int64", count)
 
 
@@ -473,6 +503,7 @@ def cache_write(
     intrinsics: Tensor,
     cam2world: Tensor,
     *,
+    scales: Tensor | None = None,
     mask: Tensor | None = None,
     bounds: Tensor | None = None,
     first_frame: int = 0,
@@ -488,13 +519,16 @@ def cache_write(
 
     Args:
         points: (capacity, 4) float32, written in place: x, y, z, footprint.
-        features: (capacity, C) float32, float16 or bfloat16, written in place.
+        features: (capacity, C) float32, float16, bfloat16 or float8_e4m3fn, written in place.
         frame_ids: (capacity,) int32, written in place: ``first_frame`` + t.
         count: one int64, the live tokens on entry and on return.
         latents: (T, C, h, w) float32, float16 or bfloat16.
         depth: (T, H, W) float, as in :func:`back_project`.
         intrinsics: (T, 3, 3) float, in pixels of the depth map.
         cam2world: (T, 4, 4) float.
+        scales: (capacity,) uint8, written in place, with float8_e4m3fn features and only with them: a token is scaled
+            by a power of two, so that its largest magnitude is within float8's 448 and none saturates
+            (``reference.quantise_rows`` is the rule); one above 448 * 2^119, 2.98e38, counts as not finite.
         mask: (T, H', W') bool, True = static.
         bounds: (ceil(capacity / 256), 6) float32, written in place: :func:`block_bounds` of the blocks appended to.
         first_frame: frame id of view 0.
@@ -512,16 +546,19 @@ def cache_write(
     depth, intrinsics, cam2world, mask = check_write_inputs(
         latents, depth, intrinsics, cam2world, mask, depth_sampling, min_depth, max_depth
     )
-    _check_buffers(points, features, frame_ids, count, latents.shape[1], latents.device)
+    _check_buffers(points, features, frame_ids, count, latents.shape[1], latents.device, STORED_DTYPES)
+    _check_scales(features, scales, latents.device, "latents")
+    if scales is not None:
+        _require_contiguous("scales", scales)
     _check_first_frame(first_frame, latents.shape[0])
     points = _plain(points)
     bounds = _check_bounds(bounds, points, in_place=True)
     arguments = (points, _plain(features), frame_ids, count, _plain(latents), depth, intrinsics, cam2world, mask)
     backend = choose_backend(latents.device, torch.float32)
     if backend == "reference":
-        return reference.cache_write(*arguments, first_frame, depth_sampling, min_depth, max_depth, bounds)
+        return reference.cache_write(*arguments, first_frame, depth_sampling, min_depth, max_depth, bounds, scales)
     operator = private_operator("cache_write", _family(backend))
-    return operator(*arguments, first_frame, depth_sampling == "bilinear", min_depth, max_depth, bounds)
+    return operator(*arguments, first_frame, depth_sampling == "bilinear", min_depth, max_depth, bounds, scales)
 
 
 def block_bounds(points: Tensor, *, num_points: Tensor | None = None, out: Tensor | None = None) -> Tensor:

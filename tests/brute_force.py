@@ -540,3 +540,29 @@ def bounded_write(
         held += added
     held[:] = [token for token in held if token not in dead]
     return report
+
+
+def float8_values() -> np.ndarray:
+    """(256,) float64: what each float8 e4m3 code stands for, by the OCP specification; 0x7f and 0xff are NaN."""
+    values = []
+    for code in range(256):
+        exponent, mantissa = (code >> 3) & 15, code & 7
+        value = mantissa / 8 * 2.0**-6 if exponent == 0 else (1 + mantissa / 8) * 2.0 ** (exponent - 7)
+        value = math.nan if code & 127 == 127 else value
+        values.append(math.copysign(value, -1 if code & 128 else 1))
+    return np.array(values)
+
+
+def quantise(row: np.ndarray) -> tuple[list[int], int]:
+    """float8 codes and scale of a token: the least scale that saturates nothing, then the nearest codes, ties even."""
+    values = [float(value) for value in row]
+    largest = max((abs(value) for value in values), default=0.0)
+    scale = next(s for s in range(11, 247) if largest <= 448 * 2.0 ** (s - 127))
+    finite = float8_values()[:127]
+    codes = []
+    for value in values:
+        distance = np.abs(finite - abs(value) * 2.0 ** (127 - scale))
+        nearest = np.flatnonzero(distance == distance.min())
+        best = next((code for code in nearest if code % 2 == 0), nearest[0])
+        codes.append(int(best) + (128 if math.copysign(1, value) < 0 else 0))
+    return codes, scale
