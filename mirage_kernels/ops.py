@@ -163,9 +163,7 @@ def _check_features(features: Tensor, points: Tensor, dtype: torch.dtype | None)
     return dtype
 
 
-def _check_bounds(
-    bounds: Tensor | None, points: Tensor, name: str = "bounds", in_place: bool = False
-) -> Tensor | None:
+def _check_bounds(bounds: Tensor | None, points: Tensor, name: str = "bounds", in_place: bool = False) -> Tensor | None:
     if bounds is None:
         return None
     expected = "(B, 6) float32 with B = ceil(N / 256) boxes of the N points"
@@ -266,8 +264,8 @@ def splat(
         cam2world: (T, 4, 4) float, OpenCV axes.
         size: (h, w) of the target grid.
         num_points: one int64 on the device of ``points``, read there: only so many first rows are live.
-        bounds: (ceil(N / 256), 6) float32, as of :func:`block_bounds`: the promise that the live points of rows 256 b to
-            256 b + 255 lie within bounds[b]. What no camera sees is then passed over by blocks; no result changes.
+        bounds: (ceil(N / 256), 6) float32, as of :func:`block_bounds`: the promise that the live points of rows 256 b
+            to 256 b + 255 lie within bounds[b]. What no camera sees is then passed over by blocks; no result changes.
         near: least depth, in world units.
         dtype: of the latents; default that of ``features``.
 
@@ -349,8 +347,8 @@ def splat_aligned(
         cam2world: (T, 4, 4) float, OpenCV axes.
         size: (h, w) of the target grid.
         num_points: one int64 on the device of ``points``, read there: only so many first rows are live.
-        bounds: (ceil(N / 256), 6) float32, as of :func:`block_bounds`: the promise that the live points of rows 256 b to
-            256 b + 255 lie within bounds[b]. What no camera sees is then passed over by blocks; no result changes.
+        bounds: (ceil(N / 256), 6) float32, as of :func:`block_bounds`: the promise that the live points of rows 256 b
+            to 256 b + 255 lie within bounds[b]. What no camera sees is then passed over by blocks; no result changes.
         near: least depth, in world units.
         sharpness: how much better a fit must be to count for more; a number >= 0, or infinity.
         dtype: of the latents; default that of ``features``.
@@ -504,8 +502,8 @@ def cache_write(
 def block_bounds(points: Tensor, *, num_points: Tensor | None = None, out: Tensor | None = None) -> Tensor:
     """The boxes of blocks of 256 consecutive points, by which reads pass over what no camera sees.
 
-    Least x, y, z and greatest x, y, z over the live points of each block whose coordinates are finite (no camera sees the
-    others); a block without any has +inf and -inf. Exact, and the same bits on every backend, with 0 for -0.
+    Least x, y, z and greatest x, y, z over the live points of each block whose coordinates are finite (no camera sees
+    the others); a block without any has +inf and -inf. Exact, and the same bits on every backend, with 0 for -0.
 
     Args:
         points: (N, 4) float32: x, y, z, footprint.
@@ -523,12 +521,12 @@ def block_bounds(points: Tensor, *, num_points: Tensor | None = None, out: Tenso
         raise TypeError(f"points must be (N, 4) float32: x, y, z, footprint, got {_describe(points)}")
     if out is None:
         out = points.new_empty((-(-points.shape[0] // reference.BLOCK), 6))
-    boxes = _check_bounds(out, points, "out", in_place=True)
+    _check_bounds(out, points, "out", in_place=True)
     backend = choose_backend(points.device, torch.float32)
     if backend == "reference":
-        reference.block_bounds(points, num_points, boxes)
+        reference.block_bounds(points, num_points, _plain(out))
     else:
-        private_operator("block_bounds", _family(backend))(points, num_points, boxes)
+        private_operator("block_bounds", _family(backend))(points, num_points, _plain(out))
     return out
 
 

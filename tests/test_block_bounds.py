@@ -192,9 +192,7 @@ def scene(seed: int, blocks: int = 7, views: int = 4, unit: float = 1.0, spread:
     return (points, features), (frame_ids, frame_centers * unit), (intrinsics, cam2world)
 
 
-def assert_same_reads(
-    backend, tokens, frames, cameras, live=None, near=0.05, voxel_size=0.5, bounds=None, size=GRID
-):
+def assert_same_reads(backend, tokens, frames, cameras, live=None, near=0.05, voxel_size=0.5, bounds=None, size=GRID):
     """Every read by bounds is the definition's, which knows none; returns what the views see of the tokens."""
     points, features = (backend.put(x) for x in tokens)
     frame_ids, centers, *cameras = (backend.put(x) for x in (*frames, *cameras))

@@ -311,9 +311,7 @@ def test_compile_cache_write(kernels, compiler):
             scenes.poses(rng, views),
         ]
         arguments = [kernels.put(x) for x in arguments]
-        buffers = [
-            [kernels.put(x) for x in (*scenes.buffers(200, 6, held=4), torch.zeros(1, 6))] for _ in range(2)
-        ]
+        buffers = [[kernels.put(x) for x in (*scenes.buffers(200, 6, held=4), torch.zeros(1, 6))] for _ in range(2)]
         expected, got = write(*buffers[0], *arguments), compiled(*buffers[1], *arguments)
         assert expected[0] > 20
         assert_equal_bits([got, *buffers[1]], [expected, *buffers[0]])
