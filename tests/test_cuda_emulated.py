@@ -84,14 +84,14 @@ def definition(name: str, *arguments: Any) -> Any:
         *tensors, height, width, bilinear = arguments
         return reference.back_project(*tensors, (height, width), "bilinear" if bilinear else "median")
     if name == "splat":
-        *tensors, height, width, near, dtype = arguments
-        return reference.splat(*tensors, (height, width), near, dtype)
+        tensors, (height, width, *rest) = arguments[:5], arguments[5:]
+        return reference.splat(*tensors, (height, width), *rest)
     if name == "splat_aligned":
-        *tensors, height, width, near, sharpness, dtype = arguments
-        return reference.splat_aligned(*tensors, (height, width), near, sharpness, dtype)
+        tensors, (height, width, *rest) = arguments[:7], arguments[7:]
+        return reference.splat_aligned(*tensors, (height, width), *rest)
     if name == "cache_write":
-        *tensors, first_frame, bilinear, low, high = arguments
-        return reference.cache_write(*tensors, first_frame, "bilinear" if bilinear else "median", low, high)
+        tensors, (first_frame, bilinear, *rest) = arguments[:9], arguments[9:]
+        return reference.cache_write(*tensors, first_frame, "bilinear" if bilinear else "median", *rest)
     if name == "view_overlap":
         *tensors, height, width, voxel_size, near = arguments
         return reference.view_overlap(*tensors, (height, width), voxel_size, near)
@@ -346,6 +346,75 @@ def test_splat_rounds_as_torch_does(emulated: Emulated, pair: tuple[torch.dtype,
         emulated, "splat", points, features, None, *cameras, 1, len(features), NEAR, pair[1], order=ASCENDING
     )
     assert view[1].all() and torch.equal(view[0][0, :, 0].t(), features.to(pair[1]))
+
+
+# float8 features
+
+
+FLOAT8 = torch.float8_e4m3fn
+
+
+def as_float8(features: Tensor, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Codes of every kind but NaN in the shape of the features, and scales."""
+    rng = np.random.default_rng(seed)
+    codes = rng.integers(0, 127, features.shape) + 128 * rng.integers(0, 2, features.shape)
+    scales = torch.from_numpy(rng.integers(110, 140, len(features))).to(torch.uint8)
+    return torch.from_numpy(codes).to(torch.uint8).view(FLOAT8), scales
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_float8_is_read(emulated: Emulated, dtype: torch.dtype) -> None:
+    for channels, order in zip((0, *CHANNELS), orders(), strict=False):
+        size = ((7, 11), (4, 8), (1, 33))[channels % 3]
+        (points, features), rest = aligned_scene(channels, 151, channels, 2, size)
+        features, scales = as_float8(features, channels)
+        near = (*rest[2:], *size, NEAR, dtype, scales)
+        view = assert_same(emulated, "splat", points, features, None, *near, order=order)
+        far = (*rest, *size, NEAR, 20.0, dtype, scales)
+        blended = assert_same(emulated, "splat_aligned", points, features, None, *far, order=order)
+        for seen in (view, blended):
+            covered = int(seen[1].sum())
+            assert 10 < covered and seen[0].any(1).sum() == (covered if channels > 3 else seen[0].any(1).sum())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_float8_codes_at_every_scale(emulated: Emulated, dtype: torch.dtype) -> None:
+    # Rows that may be loaded 16 bytes at a time, and rows that may not; without NaN, whose bits are the GPU's own.
+    features = torch.arange(256, dtype=torch.uint8).repeat(256, 1)
+    features[(features & 127) == 127] = 0
+    scales = torch.arange(256).clamp(max=254).to(torch.uint8)
+    points, *cameras = one_each(256)
+    shifted = torch.empty(features.numel() + 1, dtype=torch.uint8)[1:].view(features.shape).copy_(features)
+    ids, centers = torch.zeros(256, dtype=torch.int32), torch.zeros(1, 3)
+    for codes in (features, shifted):
+        arguments = (points, codes.view(FLOAT8), None, *cameras, 1, 256, NEAR, dtype, scales)
+        view = assert_same(emulated, "splat", *arguments, order=ASCENDING)
+        arguments = (points, codes.view(FLOAT8), None, ids, centers, *cameras, 1, 256, NEAR, math.inf, dtype, scales)
+        blended = assert_same(emulated, "splat_aligned", *arguments, order=DESCENDING)
+        assert view[1].all() and blended[1].all() and len(view[0].unique()) > 250
+
+
+@every_order
+@pytest.mark.parametrize("channels", [1, 48, 130])
+def test_float8_gradient_to_points(emulated: Emulated, channels: int, order: Order) -> None:
+    if not available_backends()["cpu"]:
+        pytest.skip("the CPU operators were not built: nothing to compare with")
+    (points, features), rest = aligned_scene(channels, 90, channels, 3, (5, 7))
+    features, scales = as_float8(features)
+    arguments = points, features, None, *rest, 5, 7, NEAR, 5.0, torch.float32, scales
+    keys = definition("splat_aligned", *arguments)[4]
+    grad = torch.randn(3, channels, 5, 7, generator=torch.Generator().manual_seed(channels))
+    arguments = grad, points, features, *rest, keys, 5.0, True, scales
+    sums = assert_same(emulated, "splat_aligned_backward", *arguments, order=order)
+    assert sums[0].shape == (0, channels) and sums[1].any()
+
+
+def test_float8_needs_scales_and_nothing_else_does(emulated: Emulated) -> None:
+    points, features, *cameras = splat_scene(5, 90, 4, 1, (4, 5))
+    codes, scales = as_float8(features)
+    for stored, given in ((codes, None), (features, scales), (codes, scales[1:]), (codes, scales.int())):
+        with pytest.raises(RuntimeError, match="scales"):
+            emulated.run("splat_compiled", points, stored, None, *cameras, 4, 5, NEAR, torch.float32, given)
 
 
 # splat_backward
