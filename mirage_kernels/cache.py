@@ -1,9 +1,10 @@
 """LatentCache: latent tokens in world space, written once per chunk and read for any camera.
 
 Buffers: ``points`` (capacity, 4) float32 x, y, z, footprint; ``features`` (capacity, C); ``frame_ids`` (capacity,)
-int32; with float8 features ``scales`` (capacity,) uint8; a table of frames' camera centres (F, 3); and the live count,
-one int64 beside them on the device. The read path looks at the count on the device only: it never waits, so a captured
-read stays valid while the cache grows within its buffers.
+int32; with float8 features ``scales`` (capacity,) uint8; the bounds of every 256 tokens, by which reads pass over what
+no camera sees; a table of frames' camera centres (F, 3); and the live count, one int64 beside them on the device. The
+read path looks at the count on the device only: it never waits, so a captured read stays valid while the cache grows
+within its buffers.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch import Tensor
 from . import ops
 from .cameras import Cameras
 from .ops import NEAR, SHARPNESS, STORED_DTYPES, View
-from .reference import FLOAT8, REPORT_FIELDS, dequantise_rows
+from .reference import BLOCK, FLOAT8, REPORT_FIELDS, dequantise_rows
 from .storage import load_cache, save_cache
 
 WRITE_POLICIES = ("append",)
@@ -115,6 +116,7 @@ class LatentCache:
         self._generation = 0
         self._num_frames = 0
         self._take_buffers(self._new_buffers(capacity or 0))
+        self._bounds = self._no_bounds()
         self._frame_centers = torch.empty((_FRAMES, 3), dtype=torch.float32, device=self.device)
 
     def _new_buffers(self, capacity: int) -> dict[str, Tensor]:
@@ -131,6 +133,12 @@ class LatentCache:
     def _take_buffers(self, buffers: dict[str, Tensor]) -> None:
         self._points, self._features, self._frame_ids = (buffers[name] for name in ("points", "features", "frame_ids"))
         self._scales = buffers.get("scales")
+
+    def _no_bounds(self) -> Tensor:
+        """Bounds of blocks without a token, see :func:`mirage_kernels.block_bounds`."""
+        bounds = torch.full((-(-self.capacity // BLOCK), 6), torch.inf, device=self.device)
+        bounds[:, 3:] = -torch.inf
+        return bounds
 
     # What it is.
 
@@ -203,15 +211,16 @@ class LatentCache:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the live tokens and frames."""
+        """Bytes of the live tokens, their bounds, and frames."""
         per_token = sum(buffer[:1].nbytes if self.capacity else 0 for buffer in self._buffers().values())
-        return len(self) * per_token + self.frame_centers.nbytes
+        blocks = -(-len(self) // BLOCK)
+        return len(self) * per_token + self._bounds[:blocks].nbytes + self.frame_centers.nbytes
 
     @property
     def nbytes_allocated(self) -> int:
         """Bytes of all buffers, the unused part included."""
-        held = sum(buffer.nbytes for buffer in self._buffers().values())
-        return held + self._frame_centers.nbytes + self._count.nbytes
+        tables = self._bounds, self._frame_centers, self._count
+        return sum(buffer.nbytes for buffer in (*self._buffers().values(), *tables))
 
     def _buffers(self) -> dict[str, Tensor]:
         buffers = {"points": self._points, "features": self._features, "frame_ids": self._frame_ids}
@@ -292,6 +301,7 @@ class LatentCache:
             cam2world,
             scales=self._scales,
             mask=mask,
+            bounds=self._bounds,
             first_frame=self._num_frames,
             depth_sampling=depth_sampling,
             min_depth=min_depth,
@@ -314,6 +324,8 @@ class LatentCache:
         for name, old in self._buffers().items():
             grown[name][:live] = old[:live]
         self._take_buffers(grown)
+        known, self._bounds = self._bounds, self._no_bounds()
+        self._bounds[: len(known)] = known
         self._generation += 1
 
     def _reserve_frames(self, views: int) -> None:
@@ -372,6 +384,7 @@ class LatentCache:
                 size,
                 scales=self._scales,
                 num_points=self._count,
+                bounds=self._bounds,
                 near=near,
                 sharpness=sharpness,
                 dtype=dtype,
@@ -384,6 +397,7 @@ class LatentCache:
             size,
             scales=self._scales,
             num_points=self._count,
+            bounds=self._bounds,
             near=near,
             dtype=dtype,
         )
@@ -415,6 +429,7 @@ class LatentCache:
             targets.cam2world,
             size,
             num_points=self._count,
+            bounds=self._bounds,
             voxel_size=voxel_size,
             near=near,
         )
@@ -422,6 +437,7 @@ class LatentCache:
     def clear(self) -> None:
         """Forget every token and frame; buffers stay where they are."""
         self._count.zero_()
+        self._bounds.copy_(self._no_bounds())
         self._at_most = 0
         self._num_frames = 0
 
@@ -441,6 +457,7 @@ class LatentCache:
                 f"mark must be of this cache, which holds {len(self)} tokens of {self._num_frames} frames, got {mark}"
             )
         self._count.fill_(tokens)
+        ops.block_bounds(self._points, num_points=self._count, out=self._bounds)
         self._at_most = tokens
         self._num_frames = frames
 
@@ -478,6 +495,7 @@ class LatentCache:
             buffer[:live] = tensors[name]
         self._frame_centers = tensors["frame_centers"].clone()
         self._count.fill_(live)
+        self._bounds = ops.block_bounds(self._points, num_points=self._count)
         self._at_most, self._num_frames = live, frames
 
     def save(self, path: str | Path) -> None:

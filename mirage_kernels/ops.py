@@ -177,6 +177,20 @@ def _check_features(features: Tensor, scales: Tensor | None, points: Tensor, dty
     return dtype
 
 
+def _check_bounds(bounds: Tensor | None, points: Tensor, name: str = "bounds", in_place: bool = False) -> Tensor | None:
+    if bounds is None:
+        return None
+    expected = "(B, 6) float32 with B = ceil(N / 256) boxes of the N points"
+    _require_tensor(name, bounds, expected)
+    fits = bounds.dim() == 2 and bounds.shape[1] == 6 and bounds.shape[0] == -(-points.shape[0] // reference.BLOCK)
+    _require(fits, name, expected, bounds)
+    _require_float(name, bounds, expected, (torch.float32,))
+    _require_device(name, bounds, points.device, "points")
+    if in_place and not bounds.is_contiguous():
+        raise ValueError(f"{name} must be contiguous, it is written in place, got strides {bounds.stride()}")
+    return _plain(bounds)
+
+
 def _check_scales(features: Tensor, scales: Tensor | None, device: torch.device, like: str) -> None:
     if features.dtype != FLOAT8:
         if scales is not None:
@@ -258,6 +272,7 @@ def splat(
     *,
     scales: Tensor | None = None,
     num_points: Tensor | None = None,
+    bounds: Tensor | None = None,
     near: float = NEAR,
     dtype: torch.dtype | None = None,
 ) -> View:
@@ -278,6 +293,8 @@ def splat(
         scales: (N,) uint8, with float8_e4m3fn features and only with them: a feature's value is
             float8 * 2^(scale - 127), as :func:`cache_write` stores it.
         num_points: one int64 on the device of ``points``, read there: only so many first rows are live.
+        bounds: (ceil(N / 256), 6) float32, as of :func:`block_bounds`: the promise that the live points of rows 256 b
+            to 256 b + 255 lie within bounds[b]. What no camera sees is then passed over by blocks; no result changes.
         near: least depth, in world units.
         dtype: of the latents, any of these but float8_e4m3fn; default that of ``features``, bfloat16 for float8_e4m3fn.
 
@@ -290,6 +307,7 @@ def splat(
     """
     height, width = check_size(size)
     points = _check_points(points, num_points)
+    bounds = _check_bounds(bounds, points)
     dtype = _check_features(features, scales, points, dtype)
     intrinsics, cam2world = _check_cameras(intrinsics, cam2world, points.device, "points")
     near = _check_near(near)
@@ -299,7 +317,7 @@ def splat(
         size = (height, width)
         return View(*reference.splat(points, features, num_points, intrinsics, cam2world, size, near, dtype, scales))
     operator = private_operator("splat", _family(backend))
-    arguments = (points, features, num_points, intrinsics, cam2world, height, width, near, dtype, scales)
+    arguments = (points, features, num_points, intrinsics, cam2world, height, width, near, dtype, bounds, scales)
     if torch.compiler.is_compiling() or (features.requires_grad and torch.is_grad_enabled()):
         return View(*operator(*arguments))
     # Reads in inference skip the autograd layer, which is Python: half of the 36 microseconds of an empty call.
@@ -325,6 +343,7 @@ def splat_aligned(
     *,
     scales: Tensor | None = None,
     num_points: Tensor | None = None,
+    bounds: Tensor | None = None,
     near: float = NEAR,
     sharpness: float = SHARPNESS,
     dtype: torch.dtype | None = None,
@@ -361,6 +380,8 @@ def splat_aligned(
         scales: (N,) uint8, with float8_e4m3fn features and only with them: a feature's value is
             float8 * 2^(scale - 127), as :func:`cache_write` stores it.
         num_points: one int64 on the device of ``points``, read there: only so many first rows are live.
+        bounds: (ceil(N / 256), 6) float32, as of :func:`block_bounds`: the promise that the live points of rows 256 b
+            to 256 b + 255 lie within bounds[b]. What no camera sees is then passed over by blocks; no result changes.
         near: least depth, in world units.
         sharpness: how much better a fit must be to count for more; a number >= 0, or infinity.
         dtype: of the latents, any of these but float8_e4m3fn; default that of ``features``, bfloat16 for float8_e4m3fn.
@@ -375,6 +396,7 @@ def splat_aligned(
     """
     height, width = check_size(size)
     points = _check_points(points, num_points, differentiable=True)
+    bounds = _check_bounds(bounds, points)
     dtype = _check_features(features, scales, points, dtype)
     for name, value, shape, kind in (
         ("frame_ids", frame_ids, (points.shape[0],), torch.int32),
@@ -394,7 +416,7 @@ def splat_aligned(
     if backend == "reference":
         return View(*reference.splat_aligned(*tensors, (height, width), near, sharpness, dtype, scales))
     operator = private_operator("splat_aligned", _family(backend))
-    arguments = (*tensors, height, width, near, sharpness, dtype, scales)
+    arguments = (*tensors, height, width, near, sharpness, dtype, bounds, scales)
     wanted = (features.requires_grad or points.requires_grad) and torch.is_grad_enabled()
     if torch.compiler.is_compiling() or wanted:
         return View(*operator(*arguments)[:4])
@@ -483,6 +505,7 @@ def cache_write(
     *,
     scales: Tensor | None = None,
     mask: Tensor | None = None,
+    bounds: Tensor | None = None,
     first_frame: int = 0,
     depth_sampling: str = "median",
     min_depth: float = 0.0,
@@ -507,6 +530,7 @@ def cache_write(
             by a power of two, so that its largest magnitude is within float8's 448 and none saturates
             (``reference.quantise_rows`` is the rule); one above 448 * 2^119, 2.98e38, counts as not finite.
         mask: (T, H', W') bool, True = static.
+        bounds: (ceil(capacity / 256), 6) float32, written in place: :func:`block_bounds` of the blocks appended to.
         first_frame: frame id of view 0.
         depth_sampling: ``"median"`` or ``"bilinear"``, as in :func:`back_project`.
         min_depth, max_depth: range of token depths kept, world units.
@@ -528,12 +552,45 @@ def cache_write(
         _require_contiguous("scales", scales)
     _check_first_frame(first_frame, latents.shape[0])
     points = _plain(points)
+    bounds = _check_bounds(bounds, points, in_place=True)
     arguments = (points, _plain(features), frame_ids, count, _plain(latents), depth, intrinsics, cam2world, mask)
     backend = choose_backend(latents.device, torch.float32)
     if backend == "reference":
-        return reference.cache_write(*arguments, first_frame, depth_sampling, min_depth, max_depth, scales)
+        return reference.cache_write(*arguments, first_frame, depth_sampling, min_depth, max_depth, bounds, scales)
     operator = private_operator("cache_write", _family(backend))
-    return operator(*arguments, first_frame, depth_sampling == "bilinear", min_depth, max_depth, scales)
+    return operator(*arguments, first_frame, depth_sampling == "bilinear", min_depth, max_depth, bounds, scales)
+
+
+def block_bounds(points: Tensor, *, num_points: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+    """The boxes of blocks of 256 consecutive points, by which reads pass over what no camera sees.
+
+    Least x, y, z and greatest x, y, z over the live points of each block whose coordinates are finite (no camera sees
+    the others); a block without any has +inf and -inf. Exact, and the same bits on every backend, with 0 for -0.
+
+    Args:
+        points: (N, 4) float32: x, y, z, footprint.
+        num_points: one int64 on the device of ``points``, read there: only so many first rows are live.
+        out: (ceil(N / 256), 6) float32, written in place; None makes a new one.
+
+    Returns:
+        (ceil(N / 256), 6) float32, ``out`` where there is one. Not differentiable.
+
+    Raises:
+        ValueError, TypeError: naming the argument, what was expected and what came; nothing has been written then.
+    """
+    points = _check_points(points, num_points)
+    if points.dtype != torch.float32:
+        raise TypeError(f"points must be (N, 4) float32: x, y, z, footprint, got {_describe(points)}")
+    if out is None:
+        out = points.new_empty((-(-points.shape[0] // reference.BLOCK), 6))
+    _check_bounds(out, points, "out", in_place=True)
+    boxes = _plain(out)
+    backend = choose_backend(points.device, torch.float32)
+    if backend == "reference":
+        reference.block_bounds(points, num_points, boxes)
+    else:
+        private_operator("block_bounds", _family(backend))(points, num_points, boxes)
+    return out
 
 
 def check_count(name: str, value: Any, least: int, most: int) -> int:
@@ -561,6 +618,7 @@ def bounded_write(
     cam2world: Tensor,
     *,
     looks: Tensor | None = None,
+    bounds: Tensor | None = None,
     mask: Tensor | None = None,
     first_frame: int = 0,
     depth_sampling: str = "median",
@@ -602,6 +660,8 @@ def bounded_write(
         intrinsics: (T, 3, 3) float, in pixels of the depth map.
         cam2world: (T, 4, 4) float.
         looks: (capacity,) uint8, written in place: looks averaged in each token. None keeps tokens as they were seen.
+        bounds: (ceil(capacity / 256), 6) float32, as of :func:`block_bounds`, written in place: what is far from the
+            views is then passed over; no result changes.
         mask: (T, H', W') bool, True = static.
         first_frame: frame id of view 0.
         depth_sampling: ``"median"`` or ``"bilinear"``, as in :func:`back_project`.
@@ -635,7 +695,8 @@ def bounded_write(
     order = _order((latents.shape[2], latents.shape[3]), latents.device)
     buffers = (_plain(points), _plain(features), frame_ids, votes, looks, count, _plain(frame_centers))
     inputs = (_plain(latents), depth, intrinsics, cam2world, mask, order, first_frame)
-    rest = (min_depth, max_depth, near, views_per_voxel, carve_views)
+    bounds = _check_bounds(bounds, points, in_place=True)
+    rest = (min_depth, max_depth, near, views_per_voxel, carve_views, bounds)
     backend = choose_backend(latents.device, torch.float32)
     if backend == "reference":
         return reference.bounded_write(*buffers, *inputs, depth_sampling, *rest)
@@ -651,6 +712,7 @@ def cache_trim(
     *,
     votes: Tensor | None = None,
     looks: Tensor | None = None,
+    bounds: Tensor | None = None,
     max_tokens: int | None = None,
 ) -> Tensor:
     """Remove dead tokens, and the oldest of what is too many; the others move together, in order, in place.
@@ -659,7 +721,8 @@ def cache_trim(
     lowest row.
 
     Args:
-        points, features, frame_ids, count, votes, looks: as in :func:`bounded_write`; without ``votes`` none is dead.
+        points, features, frame_ids, count, votes, looks, bounds: as in :func:`bounded_write`; without ``votes`` none is
+            dead.
         max_tokens: how many may stay, >= 0; None: any number.
 
     Returns:
@@ -670,7 +733,8 @@ def cache_trim(
     """
     _check_buffers(points, features, frame_ids, count, None, None, votes=votes, looks=looks)
     most = 2**62 if max_tokens is None else check_count("max_tokens", max_tokens, 0, 2**62)
-    arguments = (_plain(points), _plain(features), frame_ids, votes, looks, count, most)
+    bounds = _check_bounds(bounds, points, in_place=True)
+    arguments = (_plain(points), _plain(features), frame_ids, votes, looks, count, most, bounds)
     backend = choose_backend(points.device, torch.float32)
     if backend == "reference":
         return reference.cache_trim(*arguments)
@@ -686,6 +750,7 @@ def view_overlap(
     size: tuple[int, int],
     *,
     num_points: Tensor | None = None,
+    bounds: Tensor | None = None,
     voxel_size: float = 0.1,
     near: float = NEAR,
 ) -> Tensor:
@@ -701,6 +766,7 @@ def view_overlap(
         target_intrinsics, target_cam2world: (T, 3, 3) and (T, 4, 4) float, likewise.
         size: (h, w) of the grid.
         num_points: one int64 on the device: only the first ``num_points`` rows are live.
+        bounds: (ceil(N / 256), 6) float32, as for :func:`splat`: spares work, changes no result.
         voxel_size: edge in world units. Coordinates past 2^20 voxels from the origin share the border voxels.
         near: least depth, in world units.
 
@@ -712,6 +778,7 @@ def view_overlap(
     """
     height, width = check_size(size)
     points = _check_points(points, num_points)
+    bounds = _check_bounds(bounds, points)
     intrinsics, cam2world = _check_cameras(intrinsics, cam2world, points.device, "points")
     targets = _check_cameras(target_intrinsics, target_cam2world, points.device, "points", "target_")
     near = _check_near(near)
@@ -724,5 +791,5 @@ def view_overlap(
         )
     else:
         operator = private_operator("view_overlap", _family(backend))
-        counts = operator(points, num_points, intrinsics, cam2world, *targets, height, width, voxel_size, near)
+        counts = operator(points, num_points, intrinsics, cam2world, *targets, height, width, voxel_size, near, bounds)
     return (counts[:, 0].double() / counts[:, 1].clamp(min=1).double()).float()

@@ -2,7 +2,8 @@
 
 What this file computes is what is true: the C++, CUDA and Triton kernels are held to it bit for bit in float32. It is
 written to be read. Camera matrices are composed in float64 and rounded once; per-point work then runs in the working
-dtype, one rounded operation at a time, in the order the kernels use (see ``csrc/core/camera.h``).
+dtype, one rounded operation at a time, in the order the kernels use (see ``csrc/core/camera.h``). Reads here know
+nothing of the bounds of blocks: those spare kernels work and change no result.
 
 Conventions: OpenCV axes (x right, y down, z forward); pixel coordinates are continuous, column j covers [j, j + 1).
 """
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 VOXEL_LIMIT = 2**20
+BLOCK = 256  # consecutive rows of points that share one box; the kernels' copy is kBlockTokens in csrc/core/frustum.h
 REPORT_FIELDS = ("written", "refused", "masked", "unknown_depth", "out_of_range", "non_finite")
 
 
@@ -582,6 +584,7 @@ def cache_write(
     depth_sampling: str,
     min_depth: float,
     max_depth: float,
+    bounds: Tensor | None = None,
     scales: Tensor | None = None,
 ) -> Tensor:
     """Definition of :func:`mirage_kernels.cache_write`: appends in token order, returns the six report counts."""
@@ -599,6 +602,9 @@ def cache_write(
         store_rows(features, scales, slice(start, start + fits), rows[:fits])
         frame_ids[start : start + fits] = frames.expand_as(keep)[keep][:fits].to(frame_ids.dtype)
     count += fits
+    if bounds is not None and fits > 0:
+        first, end = start // BLOCK, start + fits
+        block_bounds(points[first * BLOCK : end], None, bounds[first : (end - 1) // BLOCK + 1])
     return torch.cat([torch.tensor([fits, rows.shape[0] - fits], device=keep.device), rejected])
 
 
@@ -684,6 +690,7 @@ def bounded_write(
     near: float,
     views_per_voxel: int,
     carve_views: int,
+    bounds: Tensor | None = None,
 ) -> Tensor:
     """Definition of :func:`mirage_kernels.bounded_write`: view after view, in place; returns the report."""
     size = (latents.shape[2], latents.shape[3])
@@ -719,7 +726,7 @@ def bounded_write(
             behind = _around(nearest[t], u, v)
             through = visible & (surface > 0) & (depths * CARVE_GATE < behind) & (behind < torch.inf)
             voted = torch.where(through, votes[:live].int() + 1, torch.where(on_surface, 0, votes[:live].int()))
-            carved = alive & (voted >= carve_views)
+            carved = alive & visible & (voted >= carve_views)
             votes[:live] = torch.where(alive, torch.where(carved, DEAD, voted), DEAD).to(votes.dtype)
             report["carved"] += int(carved.sum())
             alive = alive & ~carved
@@ -785,6 +792,8 @@ def bounded_write(
         report["written"] += len(added)
         report["refused"] += int((worth & ~shown).sum()) - len(added)
 
+    if bounds is not None:
+        block_bounds(points, count, bounds)
     report.update(zip(("masked", "unknown_depth", "out_of_range", "non_finite"), rejected.tolist(), strict=True))
     return torch.tensor(list(report.values()), device=points.device)
 
@@ -797,6 +806,7 @@ def cache_trim(
     looks: Tensor | None,
     count: Tensor,
     max_tokens: int,
+    bounds: Tensor | None = None,
 ) -> Tensor:
     """Definition of :func:`mirage_kernels.cache_trim`: survivors move together, in order; returns how many went."""
     live = int(count)
@@ -809,7 +819,24 @@ def cache_trim(
         if buffer is not None:
             buffer[: len(survivors)] = buffer[survivors]
     count.fill_(len(survivors))
+    if bounds is not None:
+        block_bounds(points, count, bounds)
     return torch.tensor(excess, device=points.device)
+
+
+def block_bounds(points: Tensor, num_points: Tensor | None, bounds: Tensor) -> None:
+    """Definition of :func:`mirage_kernels.block_bounds`: writes bounds (ceil(N / BLOCK), 6).
+
+    A point with a coordinate that is not finite does not count: no camera sees it. -0 becomes 0.
+    """
+    count = points.shape[0]
+    number = torch.arange(count, device=points.device)
+    live = torch.ones_like(number, dtype=torch.bool) if num_points is None else number < num_points
+    counts = (live & torch.isfinite(points[:, :3]).all(-1))[:, None]
+    for side, reduce, empty in ((slice(0, 3), "amin", torch.inf), (slice(3, 6), "amax", -torch.inf)):
+        bounds[:, side] = empty
+        block = (number // BLOCK)[:, None].expand(count, 3)
+        bounds[:, side].scatter_reduce_(0, block, torch.where(counts, points[:, :3], empty) + 0.0, reduce)
 
 
 def voxel_keys(points: Tensor, voxel_size: float) -> Tensor:

@@ -32,6 +32,7 @@ def _fake_splat(
     width: int,
     near: float,
     dtype: torch.dtype,
+    bounds: Tensor | None = None,
     scales: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     shape = (cam2world.shape[0], height, width)
@@ -60,6 +61,7 @@ def _fake_splat_aligned(
     near: float,
     sharpness: float,
     dtype: torch.dtype,
+    bounds: Tensor | None = None,
     scales: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     seen = _fake_splat(points, features, num_points, intrinsics, cam2world, height, width, near, dtype)
@@ -99,6 +101,10 @@ def _fake_cache_trim(points: Tensor, *args: Any) -> Tensor:
     return points.new_empty((), dtype=torch.int64)
 
 
+def _fake_block_bounds(*args: Any) -> None:
+    return None
+
+
 def _fake_view_overlap(
     points: Tensor, num_points: Tensor | None, intrinsics: Tensor, cam2world: Tensor, *args: Any
 ) -> Tensor:
@@ -126,7 +132,7 @@ def _splat_backward(family: str) -> Any:
 
 
 def _setup_splat_aligned_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    points, features, _, frame_ids, frame_centers, intrinsics, cam2world, _, _, _, ctx.sharpness, _, scales = inputs
+    points, features, _, frame_ids, frame_centers, intrinsics, cam2world, _, _, _, ctx.sharpness, _, _, scales = inputs
     _, mask, depth, index, keys = output
     ctx.save_for_backward(points, features, frame_ids, frame_centers, intrinsics, cam2world, keys, scales)
     ctx.mark_non_differentiable(mask, depth, index, keys)
@@ -158,6 +164,7 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "cache_write": _fake_cache_write,
     "bounded_write": _fake_bounded_write,
     "cache_trim": _fake_cache_trim,
+    "block_bounds": _fake_block_bounds,
     "view_overlap": _fake_view_overlap,
 }
 

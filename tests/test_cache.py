@@ -346,11 +346,11 @@ def test_sizes_in_bytes(dtype):
     cache = LatentCache(channels=4, dtype=dtype, capacity=100)
     per_token = 16 + 4 * dtype.itemsize + 4 + (dtype.itemsize == 1)
     empty = cache.nbytes_allocated
-    assert cache.nbytes == 0 and 100 * per_token <= empty <= 100 * per_token + 1024 * 12 + 64
+    assert cache.nbytes == 0 and 100 * per_token <= empty <= 100 * per_token + 24 + 1024 * 12 + 64
     cache.write(*frames(14, dtype=latent_dtype(dtype)))
     live = len(cache)
     assert 20 < live < 100
-    assert live * per_token <= cache.nbytes <= live * per_token + 2 * 12
+    assert live * per_token <= cache.nbytes <= live * per_token + 24 + 2 * 12
     assert cache.nbytes <= cache.nbytes_allocated
 
 

@@ -1,6 +1,6 @@
 // cache_write on the CPU: lift and judge every token row, count, then copy the kept rows to their places.
 //
-// In: latents (T, C, h, w), depth (T, H, W), cameras, mask. In place: points, features, frame_ids, count, scales.
+// In: latents (T, C, h, w), depth (T, H, W), cameras, mask. In place: points, features, frame_ids, count, bounds, scales.
 // Out: how many tokens were written, refused, masked, of unknown depth, out of range, not finite.
 #include "features.h"
 #include "judge.h"
@@ -59,7 +59,8 @@ void gather_features(const T* latents, index_t channels, index_t stride, const i
 Tensor cache_write(Tensor points, Tensor features, Tensor frame_ids, Tensor count, const Tensor& latents_,
                    const Tensor& depth_, const Tensor& intrinsics_, const Tensor& cam2world_,
                    const std::optional<Tensor>& mask_, int64_t first_frame, bool bilinear, double min_depth,
-                   double max_depth, std::optional<Tensor> scales) {
+                   double max_depth, const std::optional<Tensor>& bounds,
+                   std::optional<Tensor> scales) {
   const Tensor latents = as_contiguous(latents_);
   const Tensor depth = checked(depth_, ScalarType::Float, "depth");
   const Tensor intrinsics = checked(intrinsics_, ScalarType::Double, "intrinsics");
@@ -68,6 +69,7 @@ Tensor cache_write(Tensor points, Tensor features, Tensor frame_ids, Tensor coun
   if (mask_.has_value()) mask = checked(*mask_, ScalarType::Bool, "mask");
   STD_TORCH_CHECK(points.is_contiguous() && features.is_contiguous() && frame_ids.is_contiguous(),
                   "points, features and frame_ids must be contiguous: they are written in place");
+  if (bounds.has_value()) check_bounds(*bounds, points.size(0));
   checked_scales(features, scales);
   STD_TORCH_CHECK(!scales.has_value() || scales->is_contiguous(),
                   "scales must be contiguous: they are written in place");
@@ -128,6 +130,11 @@ Tensor cache_write(Tensor points, Tensor features, Tensor frame_ids, Tensor coun
     });
   });
   *output<int64_t>(count) = start + report[0];
+  if (bounds.has_value() && report[0] > 0) {
+    const index_t end = start + report[0];
+    update_bounds(input<float>(points), end, start / kBlockTokens, divide_up(end, kBlockTokens), nullptr,
+                  output<float>(*bounds));
+  }
 
   Tensor result = new_tensor({6}, ScalarType::Long);
   std::copy(report, report + 6, output<int64_t>(result));

@@ -161,16 +161,19 @@ void keep_nearest(const GroupFit& g, const Corners& corners, float* narrow) {
   }
 }
 
-// Fits one share of the tokens: every `step`-th block from `first` on.
-void fit_share(const Tokens& tokens, const std::vector<GroupBounds>& bounds, size_t first, size_t step,
-               const Reader& reader, const Frustum& frustum, float near, const Grid& grid, Share& share) {
+// Fits one share of the tokens to view t: every `step`-th batch of blocks from `first` on.
+void fit_share(const Tokens& tokens, const SeenBlocks& blocks, const std::vector<GroupBounds>& bounds, index_t t,
+               size_t first, size_t step, const Reader& reader, const Frustum& frustum, float near, const Grid& grid,
+               Share& share) {
   share.start(grid.cells);
   int32_t visible[kGroups];
   Corners corners;
   for (size_t b = first; b < bounds.size(); b += step) {
+    const index_t block = static_cast<index_t>(b) * kBlocks;
+    if (!blocks.by(t, block, std::min(block + kBlocks, blocks.size()))) continue;
     const int number = visible_groups(bounds[b], frustum, visible);
     for (int k = 0; k < number; ++k) {
-      const index_t begin = static_cast<index_t>(b) * kBlock + visible[k] * kGroup;
+      const index_t begin = bounds[b].row(visible[k]);
       GroupFit& g = share.groups.emplace_back();
       if (!fit_group(tokens, begin, static_cast<int>(std::min<index_t>(kGroup, tokens.count - begin)), reader, near,
                      static_cast<float>(grid.width), static_cast<float>(grid.height), g)) {
@@ -313,26 +316,31 @@ void close_holes(const std::vector<float>& narrow, const Grid& grid, Share& shar
     holes.for_each(g, [&](int i, int cell, float) { share.wide[cell] = std::min(share.wide[cell], g.z[i]); });
 }
 
-std::vector<GroupBounds> bound_groups(const Tokens& tokens) {
-  std::vector<GroupBounds> bounds(divide_up(tokens.count, kBlock));
+std::vector<GroupBounds> bound_groups(const Tokens& tokens, const SeenBlocks& blocks) {
+  std::vector<GroupBounds> bounds(divide_up(blocks.size(), kBlocks));
   torch::stable::parallel_for(0, static_cast<int64_t>(bounds.size()), 8, [&](int64_t begin, int64_t end) {
-    PointBlock block{};
+    PointBatch batch{};
     for (int64_t b = begin; b < end; ++b) {
-      const index_t first = b * kBlock;
-      load_block(tokens.points + 4 * first, static_cast<int>(std::min<index_t>(kBlock, tokens.count - first)), block);
-      bounds[b] = block;
+      const index_t first = b * kBlocks;
+      load_blocks(tokens.points, tokens.count, blocks.from(first), std::min<index_t>(kBlocks, blocks.size() - first),
+                  batch);
+      bounds[b] = batch;
     }
   });
   return bounds;
 }
 
 // keys (T, cells, kFits) of all views.
-void fill_keys(const Tokens& tokens, const std::vector<Reader>& readers, const Grid& grid, float near, int64_t* keys) {
+void fill_keys(const Tokens& tokens, const std::optional<Tensor>& boxes, index_t capacity,
+               const std::vector<Reader>& readers, const Grid& grid, float near, int64_t* keys) {
   const index_t threads = torch::stable::get_num_threads();
-  const std::vector<GroupBounds> bounds = bound_groups(tokens);
+  std::vector<Frustum> frusta;
+  for (const Reader& reader : readers)
+    frusta.push_back(make_frustum(reader.projection, near, grid.width, grid.height, kHoleReach));
+  const SeenBlocks blocks(boxes, capacity, tokens.count, frusta);
+  const std::vector<GroupBounds> bounds = bound_groups(tokens, blocks);
   const auto fit = [&](index_t t, index_t s, index_t number, Share& share) {
-    const Frustum frustum = make_frustum(readers[t].projection, near, grid.width, grid.height, kHoleReach);
-    fit_share(tokens, bounds, s, number, readers[t], frustum, near, grid, share);
+    fit_share(tokens, blocks, bounds, t, s, number, readers[t], frusta[t], near, grid, share);
   };
   const auto store = [&](const Best* best, index_t t, index_t cell, index_t count) {
     std::copy_n(reinterpret_cast<const int64_t*>(best + cell), count * kFits, keys + (t * grid.cells + cell) * kFits);
@@ -491,7 +499,8 @@ void read_out(const int64_t* keys, const Tokens& tokens, const std::vector<Reade
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> splat_aligned(
     const Tensor& points_, const Tensor& features_, const std::optional<Tensor>& num_points, const Tensor& frame_ids_,
     const Tensor& frame_centers_, const Tensor& intrinsics_, const Tensor& cam2world_, int64_t height, int64_t width,
-    double near, double sharpness, ScalarType dtype, const std::optional<Tensor>& scales) {
+    double near, double sharpness, ScalarType dtype, const std::optional<Tensor>& bounds,
+    const std::optional<Tensor>& scales) {
   const Tensor points = checked(points_, ScalarType::Float, "points");
   const Tensor features = as_contiguous(features_);
   const Tensor frame_ids = checked(frame_ids_, ScalarType::Int, "frame_ids");
@@ -513,7 +522,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> splat_aligned(
   Tensor keys = new_tensor({grid.views, height, width, kFits}, ScalarType::Long);
   if (grid.views * grid.cells == 0) return {latents, mask, depth, index, keys};
 
-  fill_keys(tokens, readers, grid, static_cast<float>(near), output<int64_t>(keys));
+  fill_keys(tokens, bounds, points.size(0), readers, grid, static_cast<float>(near), output<int64_t>(keys));
   const Outputs outputs{output<bool>(mask), output<float>(depth), output<int64_t>(index)};
   for_features(features, scales, [&](const auto& rows) {
     for_feature_type(dtype, [&](auto out) {

@@ -46,4 +46,72 @@ __device__ __forceinline__ float feature_value(T stored, float factor) {
   }
 }
 
+// False where a latent is not finite once stored: one of float32 may be too large for the others.
+template <typename Out>
+__device__ __forceinline__ bool is_storable(float latent) {
+  if constexpr (std::is_same_v<Out, Float8>) {
+    return (float_bits(latent) & 0x7fffffffu) <= kLargestQuantised;
+  } else {
+    return is_finite(to_float(from_float<Out>(latent)));
+  }
+}
+
+constexpr int kRows = 32;    // tokens turned at a time
+constexpr int kTurned = 64;  // channels turned at a time
+using Tile = float[kTurned][kRows + 1];
+
+// Stores the latents of up to kRows tokens as their rows of features, and scales. For row r, from[r] is the offset of
+// the token's first channel, to[r] the row; blend(r, value, at) is what `features` shall hold at offset `at`: it may
+// read there what they hold so far, but no scale. A block of kThreads must call it, behind a barrier.
+template <int kThreads, typename In, typename Out, typename Blend>
+__device__ __forceinline__ void store_rows(const In* __restrict__ latents, index_t cells, int channels, int rows,
+                                           const index_t* from, const index_t* to, Out* features, uint8_t* scales,
+                                           Tile& tile, const Blend& blend) {
+  constexpr bool kScaled = std::is_same_v<Out, Float8>;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  __shared__ int largest[kRows];  // magnitude bits in each row
+  const auto load = [&](int channel, int number) {
+    if (lane < rows) {
+      const In* at = latents + from[lane] + channel * cells;
+      for (int c = warp; c < number; c += kThreads / 32) tile[c][lane] = to_float(at[c * cells]);
+    }
+    __syncthreads();
+  };
+  if constexpr (kScaled) {
+    // A warp has rows of its own, a lane every 32nd channel of them.
+    if (threadIdx.x < kRows) largest[threadIdx.x] = 0;
+    for (int channel = 0; channel < channels; channel += kTurned) {
+      const int number = min(kTurned, channels - channel);
+      load(channel, number);
+      for (int r = warp; r < rows; r += kThreads / 32) {
+        int most = 0;
+        for (int c = lane; c < number; c += 32) {
+          const float value = blend(r, tile[c][r], to[r] * channels + channel + c);
+          most = max(most, static_cast<int>(float_bits(value) & 0x7fffffffu));
+        }
+        most = warp_max(most);
+        if (lane == 0) largest[r] = max(largest[r], most);
+      }
+      __syncthreads();
+    }
+    if (threadIdx.x < rows) scales[to[threadIdx.x]] = token_scale(static_cast<uint32_t>(largest[threadIdx.x]));
+  }
+  for (int channel = 0; channel < channels; channel += kTurned) {
+    const int number = min(kTurned, channels - channel);
+    if (!kScaled || channels > kTurned) load(channel, number);  // else it is there
+    for (int k = threadIdx.x; k < rows * number; k += kThreads) {
+      const int r = k / number, c = k % number;
+      const index_t at = to[r] * channels + channel + c;
+      const float value = blend(r, tile[c][r], at);
+      if constexpr (kScaled) {
+        const float inverse = inverse_factor(token_scale(static_cast<uint32_t>(largest[r])));
+        features[at].code = static_cast<uint8_t>(encode_float8(value * inverse));
+      } else {
+        features[at] = from_float<Out>(value);
+      }
+    }
+    __syncthreads();
+  }
+}
+
 }  // namespace mirage::cuda
