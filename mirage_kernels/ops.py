@@ -461,7 +461,7 @@ def _check_buffers(
     count: Tensor,
     channels: int | None,
     device: torch.device | None,
-    stored: tuple[torch.dtype, ...] = FEATURE_DTYPES,
+    scales: Tensor | None,
     **bytes_per_token: Tensor | None,
 ) -> None:
     """Buffers of a cache, written in place; ``channels`` and ``device`` are those of what is written into them."""
@@ -475,7 +475,7 @@ def _check_buffers(
     rows = features.shape[1:] if channels is None and features.dim() == 2 else (channels or 0,)
     buffers: list[tuple[str, Tensor, tuple[int, ...], tuple[torch.dtype, ...]]] = [
         ("points", points, (capacity, 4), (torch.float32,)),
-        ("features", features, (capacity, *rows), stored),
+        ("features", features, (capacity, *rows), STORED_DTYPES),
         ("frame_ids", frame_ids, (capacity,), (torch.int32,)),
         ("count", count, tuple(count.shape), (torch.int64,)),
     ]
@@ -486,6 +486,9 @@ def _check_buffers(
         _require_device(name, buffer, device, like)
         _require_contiguous(name, buffer)
     _require(count.numel() == 1, "count", "one int64", count)
+    _check_scales(features, scales, device, like)
+    if scales is not None:
+        _require_contiguous("scales", scales)
 
 
 def _check_first_frame(first_frame: int, views: int) -> None:
@@ -546,10 +549,7 @@ def cache_write(
     depth, intrinsics, cam2world, mask = check_write_inputs(
         latents, depth, intrinsics, cam2world, mask, depth_sampling, min_depth, max_depth
     )
-    _check_buffers(points, features, frame_ids, count, latents.shape[1], latents.device, STORED_DTYPES)
-    _check_scales(features, scales, latents.device, "latents")
-    if scales is not None:
-        _require_contiguous("scales", scales)
+    _check_buffers(points, features, frame_ids, count, latents.shape[1], latents.device, scales)
     _check_first_frame(first_frame, latents.shape[0])
     points = _plain(points)
     bounds = _check_bounds(bounds, points, in_place=True)
@@ -584,12 +584,11 @@ def block_bounds(points: Tensor, *, num_points: Tensor | None = None, out: Tenso
     if out is None:
         out = points.new_empty((-(-points.shape[0] // reference.BLOCK), 6))
     _check_bounds(out, points, "out", in_place=True)
-    boxes = _plain(out)
     backend = choose_backend(points.device, torch.float32)
     if backend == "reference":
-        reference.block_bounds(points, num_points, boxes)
+        reference.block_bounds(points, num_points, _plain(out))
     else:
-        private_operator("block_bounds", _family(backend))(points, num_points, boxes)
+        private_operator("block_bounds", _family(backend))(points, num_points, _plain(out))
     return out
 
 
@@ -619,6 +618,7 @@ def bounded_write(
     *,
     looks: Tensor | None = None,
     bounds: Tensor | None = None,
+    scales: Tensor | None = None,
     mask: Tensor | None = None,
     first_frame: int = 0,
     depth_sampling: str = "median",
@@ -650,7 +650,7 @@ def bounded_write(
 
     Args:
         points: (capacity, 4) float32, written in place: x, y, z, footprint.
-        features: (capacity, C) float32, float16 or bfloat16, written in place.
+        features: (capacity, C) float32, float16, bfloat16 or float8_e4m3fn, written in place.
         frame_ids: (capacity,) int32, written in place: the view that wrote a token last.
         votes: (capacity,) uint8, written in place: views that saw through a token; 255 marks a dead one.
         count: one int64, the rows in use on entry and on return, dead ones included.
@@ -662,6 +662,8 @@ def bounded_write(
         looks: (capacity,) uint8, written in place: looks averaged in each token. None keeps tokens as they were seen.
         bounds: (ceil(capacity / 256), 6) float32, as of :func:`block_bounds`, written in place: what is far from the
             views is then passed over; no result changes.
+        scales: (capacity,) uint8, written in place, with float8_e4m3fn features and only with them, as in
+            :func:`cache_write`.
         mask: (T, H', W') bool, True = static.
         first_frame: frame id of view 0.
         depth_sampling: ``"median"`` or ``"bilinear"``, as in :func:`back_project`.
@@ -681,7 +683,9 @@ def bounded_write(
         latents, depth, intrinsics, cam2world, mask, depth_sampling, min_depth, max_depth
     )
     _require_tensor("votes", votes, "written in place")
-    _check_buffers(points, features, frame_ids, count, latents.shape[1], latents.device, votes=votes, looks=looks)
+    _check_buffers(
+        points, features, frame_ids, count, latents.shape[1], latents.device, scales, votes=votes, looks=looks
+    )
     _check_first_frame(first_frame, latents.shape[0])
     _require_tensor("frame_centers", frame_centers, "(F, 3) float32")
     expected = f"(F, 3) float32, at least {first_frame + latents.shape[0]} rows"
@@ -693,15 +697,15 @@ def bounded_write(
     check_count("carve_views", carve_views, 0, reference.DEAD - 1)
     near = _check_near(near)
     order = _order((latents.shape[2], latents.shape[3]), latents.device)
-    buffers = (_plain(points), _plain(features), frame_ids, votes, looks, count, _plain(frame_centers))
+    held = (_plain(points), _plain(features), frame_ids, votes, looks, count, _plain(frame_centers))
     inputs = (_plain(latents), depth, intrinsics, cam2world, mask, order, first_frame)
     bounds = _check_bounds(bounds, points, in_place=True)
-    rest = (min_depth, max_depth, near, views_per_voxel, carve_views, bounds)
+    rest = (min_depth, max_depth, near, views_per_voxel, carve_views, bounds, scales)
     backend = choose_backend(latents.device, torch.float32)
     if backend == "reference":
-        return reference.bounded_write(*buffers, *inputs, depth_sampling, *rest)
+        return reference.bounded_write(*held, *inputs, depth_sampling, *rest)
     operator = private_operator("bounded_write", _family(backend))
-    return operator(*buffers, *inputs, depth_sampling == "bilinear", *rest)
+    return operator(*held, *inputs, depth_sampling == "bilinear", *rest)
 
 
 def cache_trim(
@@ -713,6 +717,7 @@ def cache_trim(
     votes: Tensor | None = None,
     looks: Tensor | None = None,
     bounds: Tensor | None = None,
+    scales: Tensor | None = None,
     max_tokens: int | None = None,
 ) -> Tensor:
     """Remove dead tokens, and the oldest of what is too many; the others move together, in order, in place.
@@ -721,8 +726,8 @@ def cache_trim(
     lowest row.
 
     Args:
-        points, features, frame_ids, count, votes, looks, bounds: as in :func:`bounded_write`; without ``votes`` none is
-            dead.
+        points, features, frame_ids, count, votes, looks, bounds, scales: as in :func:`bounded_write`; without ``votes``
+            none is dead.
         max_tokens: how many may stay, >= 0; None: any number.
 
     Returns:
@@ -731,10 +736,10 @@ def cache_trim(
     Raises:
         ValueError, TypeError: naming the argument, what was expected and what came; nothing has changed then.
     """
-    _check_buffers(points, features, frame_ids, count, None, None, votes=votes, looks=looks)
+    _check_buffers(points, features, frame_ids, count, None, None, scales, votes=votes, looks=looks)
     most = 2**62 if max_tokens is None else check_count("max_tokens", max_tokens, 0, 2**62)
     bounds = _check_bounds(bounds, points, in_place=True)
-    arguments = (_plain(points), _plain(features), frame_ids, votes, looks, count, most, bounds)
+    arguments = (_plain(points), _plain(features), frame_ids, votes, looks, count, most, bounds, scales)
     backend = choose_backend(points.device, torch.float32)
     if backend == "reference":
         return reference.cache_trim(*arguments)

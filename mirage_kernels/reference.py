@@ -2,8 +2,8 @@
 
 What this file computes is what is true: the C++, CUDA and Triton kernels are held to it bit for bit in float32. It is
 written to be read. Camera matrices are composed in float64 and rounded once; per-point work then runs in the working
-dtype, one rounded operation at a time, in the order the kernels use (see ``csrc/core/camera.h``). Reads here know
-nothing of the bounds of blocks: those spare kernels work and change no result.
+dtype, one rounded operation at a time, in the order the kernels use (see ``csrc/core/camera.h``). Reads here take no
+bounds of blocks: those spare kernels work and change no result.
 
 Conventions: OpenCV axes (x right, y down, z forward); pixel coordinates are continuous, column j covers [j, j + 1).
 """
@@ -691,6 +691,7 @@ def bounded_write(
     views_per_voxel: int,
     carve_views: int,
     bounds: Tensor | None = None,
+    scales: Tensor | None = None,
 ) -> Tensor:
     """Definition of :func:`mirage_kernels.bounded_write`: view after view, in place; returns the report."""
     size = (latents.shape[2], latents.shape[3])
@@ -762,7 +763,7 @@ def bounded_write(
         chosen = (replaces & (has_room | ~moves)).nonzero()[:, 0]
         slot = best[chosen]
         points[slot], frame_ids[slot], votes[slot] = new[chosen], frame, 0
-        features[slot] = rows[chosen].to(features.dtype)
+        store_rows(features, scales, slot, rows[chosen])
         report["replaced"] += len(chosen)
         covered = int(shown.sum()) - len(chosen)
         if looks is not None:
@@ -772,9 +773,8 @@ def bounded_write(
             mean = (points[slot] * number + new[chosen]) / (number + 1.0)
             stays = token_voxels(mean) == token_voxels(points[slot])
             points[slot] = torch.where(stays[:, None], mean, points[slot])
-            features[slot] = ((features[slot].float() * number + rows[chosen].float()) / (number + 1.0)).to(
-                features.dtype
-            )
+            stored = features[slot].float() if scales is None else dequantise_rows(features[slot], scales[slot])
+            store_rows(features, scales, slot, (stored * number + rows[chosen].float()) / (number + 1.0))
             frame_ids[slot], votes[slot] = frame, 0
             looks[slot] = (looks[slot] + 1).clamp(max=MOST_MERGED)
             report["merged"] += len(chosen)
@@ -785,7 +785,7 @@ def bounded_write(
         added = added[place[added].argsort()][: max(capacity - live, 0)]
         end = live + len(added)
         points[live:end], frame_ids[live:end], votes[live:end] = new[added], frame, 0
-        features[live:end] = rows[added].to(features.dtype)
+        store_rows(features, scales, slice(live, end), rows[added])
         if looks is not None:
             looks[live:end] = 1
         count += len(added)
@@ -807,6 +807,7 @@ def cache_trim(
     count: Tensor,
     max_tokens: int,
     bounds: Tensor | None = None,
+    scales: Tensor | None = None,
 ) -> Tensor:
     """Definition of :func:`mirage_kernels.cache_trim`: survivors move together, in order; returns how many went."""
     live = int(count)
@@ -815,7 +816,8 @@ def cache_trim(
     excess = max(len(held) - max_tokens, 0)
     oldest = frame_ids[held].argsort(stable=True)
     survivors = held[oldest[excess:]].sort().values
-    for buffer in (points, features, frame_ids, votes, looks):
+    words = features.view(torch.uint8) if features.dtype == FLOAT8 else features  # which PyTorch can index
+    for buffer in (points, words, frame_ids, votes, looks, scales):
         if buffer is not None:
             buffer[: len(survivors)] = buffer[survivors]
     count.fill_(len(survivors))

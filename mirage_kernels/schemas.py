@@ -42,11 +42,11 @@ SCHEMAS = {
         "(Tensor(a!) points, Tensor(b!) features, Tensor(c!) frame_ids, Tensor(d!) votes, Tensor(e!)? looks,"
         " Tensor(f!) count, Tensor frame_centers, Tensor latents, Tensor depth, Tensor intrinsics, Tensor cam2world,"
         " Tensor? mask, Tensor order, int first_frame, bool bilinear, float min_depth, float max_depth, float near,"
-        " int views_per_voxel, int carve_views, Tensor(g!)? bounds=None) -> Tensor"
+        " int views_per_voxel, int carve_views, Tensor(g!)? bounds=None, Tensor(h!)? scales=None) -> Tensor"
     ),
     "cache_trim": (
         "(Tensor(a!) points, Tensor(b!) features, Tensor(c!) frame_ids, Tensor(d!)? votes, Tensor(e!)? looks,"
-        " Tensor(f!) count, int max_tokens, Tensor(g!)? bounds=None) -> Tensor"
+        " Tensor(f!) count, int max_tokens, Tensor(g!)? bounds=None, Tensor(h!)? scales=None) -> Tensor"
     ),
     "block_bounds": "(Tensor points, Tensor? num_points, Tensor(a!) bounds) -> ()",
     "view_overlap": (

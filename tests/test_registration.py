@@ -26,7 +26,7 @@ SIZE = (5, 7)
 IMAGE = (23, 36)
 COMPILERS = ["aot_eager", "inductor"]
 FLOAT8 = torch.float8_e4m3fn
-WITH_SCALES = ("splat", "splat_aligned", "splat_aligned_backward", "cache_write")
+WITH_SCALES = ("splat", "splat_aligned", "splat_aligned_backward", "cache_write", "bounded_write", "cache_trim")
 
 
 def operator_arguments(name, seed=0, count=200, views=2, dtype=torch.float32, masked=True):
@@ -63,6 +63,17 @@ def operator_arguments(name, seed=0, count=200, views=2, dtype=torch.float32, ma
         buffers = scenes.buffers(60, 6, dtype, held=2)
         bounds = torch.zeros(1, 6) if masked else None
         return *buffers, latents, depth, *image_cameras, mask, 5, False, 0.1, 2.4, bounds
+    if name in ("bounded_write", "cache_trim"):
+        points, features, frame_ids, count = scenes.buffers(60, 6, dtype, held=40)
+        votes = torch.from_numpy(rng.choice([0, 1, reference.DEAD], 60)).byte()
+        looks = torch.ones(60, dtype=torch.uint8) if masked else None
+        bounds = block_bounds(points, num_points=count) if masked else None
+        held = points, features, frame_ids.abs(), votes, looks, count
+        if name == "cache_trim":
+            return *held, 15, bounds
+        latents = torch.from_numpy(rng.normal(size=(views, 6, *SIZE))).to(dtype)
+        views_of = latents, depth, *image_cameras, mask, reference.z_order(SIZE), 61
+        return *held, torch.zeros(63, 3), *views_of, False, 0.1, 2.4, 0.05, 2, 2, bounds
     if name == "block_bounds":
         return points, live, torch.zeros(-(-count // 256), 6)
     return points, live, *cameras, cameras[0][:1], cameras[1][:1], *SIZE, 0.5, 0.05, bounds

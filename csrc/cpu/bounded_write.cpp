@@ -2,11 +2,12 @@
 // then the rows of what is written. The walk over held tokens takes minima and counts, so no schedule shows in them.
 //
 // In: latents (T, C, h, w), depth (T, H, W), cameras, mask, order (h w,). In place: points, features, frame_ids, votes,
-// looks, count, bounds. Out: the counts of reference.py's WRITE_REPORT.
+// looks, count, bounds, scales. Out: the counts of reference.py's WRITE_REPORT.
 #include "../core/bound.h"
 
 #include <limits>
 
+#include "features.h"
 #include "judge.h"
 
 namespace mirage::cpu {
@@ -267,18 +268,30 @@ index_t decide(const Held& held, index_t live, const Grid& grid, const Seen& see
 
 // The features of what was decided; channel c of cell k at latents + c * cells + k.
 template <typename In, typename Out>
-void move_rows(const std::vector<Move>& moves, const In* latents, index_t cells, index_t channels, Out* features) {
-  torch::stable::parallel_for(0, static_cast<int64_t>(moves.size()), 256, [&](int64_t begin, int64_t end) {
-    // Sixteen rows at a time share the lines of every channel.
-    for (int64_t first = begin; first < end; first += 16) {
-      const int64_t last = std::min<int64_t>(first + 16, end);
+void move_rows(const std::vector<Move>& moves, const In* latents, index_t cells, index_t channels, Out* features,
+               uint8_t* scales) {
+  constexpr index_t kRows = 16;  // at a time: they share the lines of every channel
+  const auto number = static_cast<int64_t>(moves.size());
+  torch::stable::parallel_for(0, divide_up(number, kRows), 16, [&](int64_t begin, int64_t end) {
+    std::vector<In> rows(kRows * channels);
+    std::vector<float> mean(channels);
+    for (int64_t batch = begin; batch < end; ++batch) {
+      const index_t first = batch * kRows, count = std::min<index_t>(kRows, number - first);
       for (index_t c = 0; c < channels; ++c)
-        for (int64_t k = first; k < last; ++k) {
-          const Move& move = moves[k];
-          const float value = static_cast<float>(latents[c * cells + move.cell]);
-          Out& at = features[move.row * channels + c];
-          at = static_cast<Out>(move.looks > 0.0f ? mean_with(static_cast<float>(at), move.looks, value) : value);
+        for (index_t k = 0; k < count; ++k) rows[k * channels + c] = latents[c * cells + moves[first + k].cell];
+      for (index_t k = 0; k < count; ++k) {
+        const Move& move = moves[first + k];
+        const In* row = rows.data() + k * channels;
+        Out* to = features + move.row * channels;
+        uint8_t* scale = scales ? scales + move.row : nullptr;
+        if (move.looks > 0.0f) {
+          load_row(to, scale ? *scale : uint8_t{0}, channels, mean.data());
+          for (index_t c = 0; c < channels; ++c) mean[c] = mean_with(mean[c], move.looks, static_cast<float>(row[c]));
+          store_row(mean.data(), channels, to, scale);
+        } else {
+          store_row(row, channels, to, scale);
         }
+      }
     }
   });
 }
@@ -330,7 +343,8 @@ Tensor bounded_write(Tensor points, Tensor features, Tensor frame_ids, Tensor vo
                      Tensor count, const Tensor& frame_centers_, const Tensor& latents_, const Tensor& depth_,
                      const Tensor& intrinsics_, const Tensor& cam2world_, const std::optional<Tensor>& mask_,
                      const Tensor& order_, int64_t first_frame, bool bilinear, double min_depth, double max_depth,
-                     double near, int64_t views_per_voxel, int64_t carve_views, std::optional<Tensor> bounds) {
+                     double near, int64_t views_per_voxel, int64_t carve_views, std::optional<Tensor> bounds,
+                     std::optional<Tensor> scales) {
   const Tensor latents = as_contiguous(latents_);
   const Tensor depth = checked(depth_, ScalarType::Float, "depth");
   const Tensor intrinsics = checked(intrinsics_, ScalarType::Double, "intrinsics");
@@ -348,6 +362,9 @@ Tensor bounded_write(Tensor points, Tensor features, Tensor frame_ids, Tensor vo
   const Held held{output<LiftedToken>(points), output<int32_t>(frame_ids), output<uint8_t>(votes),
                   looks.has_value() ? output<uint8_t>(*looks) : nullptr, input<float>(frame_centers),
                   frame_centers.size(0), points.size(0)};
+  checked_scales(features, scales);
+  STD_TORCH_CHECK(!scales.has_value() || scales->is_contiguous(),
+                  "scales must be contiguous: they are written in place");
   if (bounds.has_value()) check_bounds(*bounds, held.capacity);
   float* boxes = bounds.has_value() ? output<float>(*bounds) : nullptr;
   index_t live = *input<int64_t>(count);
@@ -410,9 +427,9 @@ Tensor bounded_write(Tensor points, Tensor features, Tensor frame_ids, Tensor vo
       update_bounds(input<float>(points), live, 0, divide_up(live, kBlockTokens), touched.data(), boxes);
     }
     for_feature_type(latents.scalar_type(), [&](auto in) {
-      for_feature_type(features.scalar_type(), [&](auto out) {
+      for_stored_type(features.scalar_type(), [&](auto out) {
         move_rows(moves, input<decltype(in)>(latents) + t * channels * grid.cells, grid.cells, channels,
-                  output<decltype(out)>(features));
+                  output<decltype(out)>(features), scales.has_value() ? output<uint8_t>(*scales) : nullptr);
       });
     });
   }
