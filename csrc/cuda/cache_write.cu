@@ -2,73 +2,13 @@
 //
 // In: latents (T, C, h, w), depth (T, H, W), cameras, mask. In place: points, features, frame_ids, count.
 // Out: how many tokens were written, refused, masked, of unknown depth, out of range, not finite.
-#include "lift.cuh"
+#include "judge.cuh"
 
 namespace mirage::cuda {
 namespace {
 
-enum Verdict : uint8_t { kKeep = 0, kMasked = 2, kUnknown = 3, kOutOfRange = 4, kNonFinite = 5 };
-
-constexpr int kTokens = 256;  // tokens of one judging and one moving block
 constexpr int kWarps = kTokens / 32;
 constexpr int kScanThreads = 1024;
-constexpr int kRows = 32;      // tokens turned at a time
-constexpr int kChannels = 64;  // channels turned at a time
-
-__global__ void __launch_bounds__(kLiftThreads)
-    lift_kernel(DepthSource source, const Lift* __restrict__ lifts, float low, float high,
-                float4* __restrict__ points, uint8_t* __restrict__ verdicts) {
-  const int lane = threadIdx.x % 32;
-  const index_t token = static_cast<index_t>(blockIdx.x) * (kLiftThreads / 32) + threadIdx.x / 32;
-  const index_t cells = source.height * source.width;
-  if (token >= source.views * cells) return;
-  const index_t t = token / cells, i = token % cells / source.width, j = token % source.width;
-  const bool still = token_static(source, t, i, j, lane);
-  const float z = token_depth(source, t, i, j, lane);
-  if (lane != 0) return;
-  const LiftedToken p = lift_token(lifts[t], static_cast<int>(i), static_cast<int>(j), z);
-  points[token] = make_float4(p.x, p.y, p.z, p.footprint);
-  verdicts[token] = !still                        ? kMasked
-                    : !(z > 0.0f)                 ? kUnknown
-                    : !(z >= low && z <= high)    ? kOutOfRange
-                    : !is_finite_token(p)         ? kNonFinite
-                                                  : kKeep;
-}
-
-// A thread a token: neighbours read neighbouring cells of each channel. Counts go out by block; rejections are summed
-// with integer atomics, whose order cannot matter.
-template <typename In, typename Out>
-__global__ void __launch_bounds__(kTokens)
-    judge_kernel(const In* __restrict__ latents, index_t tokens, index_t cells, int channels,
-                 uint8_t* __restrict__ verdicts, int* __restrict__ block_counts, unsigned long long* report) {
-  __shared__ int kept;
-  __shared__ int rejected[6];
-  if (threadIdx.x == 0) kept = 0;
-  if (threadIdx.x < 6) rejected[threadIdx.x] = 0;
-  __syncthreads();
-  const index_t token = static_cast<index_t>(blockIdx.x) * kTokens + threadIdx.x;
-  uint8_t verdict = 255;
-  if (token < tokens) {
-    verdict = verdicts[token];
-    if (verdict == kKeep) {
-      const In* at = latents + token / cells * channels * cells + token % cells;
-      bool bad = false;
-      // As they will be stored: a float32 latent can be too large for float16.
-      for (int c = 0; c < channels; ++c) bad |= !is_finite(to_float(from_float<Out>(to_float(at[c * cells]))));
-      if (bad) {
-        verdict = kNonFinite;
-        verdicts[token] = verdict;
-      }
-    }
-  }
-  const unsigned keep = __ballot_sync(kFullWarp, verdict == kKeep);
-  if (threadIdx.x % 32 == 0) atomicAdd(&kept, __popc(keep));
-  if (verdict != kKeep && verdict != 255) atomicAdd(&rejected[verdict], 1);
-  __syncthreads();
-  if (threadIdx.x == 0) block_counts[blockIdx.x] = kept;
-  if (threadIdx.x >= kMasked && threadIdx.x < 6 && rejected[threadIdx.x] > 0)
-    atomicAdd(report + threadIdx.x, static_cast<unsigned long long>(rejected[threadIdx.x]));
-}
 
 // One block: where each block's tokens go (place[b], absolute rows), the new count, and the report.
 __global__ void __launch_bounds__(kScanThreads)
@@ -76,7 +16,6 @@ __global__ void __launch_bounds__(kScanThreads)
                 int64_t* __restrict__ place, int64_t* __restrict__ report) {
   __shared__ int64_t warp_totals[kScanThreads / 32];
   __shared__ int64_t carried;
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int64_t start = *count;
   // A count from outside may be anything: then every block is told there is no room, and all is refused.
   const bool sound = start >= 0 && start <= capacity;
@@ -85,18 +24,11 @@ __global__ void __launch_bounds__(kScanThreads)
   for (int first = 0; first < blocks; first += kScanThreads) {
     const int b = first + threadIdx.x;
     const int64_t own = b < blocks ? block_counts[b] : 0;
-    int64_t upto = own;
-    for (int offset = 1; offset < 32; offset *= 2) {
-      const int64_t other = __shfl_up_sync(kFullWarp, upto, offset);
-      if (lane >= offset) upto += other;
-    }
-    if (lane == 31) warp_totals[warp] = upto;
+    int64_t upto = sum_up_to<kScanThreads>(own, warp_totals);
+    upto += carried;
+    if (b < blocks) place[b] = sound ? upto - own : capacity;
     __syncthreads();
-    int64_t before = carried;
-    for (int w = 0; w < warp; ++w) before += warp_totals[w];
-    if (b < blocks) place[b] = sound ? before + upto - own : capacity;
-    __syncthreads();
-    if (threadIdx.x == kScanThreads - 1) carried = before + upto;
+    if (threadIdx.x == kScanThreads - 1) carried = upto;
     __syncthreads();
   }
   if (threadIdx.x == 0) {
@@ -114,10 +46,11 @@ __global__ void __launch_bounds__(kTokens)
                 int first_frame, float4* __restrict__ points, Out* __restrict__ features,
                 int32_t* __restrict__ frame_ids) {
   __shared__ int warp_counts[kWarps];
-  __shared__ int kept[kTokens];  // tokens of this block, in order
-  __shared__ float tile[kChannels][kRows + 1];
+  __shared__ index_t from[kTokens];  // of the kept tokens, in order
+  __shared__ index_t to[kTokens];
+  __shared__ Tile tile;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const index_t base = static_cast<index_t>(blockIdx.x) * kTokens, token = base + threadIdx.x;
+  const index_t token = static_cast<index_t>(blockIdx.x) * kTokens + threadIdx.x;
   const bool keep = token < tokens && verdicts[token] == kKeep;
   const unsigned ballot = __ballot_sync(kFullWarp, keep);
   if (lane == 0) warp_counts[warp] = __popc(ballot);
@@ -129,7 +62,8 @@ __global__ void __launch_bounds__(kTokens)
   }
   const index_t begin = place[blockIdx.x];
   if (keep) {
-    kept[rank] = threadIdx.x;
+    from[rank] = token / cells * channels * cells + token % cells;
+    to[rank] = begin + rank;
     if (begin + rank < capacity) {
       points[begin + rank] = lifted[token];
       frame_ids[begin + rank] = first_frame + static_cast<int32_t>(token / cells);
@@ -137,23 +71,9 @@ __global__ void __launch_bounds__(kTokens)
   }
   const int room = static_cast<int>(min(static_cast<index_t>(total), max(capacity - begin, static_cast<index_t>(0))));
   __syncthreads();
-  for (int row = 0; row < room; row += kRows) {
-    const int rows = min(kRows, room - row);
-    for (int channel = 0; channel < channels; channel += kChannels) {
-      const int number = min(kChannels, channels - channel);
-      if (lane < rows) {
-        const index_t from = base + kept[row + lane];
-        const In* at = latents + (from / cells * channels + channel) * cells + from % cells;
-        for (int c = warp; c < number; c += kWarps) tile[c][lane] = to_float(at[c * cells]);
-      }
-      __syncthreads();
-      for (int k = threadIdx.x; k < rows * number; k += kTokens) {
-        const int r = k / number, c = k % number;
-        features[(begin + row + r) * channels + channel + c] = from_float<Out>(tile[c][r]);
-      }
-      __syncthreads();
-    }
-  }
+  for (int row = 0; row < room; row += kRows)
+    store_rows<kTokens>(latents, cells, channels, min(kRows, room - row), from + row, to + row, features, tile,
+                        [](int, float value, index_t) { return value; });
 }
 
 }  // namespace
@@ -190,7 +110,7 @@ Tensor cache_write(Tensor points, Tensor features, Tensor frame_ids, Tensor coun
 
   lift_kernel<<<static_cast<unsigned>(divide_up(tokens, kLiftThreads / 32)), kLiftThreads, 0, stream>>>(
       source, input<Lift>(lifts), static_cast<float>(min_depth), static_cast<float>(max_depth), output<float4>(lifted),
-      output<uint8_t>(verdicts));
+      output<uint8_t>(verdicts), nullptr, nullptr);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
   for_feature_type(latents.scalar_type(), [&](auto in) {
     using In = decltype(in);
