@@ -1,9 +1,10 @@
 """LatentCache: latent tokens in world space, written once per chunk and read for any camera.
 
 Buffers: ``points`` (capacity, 4) float32 x, y, z, footprint; ``features`` (capacity, C); ``frame_ids`` (capacity,)
-int32; a table of frames' camera centres (F, 3); and the live count, one int64 beside them on the device. The read path
-looks at the count on the device only: it never waits, so a captured read stays valid while the cache grows within its
-buffers.
+int32; with float8 features ``scales`` (capacity,) uint8; the bounds of every 256 tokens, by which reads pass over what
+no camera sees; a table of frames' camera centres (F, 3); and the live count, one int64 beside them on the device. The
+read path looks at the count on the device only: it never waits, so a captured read stays valid while the cache grows
+within its buffers.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ from torch import Tensor
 
 from . import ops
 from .cameras import Cameras
-from .ops import FEATURE_DTYPES, NEAR, SHARPNESS, View
-from .reference import REPORT_FIELDS
+from .ops import NEAR, SHARPNESS, STORED_DTYPES, View
+from .reference import BLOCK, FLOAT8, REPORT_FIELDS, dequantise_rows
 from .storage import load_cache, save_cache
 
 WRITE_POLICIES = ("append",)
@@ -75,7 +76,9 @@ class LatentCache:
 
     Args:
         channels: C of the latents.
-        dtype: of the stored features: float32, float16 or bfloat16.
+        dtype: of the stored features: float32, float16, bfloat16 or float8_e4m3fn. The last takes C + 21 bytes a token,
+            69 at 48 channels where bfloat16 takes 116: latents are rounded to four significant bits, with one scale a
+            token (:func:`mirage_kernels.cache_write`).
         device: where the tokens live.
         capacity: fixed number of tokens: buffers are allocated once, a captured read stays valid for good, and a write
             that does not fit reports what it refused. None: buffers grow by half when full; growing moves them and
@@ -98,8 +101,8 @@ class LatentCache:
     ) -> None:
         if isinstance(channels, bool) or not isinstance(channels, int) or channels < 1:
             raise ValueError(f"channels must be a positive int, got {channels!r}")
-        if dtype not in FEATURE_DTYPES:
-            raise TypeError(f"dtype must be float32, float16 or bfloat16, got {dtype}")
+        if dtype not in STORED_DTYPES:
+            raise TypeError(f"dtype must be float32, float16, bfloat16 or float8_e4m3fn, got {dtype}")
         if capacity is not None and (isinstance(capacity, bool) or not isinstance(capacity, int) or capacity < 0):
             raise ValueError(f"capacity must be None or an int >= 0, got {capacity!r}")
         if write_policy not in WRITE_POLICIES:
@@ -112,16 +115,30 @@ class LatentCache:
         self._at_most = 0  # bound on the count that the host knows without asking the device
         self._generation = 0
         self._num_frames = 0
-        self._points, self._features, self._frame_ids = self._new_buffers(capacity or 0)
+        self._take_buffers(self._new_buffers(capacity or 0))
+        self._bounds = self._no_bounds()
         self._frame_centers = torch.empty((_FRAMES, 3), dtype=torch.float32, device=self.device)
 
-    def _new_buffers(self, capacity: int) -> tuple[Tensor, Tensor, Tensor]:
-        device = self.device
-        return (
-            torch.empty((capacity, 4), dtype=torch.float32, device=device),
-            torch.empty((capacity, self._channels), dtype=self._dtype, device=device),
-            torch.empty((capacity,), dtype=torch.int32, device=device),
-        )
+    def _new_buffers(self, capacity: int) -> dict[str, Tensor]:
+        """A row a token of each; the names are those of the saved file."""
+        shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
+            "points": ((capacity, 4), torch.float32),
+            "features": ((capacity, self._channels), self._dtype),
+            "frame_ids": ((capacity,), torch.int32),
+        }
+        if self._dtype == FLOAT8:
+            shapes["scales"] = ((capacity,), torch.uint8)
+        return {name: torch.empty(size, dtype=kind, device=self.device) for name, (size, kind) in shapes.items()}
+
+    def _take_buffers(self, buffers: dict[str, Tensor]) -> None:
+        self._points, self._features, self._frame_ids = (buffers[name] for name in ("points", "features", "frame_ids"))
+        self._scales = buffers.get("scales")
+
+    def _no_bounds(self) -> Tensor:
+        """Bounds of blocks without a token, see :func:`mirage_kernels.block_bounds`."""
+        bounds = torch.full((-(-self.capacity // BLOCK), 6), torch.inf, device=self.device)
+        bounds[:, 3:] = -torch.inf
+        return bounds
 
     # What it is.
 
@@ -176,8 +193,11 @@ class LatentCache:
 
     @property
     def features(self) -> Tensor:
-        """(N, C) features of the live tokens, a view of the buffer."""
-        return self._features[: len(self)]
+        """(N, C) features of the live tokens, a view of the buffer; of a float8 cache their values, a float32 copy."""
+        live = len(self)
+        if self._scales is not None:
+            return dequantise_rows(self._features[:live], self._scales[:live])
+        return self._features[:live]
 
     @property
     def frame_ids(self) -> Tensor:
@@ -191,17 +211,20 @@ class LatentCache:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the live tokens and frames."""
-        per_token = sum(buffer[:1].nbytes if self.capacity else 0 for buffer in self._buffers())
-        return len(self) * per_token + self.frame_centers.nbytes
+        """Bytes of the live tokens, their bounds, and frames."""
+        per_token = sum(buffer[:1].nbytes if self.capacity else 0 for buffer in self._buffers().values())
+        blocks = -(-len(self) // BLOCK)
+        return len(self) * per_token + self._bounds[:blocks].nbytes + self.frame_centers.nbytes
 
     @property
     def nbytes_allocated(self) -> int:
         """Bytes of all buffers, the unused part included."""
-        return sum(buffer.nbytes for buffer in self._buffers()) + self._frame_centers.nbytes + self._count.nbytes
+        tables = self._bounds, self._frame_centers, self._count
+        return sum(buffer.nbytes for buffer in (*self._buffers().values(), *tables))
 
-    def _buffers(self) -> tuple[Tensor, Tensor, Tensor]:
-        return self._points, self._features, self._frame_ids
+    def _buffers(self) -> dict[str, Tensor]:
+        buffers = {"points": self._points, "features": self._features, "frame_ids": self._frame_ids}
+        return buffers if self._scales is None else {**buffers, "scales": self._scales}
 
     # What it does.
 
@@ -268,13 +291,17 @@ class LatentCache:
         self._reserve_frames(views)
         depth, intrinsics, cam2world, mask = arguments
         counts = ops.cache_write(
-            *self._buffers(),
+            self._points,
+            self._features,
+            self._frame_ids,
             self._count,
             latents,
             depth,
             intrinsics,
             cam2world,
+            scales=self._scales,
             mask=mask,
+            bounds=self._bounds,
             first_frame=self._num_frames,
             depth_sampling=depth_sampling,
             min_depth=min_depth,
@@ -294,9 +321,11 @@ class LatentCache:
         if needed <= self.capacity:
             return
         grown = self._new_buffers(max(needed, int(self.capacity * _GROWTH)))
-        for new, old in zip(grown, self._buffers(), strict=True):
-            new[:live] = old[:live]
-        self._points, self._features, self._frame_ids = grown
+        for name, old in self._buffers().items():
+            grown[name][:live] = old[:live]
+        self._take_buffers(grown)
+        known, self._bounds = self._bounds, self._no_bounds()
+        self._bounds[: len(known)] = known
         self._generation += 1
 
     def _reserve_frames(self, views: int) -> None:
@@ -329,7 +358,7 @@ class LatentCache:
                 memory), several times as fast.
             sharpness: of ``"aligned"``: 0 is a blur, infinity the best token alone.
             near: least depth, world units.
-            dtype: of the latents returned; default the cache's.
+            dtype: of the latents returned, float32, float16 or bfloat16; default the cache's, bfloat16 of a float8 one.
 
         Returns:
             :class:`View`: latents (T, C, h, w), mask, depth and index (T, h, w); holes are 0, False, 0 and -1. Depth
@@ -353,7 +382,9 @@ class LatentCache:
                 cameras.intrinsics,
                 cameras.cam2world,
                 size,
+                scales=self._scales,
                 num_points=self._count,
+                bounds=self._bounds,
                 near=near,
                 sharpness=sharpness,
                 dtype=dtype,
@@ -364,7 +395,9 @@ class LatentCache:
             cameras.intrinsics,
             cameras.cam2world,
             size,
+            scales=self._scales,
             num_points=self._count,
+            bounds=self._bounds,
             near=near,
             dtype=dtype,
         )
@@ -396,6 +429,7 @@ class LatentCache:
             targets.cam2world,
             size,
             num_points=self._count,
+            bounds=self._bounds,
             voxel_size=voxel_size,
             near=near,
         )
@@ -403,6 +437,7 @@ class LatentCache:
     def clear(self) -> None:
         """Forget every token and frame; buffers stay where they are."""
         self._count.zero_()
+        self._bounds.copy_(self._no_bounds())
         self._at_most = 0
         self._num_frames = 0
 
@@ -422,6 +457,7 @@ class LatentCache:
                 f"mark must be of this cache, which holds {len(self)} tokens of {self._num_frames} frames, got {mark}"
             )
         self._count.fill_(tokens)
+        ops.block_bounds(self._points, num_points=self._count, out=self._bounds)
         self._at_most = tokens
         self._num_frames = frames
 
@@ -435,9 +471,7 @@ class LatentCache:
     def _live(self) -> dict[str, Tensor]:
         live = len(self)
         return {
-            "points": self._points[:live],
-            "features": self._features[:live],
-            "frame_ids": self._frame_ids[:live],
+            **{name: buffer[:live] for name, buffer in self._buffers().items()},
             "frame_centers": self.frame_centers,
         }
 
@@ -456,11 +490,12 @@ class LatentCache:
         """Take over tensors of :meth:`_live`'s form into an empty cache."""
         live, frames = tensors["points"].shape[0], tensors["frame_centers"].shape[0]
         if self._fixed_capacity is None:
-            self._points, self._features, self._frame_ids = self._new_buffers(live)
-        for buffer, name in zip(self._buffers(), ("points", "features", "frame_ids"), strict=True):
+            self._take_buffers(self._new_buffers(live))
+        for name, buffer in self._buffers().items():
             buffer[:live] = tensors[name]
         self._frame_centers = tensors["frame_centers"].clone()
         self._count.fill_(live)
+        self._bounds = ops.block_bounds(self._points, num_points=self._count)
         self._at_most, self._num_frames = live, frames
 
     def save(self, path: str | Path) -> None:

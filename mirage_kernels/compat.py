@@ -228,6 +228,7 @@ class LatentPointCloud:
             pose[None],
             self.latent_hw,
             num_points=self._cache._count,
+            bounds=self._cache._bounds,
             near=0.0,
         )
         return view.latents[0], view.mask[0]

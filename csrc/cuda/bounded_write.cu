@@ -2,17 +2,18 @@
 // view, every cell says what it asks for, and what it is granted is written.
 //
 // In: latents (T, C, h, w), depth (T, H, W), cameras, mask, order (h w,). In place: points, features, frame_ids, votes,
-// looks, count. Out: the counts of reference.py's WRITE_REPORT.
+// looks, count, bounds, scales. Out: the counts of reference.py's WRITE_REPORT.
 //
 // Nothing depends on the order of threads: the token that shows a cell best is a minimum, the tokens of a voxel are
 // counted, the first of those that come to a voxel are kept by a chain of minima, as the fits of splat_aligned are.
 #include "../core/bound.h"
+#include "bounds.cuh"
 #include "judge.cuh"
 
 namespace mirage::cuda {
 namespace {
 
-constexpr int kThreads = 256;
+constexpr int kThreads = kBlockTokens;
 constexpr int kPlaces = 32;  // places in the order that one block writes: all that one turn of store_rows takes
 constexpr unsigned kNobody = 0xffffffffu;
 constexpr unsigned long long kFree = kNoVoxel;
@@ -36,9 +37,19 @@ struct Grid {
   int views_per_voxel, carve_views;
 };
 
-// What one view shows, by cell.
+// Which blocks of held tokens look at a view: what it may see, what shares voxels with its tokens, and what this call has
+// written to, as its boxes are of before.
+struct Bounds {
+  const float* boxes;  // null: all blocks
+  unsigned* touched;   // by block, 0 or 1
+};
+
+// A view, and what it shows, by cell.
 struct Seen {
   const Reader* reader;
+  const Frustum* frustum;
+  const unsigned* voxel_box;  // around the voxels of its tokens: least x, y, z as orderly numbers, the bits of greatest
+                              // ones inverted, so that all are minima
   const float4* tokens;
   const float* depths;   // 0 where unknown
   const float* nearest;  // least depth, infinite where there is none
@@ -67,10 +78,16 @@ __device__ __forceinline__ index_t voxel_slot(unsigned long long voxel, index_t 
   return static_cast<index_t>((voxel * 0x9e3779b97f4a7c15ull) >> 34) & (size - 1);
 }
 
+// A float from an unsigned number in the same order.
+__device__ __forceinline__ float from_orderly(unsigned number) {
+  return bits_float(static_cast<unsigned>(ordered(static_cast<int>(number ^ 0x80000000u))));
+}
+
 // Cameras of the token grid, from those of the depth map; and the rows in use as the first view finds them, -1 where the
 // count is none that could be.
-__global__ void make_readers_kernel(const double* intrinsics, const double* cam2world, DepthSource source,
-                                    const int64_t* count, index_t capacity, Reader* readers, int64_t* live) {
+__global__ void make_readers_kernel(const double* intrinsics, const double* cam2world, DepthSource source, float near,
+                                    const int64_t* count, index_t capacity, Reader* readers, Frustum* frusta,
+                                    int64_t* live) {
   const index_t t = blockIdx.x * blockDim.x + threadIdx.x;
   if (t == 0) *live = *count >= 0 && *count <= capacity ? *count : -1;
   if (t >= source.views) return;
@@ -78,27 +95,59 @@ __global__ void make_readers_kernel(const double* intrinsics, const double* cam2
   const double sy = static_cast<double>(source.height) / static_cast<double>(source.depth_height);
   const double* k = intrinsics + t * 9;
   const double grid[9] = {k[0] * sx, k[1] * sx, k[2] * sx, k[3] * sy, k[4] * sy, k[5] * sy, k[6], k[7], k[8]};
-  readers[t] = make_reader(grid, cam2world + t * 16);
+  const Reader reader = make_reader(grid, cam2world + t * 16);
+  readers[t] = reader;
+  frusta[t] = make_frustum(reader.projection, near, static_cast<int>(source.width), static_cast<int>(source.height), 0);
 }
 
-// Enters the voxels of all new tokens, each view's in a table of its own. Which slot a voxel gets may change from run to
-// run; that it gets one is all that counts.
+// Enters the voxels of all new tokens, each view's in a table of its own, and widens the view's box around them. Which
+// slot a voxel gets may change from run to run; that it gets one is all that counts.
 __global__ void __launch_bounds__(kThreads)
-    enter_kernel(const float4* __restrict__ tokens, const uint8_t* __restrict__ verdicts, index_t number, index_t cells,
-                 index_t size, unsigned long long* keys, int32_t* __restrict__ slots) {
-  const index_t token = static_cast<index_t>(blockIdx.x) * kThreads + threadIdx.x;
-  if (token >= number || verdicts[token] != kKeep) return;
-  const unsigned long long voxel = voxel_of(tokens[token]);
-  unsigned long long* table = keys + token / cells * size;
-  index_t slot = voxel_slot(voxel, size);
-  for (;; slot = (slot + 1) & (size - 1)) {
-    const unsigned long long found = __ldcg(table + slot);
-    if (found == voxel) break;
-    if (found != kFree) continue;
-    const unsigned long long before = atomicCAS(table + slot, kFree, voxel);
-    if (before == kFree || before == voxel) break;
+    enter_kernel(const float4* __restrict__ tokens, const uint8_t* __restrict__ verdicts, index_t cells, index_t size,
+                 unsigned long long* keys, unsigned* boxes, int32_t* __restrict__ slots) {
+  const index_t parts = (cells + kThreads - 1) / kThreads, t = blockIdx.x / parts;
+  const index_t cell = blockIdx.x % parts * kThreads + threadIdx.x, token = t * cells + cell;
+  const bool enters = cell < cells && verdicts[token] == kKeep;
+  float4 p = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+  if (enters) {
+    p = tokens[token];
+    const unsigned long long voxel = voxel_of(p);
+    unsigned long long* table = keys + t * size;
+    index_t slot = voxel_slot(voxel, size);
+    for (;; slot = (slot + 1) & (size - 1)) {
+      const unsigned long long found = __ldcg(table + slot);
+      if (found == voxel) break;
+      if (found != kFree) continue;
+      const unsigned long long before = atomicCAS(table + slot, kFree, voxel);
+      if (before == kFree || before == voxel) break;
+    }
+    slots[token] = static_cast<int32_t>(slot);
   }
-  slots[token] = static_cast<int32_t>(slot);
+  const float xyz[3] = {p.x, p.y, p.z};
+#pragma unroll
+  for (int j = 0; j < 3; ++j) {
+    const float reach = token_voxel_reach(xyz[j], p.w);
+    const int low = warp_min(enters ? ordered(static_cast<int>(float_bits(xyz[j] - reach))) : 0x7fffffff);
+    const int high = warp_max(enters ? ordered(static_cast<int>(float_bits(xyz[j] + reach))) : ~0x7fffffff);
+    if (threadIdx.x % 32 == 0) {
+      atomicMin(boxes + t * kBoxSize + j, static_cast<unsigned>(low) ^ 0x80000000u);
+      atomicMin(boxes + t * kBoxSize + 3 + j, ~(static_cast<unsigned>(high) ^ 0x80000000u));
+    }
+  }
+}
+
+// Whether tokens of a block may matter to the view. Where it comes to no voxel its box is NaN, and nothing shares one.
+__device__ __forceinline__ bool may_matter(const Bounds& bounds, index_t block, const Seen& seen) {
+  if (bounds.boxes == nullptr || bounds.touched[block] != 0) return true;
+  float box[kBoxSize];
+  bool shares = true;
+#pragma unroll
+  for (int j = 0; j < kBoxSize; ++j) box[j] = __ldg(bounds.boxes + block * kBoxSize + j);
+#pragma unroll
+  for (int j = 0; j < 3; ++j)
+    shares &= (box[j] <= from_orderly(~__ldg(seen.voxel_box + 3 + j))) &
+              (box[3 + j] >= from_orderly(__ldg(seen.voxel_box + j)));
+  return shares || may_see(*seen.frustum, box);
 }
 
 __device__ __forceinline__ void count_in_voxel(const Voxels& voxels, const float4& p) {
@@ -131,7 +180,6 @@ __device__ __forceinline__ bool look(const Held& held, index_t i, const Reader& 
   const Projected at = project_point(reader.projection, p.x, p.y, p.z);
   int column = 0, row = 0, cell = 0;
   bool there = false;
-  int voted = vote;
   if (in_view(at, grid.near, static_cast<float>(grid.width), static_cast<float>(grid.height))) {
     column = static_cast<int>(at.u);
     row = static_cast<int>(at.v);
@@ -139,14 +187,12 @@ __device__ __forceinline__ bool look(const Held& held, index_t i, const Reader& 
     const float surface = __ldg(seen.depths + cell);
     there = on_surface(at.z, surface);
     if (grid.carve_views > 0) {
-      voted = sees_through(at.z, surface, depth_around(seen, at, grid)) ? vote + 1 : (there ? 0 : vote);
+      int voted = sees_through(at.z, surface, depth_around(seen, at, grid)) ? vote + 1 : (there ? 0 : vote);
+      const bool carved = voted >= grid.carve_views;
+      if (carved) voted = kDead;
+      if (voted != vote) held.votes[i] = static_cast<uint8_t>(voted);
+      if (carved) return true;
     }
-  }
-  if (grid.carve_views > 0) {
-    const bool carved = voted >= grid.carve_views;
-    if (carved) voted = kDead;
-    if (voted != vote) held.votes[i] = static_cast<uint8_t>(voted);
-    if (carved) return true;
   }
   count_in_voxel(voxels, p);
   if (!there || __ldg(seen.verdicts + cell) != kKeep) return false;
@@ -164,17 +210,32 @@ __device__ __forceinline__ bool look(const Held& held, index_t i, const Reader& 
   return false;
 }
 
-// Every held token looks at the view. Clears the arrivals on the way.
+// Every held token that may matter looks at the view. Clears the arrivals on the way.
 __global__ void __launch_bounds__(kThreads)
-    look_kernel(Held held, Seen seen, Grid grid, Voxels voxels, const int64_t* __restrict__ live_,
+    look_kernel(Held held, Seen seen, Grid grid, Voxels voxels, Bounds bounds, const int64_t* __restrict__ live_,
                 unsigned long long* best, unsigned long long* carved_) {
-  const index_t stride = static_cast<index_t>(gridDim.x) * kThreads;
-  const index_t first = static_cast<index_t>(blockIdx.x) * kThreads + threadIdx.x;
-  for (index_t k = first; k < voxels.size * grid.views_per_voxel; k += stride) voxels.arrivals[k] = kNobody;
+  __shared__ index_t listed[kThreads];
+  __shared__ int number;
+  for (index_t k = static_cast<index_t>(blockIdx.x) * kThreads + threadIdx.x; k < voxels.size * grid.views_per_voxel;
+       k += static_cast<index_t>(gridDim.x) * kThreads)
+    voxels.arrivals[k] = kNobody;
   const index_t live = *live_;
   const Reader reader = *seen.reader;
   int carved = 0;
-  for (index_t i = first; i < live; i += stride) carved += look(held, i, reader, seen, grid, voxels, best);
+  // A thread block tests as many blocks of tokens at a time as it has threads. Blocks in a row, of which a view often sees
+  // all or none, go to different thread blocks.
+  for (index_t first = blockIdx.x; first * kBlockTokens < live; first += static_cast<index_t>(gridDim.x) * kThreads) {
+    if (threadIdx.x == 0) number = 0;
+    __syncthreads();
+    const index_t block = first + static_cast<index_t>(threadIdx.x) * gridDim.x;
+    if (block * kBlockTokens < live && may_matter(bounds, block, seen)) listed[atomicAdd(&number, 1)] = block;
+    __syncthreads();
+    for (int k = 0; k < number; ++k) {
+      const index_t i = listed[k] * kBlockTokens + threadIdx.x;
+      if (i < live) carved += look(held, i, reader, seen, grid, voxels, best);
+    }
+    __syncthreads();
+  }
   carved = warp_sum(carved);
   if (threadIdx.x % 32 == 0 && carved > 0) atomicAdd(carved_, static_cast<unsigned long long>(carved));
 }
@@ -261,12 +322,13 @@ template <typename In, typename Out>
 __global__ void __launch_bounds__(kThreads)
     settle_kernel(Held held, Seen seen, Grid grid, Voxels voxels, const int32_t* __restrict__ order,
                   unsigned long long* __restrict__ best, Added added, const uint8_t* __restrict__ wishes,
-                  const In* __restrict__ latents, int channels, int frame, Out* features, int64_t* __restrict__ live_,
-                  int64_t* __restrict__ count, unsigned long long* report) {
+                  Bounds bounds, const In* __restrict__ latents, int channels, int frame, Out* features, uint8_t* scales,
+                  int64_t* __restrict__ live_, int64_t* __restrict__ count, unsigned long long* report) {
   __shared__ int parts[kThreads / 32];
   __shared__ index_t from[kPlaces];
   __shared__ index_t to[kPlaces];
   __shared__ float looks[kPlaces];
+  __shared__ float factors[kPlaces];
   __shared__ int rows;
   __shared__ Tile tile;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, block = blockIdx.x;
@@ -312,6 +374,11 @@ __global__ void __launch_bounds__(kThreads)
       from[rank] = cell;
       to[rank] = row;
       looks[rank] = settle(held, row, seen.tokens[cell], frame, granted == kMerge);
+      factors[rank] = 1.0f;
+      if constexpr (std::is_same_v<Out, Float8>) {
+        if (granted == kMerge) factors[rank] = scale_factor(scales[row]);
+      }
+      if (bounds.boxes != nullptr) atomicOr(bounds.touched + row / kBlockTokens, 1u);
     }
     const int written = __popc(__ballot_sync(kFullWarp, granted == kAddIfRoom));
     const int counts[] = {written, __popc(__ballot_sync(kFullWarp, replaces)),
@@ -332,9 +399,10 @@ __global__ void __launch_bounds__(kThreads)
     }
   }
   __syncthreads();
-  store_rows<kThreads>(latents, grid.cells, channels, rows, from, to, features, tile,
+  store_rows<kThreads>(latents, grid.cells, channels, rows, from, to, features, scales, tile,
                        [&](int r, float value, index_t at) {
-                         return looks[r] < 0.0f ? value : mean_with(to_float(features[at]), looks[r], value);
+                         if (looks[r] < 0.0f) return value;
+                         return mean_with(feature_value(features[at], factors[r]), looks[r], value);
                        });
 }
 
@@ -344,7 +412,8 @@ Tensor bounded_write(Tensor points, Tensor features, Tensor frame_ids, Tensor vo
                      Tensor count, const Tensor& frame_centers_, const Tensor& latents_, const Tensor& depth_,
                      const Tensor& intrinsics_, const Tensor& cam2world_, const std::optional<Tensor>& mask_,
                      const Tensor& order_, int64_t first_frame, bool bilinear, double min_depth, double max_depth,
-                     double near, int64_t views_per_voxel, int64_t carve_views) {
+                     double near, int64_t views_per_voxel, int64_t carve_views, std::optional<Tensor> bounds,
+                     std::optional<Tensor> scales) {
   const torch::stable::accelerator::DeviceGuard guard(latents_.get_device_index());
   const Tensor latents = as_contiguous(latents_);
   const Tensor depth = checked(depth_, ScalarType::Float, "depth");
@@ -358,6 +427,9 @@ Tensor bounded_write(Tensor points, Tensor features, Tensor frame_ids, Tensor vo
                       votes.is_contiguous() && (!looks.has_value() || looks->is_contiguous()),
                   "points, features, frame_ids, votes and looks must be contiguous: they are written in place");
   STD_TORCH_CHECK(is_aligned(points), "points must begin at a multiple of 16 bytes: they are written in place");
+  checked_scales(features, scales);
+  STD_TORCH_CHECK(!scales.has_value() || scales->is_contiguous(), "scales must be contiguous: they are written in place");
+  if (bounds.has_value()) check_bounds(*bounds, points.size(0));
   const cudaStream_t stream = current_stream(latents);
   const index_t channels = latents.size(1), height = latents.size(2), width = latents.size(3);
   const DepthSource source = make_source(depth, mask, height, width, bilinear);
@@ -372,8 +444,9 @@ Tensor bounded_write(Tensor points, Tensor features, Tensor frame_ids, Tensor vo
   index_t size = 2;
   while (size < 2 * cells) size *= 2;
   const Tensor lifts = make_lifts(intrinsics, cam2world, source, stream);
-  static_assert(sizeof(Reader) == 16 * sizeof(float));
+  static_assert(sizeof(Reader) == 16 * sizeof(float) && sizeof(Frustum) == 30 * sizeof(float));
   Tensor readers = new_tensor(latents, {views, 16}, ScalarType::Float);
+  Tensor frusta = new_tensor(latents, {views, 30}, ScalarType::Float);
   Tensor live = new_tensor(latents, {views + 1}, ScalarType::Long);
   Tensor lifted = new_tensor(latents, {tokens, 4}, ScalarType::Float);
   Tensor depths = new_tensor(latents, {tokens}, ScalarType::Float);
@@ -383,17 +456,23 @@ Tensor bounded_write(Tensor points, Tensor features, Tensor frame_ids, Tensor vo
   Tensor arrivals = new_tensor(latents, {size, views_per_voxel}, ScalarType::Int);
   Tensor wishes = new_tensor(latents, {cells}, ScalarType::Byte);
   const index_t blocks = divide_up(cells, kPlaces), groups = divide_up(blocks, kPlaces);
+  const index_t held_blocks = bounds.has_value() ? divide_up(capacity, kBlockTokens) : 0;
   // What begins with every bit set, and what begins with none: keys of voxels by view, and the best tokens; live tokens
-  // of voxels by view, and how many are added.
+  // of voxels and numbers of tokens added by view, and which blocks are touched.
   Tensor ones = new_tensor(latents, {views * size + cells}, ScalarType::Long);
-  Tensor zeros = new_tensor(latents, {views, size + blocks + groups}, ScalarType::Int);
+  Tensor zeros = new_tensor(latents, {views * (size + blocks + groups) + held_blocks}, ScalarType::Int);
+  Tensor voxel_boxes = new_tensor(latents, {views, kBoxSize}, ScalarType::Int);
   fill_bytes(ones, 0xff, stream);
   fill_bytes(zeros, 0, stream);
+  fill_bytes(voxel_boxes, 0xff, stream);
   const auto keys = output<unsigned long long>(ones), best = keys + views * size;
+  int* const numbers = output<int>(zeros);
+  const Bounds boxes{bounds.has_value() ? input<float>(*bounds) : nullptr,
+                     reinterpret_cast<unsigned*>(numbers + views * (size + blocks + groups))};
 
   make_readers_kernel<<<static_cast<unsigned>(divide_up(views, 64)), 64, 0, stream>>>(
-      input<double>(intrinsics), input<double>(cam2world), source, input<int64_t>(count), capacity,
-      output<Reader>(readers), output<int64_t>(live));
+      input<double>(intrinsics), input<double>(cam2world), source, static_cast<float>(near), input<int64_t>(count),
+      capacity, output<Reader>(readers), output<Frustum>(frusta), output<int64_t>(live));
   STD_CUDA_KERNEL_LAUNCH_CHECK();
   lift_kernel<<<static_cast<unsigned>(divide_up(tokens, kLiftThreads / 32)), kLiftThreads, 0, stream>>>(
       source, input<Lift>(lifts), static_cast<float>(min_depth), static_cast<float>(max_depth), output<float4>(lifted),
@@ -402,15 +481,16 @@ Tensor bounded_write(Tensor points, Tensor features, Tensor frame_ids, Tensor vo
   const auto counts = output<unsigned long long>(report);
   for_feature_type(latents.scalar_type(), [&](auto in) {
     using In = decltype(in);
-    for_feature_type(features.scalar_type(), [&](auto out) {
+    for_stored_type(features.scalar_type(), [&](auto out) {
       judge_kernel<In, decltype(out)><<<static_cast<unsigned>(divide_up(tokens, kTokens)), kTokens, 0, stream>>>(
           input<In>(latents), tokens, cells, static_cast<int>(channels), output<uint8_t>(verdicts), nullptr,
           counts + kMaskedCount - kMasked);
     });
     STD_CUDA_KERNEL_LAUNCH_CHECK();
   });
-  enter_kernel<<<static_cast<unsigned>(divide_up(tokens, kThreads)), kThreads, 0, stream>>>(
-      input<float4>(lifted), input<uint8_t>(verdicts), tokens, cells, size, keys, output<int32_t>(slots));
+  enter_kernel<<<static_cast<unsigned>(views * divide_up(cells, kThreads)), kThreads, 0, stream>>>(
+      input<float4>(lifted), input<uint8_t>(verdicts), cells, size, keys, output<unsigned>(voxel_boxes),
+      output<int32_t>(slots));
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 
   const Held held{output<float4>(points),
@@ -428,30 +508,37 @@ Tensor bounded_write(Tensor points, Tensor features, Tensor frame_ids, Tensor vo
                   static_cast<int>(carve_views)};
   for (index_t t = 0; t < views; ++t) {
     const index_t first = t * cells;
-    const Seen seen{input<Reader>(readers) + t, input<float4>(lifted) + first, input<float>(depths) + first,
-                    carve_views > 0 ? input<float>(nearest) + first : nullptr, input<uint8_t>(verdicts) + first};
-    int* const counted = output<int>(zeros) + t * (size + blocks + groups);
+    const Seen seen{input<Reader>(readers) + t,
+                    input<Frustum>(frusta) + t,
+                    input<unsigned>(voxel_boxes) + t * kBoxSize,
+                    input<float4>(lifted) + first,
+                    input<float>(depths) + first,
+                    carve_views > 0 ? input<float>(nearest) + first : nullptr,
+                    input<uint8_t>(verdicts) + first};
+    int* const counted = numbers + t * (size + blocks + groups);
     const Voxels voxels{keys + t * size, reinterpret_cast<unsigned*>(counted), output<unsigned>(arrivals),
                         input<int32_t>(slots) + first, size};
     const Added added{counted + size, counted + size + blocks};
     look_kernel<<<grid_for(capacity, kThreads, 8), kThreads, 0, stream>>>(
-        held, seen, grid, voxels, input<int64_t>(live) + t, best, counts + kCarvedCount);
+        held, seen, grid, voxels, boxes, input<int64_t>(live) + t, best, counts + kCarvedCount);
     STD_CUDA_KERNEL_LAUNCH_CHECK();
     ask_kernel<<<static_cast<unsigned>(divide_up(cells, kThreads)), kThreads, 0, stream>>>(
         held, seen, grid, voxels, input<int32_t>(order), best, added, output<uint8_t>(wishes));
     STD_CUDA_KERNEL_LAUNCH_CHECK();
     for_feature_type(latents.scalar_type(), [&](auto in) {
       using In = decltype(in);
-      for_feature_type(features.scalar_type(), [&](auto out) {
+      for_stored_type(features.scalar_type(), [&](auto out) {
         using Out = decltype(out);
         settle_kernel<In, Out><<<static_cast<unsigned>(blocks), kThreads, 0, stream>>>(
-            held, seen, grid, voxels, input<int32_t>(order), best, added, input<uint8_t>(wishes),
+            held, seen, grid, voxels, input<int32_t>(order), best, added, input<uint8_t>(wishes), boxes,
             input<In>(latents) + first * channels, static_cast<int>(channels), static_cast<int>(first_frame + t),
-            output<Out>(features), output<int64_t>(live) + t, output<int64_t>(count), counts);
+            output<Out>(features), scales.has_value() ? output<uint8_t>(*scales) : nullptr, output<int64_t>(live) + t,
+            output<int64_t>(count), counts);
       });
       STD_CUDA_KERNEL_LAUNCH_CHECK();
     });
   }
+  if (bounds.has_value()) update_bounds(points, output<int64_t>(count), boxes.touched, *bounds, stream);
   return report;
 }
 

@@ -1,7 +1,9 @@
 // cache_write on CUDA: lift and judge every token, count per block, scan the counts, then move the kept tokens in order.
 //
-// In: latents (T, C, h, w), depth (T, H, W), cameras, mask. In place: points, features, frame_ids, count.
+// In: latents (T, C, h, w), depth (T, H, W), cameras, mask. In place: points, features, frame_ids, count, bounds,
+// scales.
 // Out: how many tokens were written, refused, masked, of unknown depth, out of range, not finite.
+#include "bounds.cuh"
 #include "judge.cuh"
 
 namespace mirage::cuda {
@@ -43,7 +45,7 @@ template <typename In, typename Out>
 __global__ void __launch_bounds__(kTokens)
     move_kernel(const In* __restrict__ latents, const float4* __restrict__ lifted, const uint8_t* __restrict__ verdicts,
                 const int64_t* __restrict__ place, index_t tokens, index_t cells, int channels, index_t capacity,
-                int first_frame, float4* __restrict__ points, Out* __restrict__ features,
+                int first_frame, float4* __restrict__ points, Out* features, uint8_t* scales,
                 int32_t* __restrict__ frame_ids) {
   __shared__ int warp_counts[kWarps];
   __shared__ index_t from[kTokens];  // of the kept tokens, in order
@@ -72,8 +74,17 @@ __global__ void __launch_bounds__(kTokens)
   const int room = static_cast<int>(min(static_cast<index_t>(total), max(capacity - begin, static_cast<index_t>(0))));
   __syncthreads();
   for (int row = 0; row < room; row += kRows)
-    store_rows<kTokens>(latents, cells, channels, min(kRows, room - row), from + row, to + row, features, tile,
+    store_rows<kTokens>(latents, cells, channels, min(kRows, room - row), from + row, to + row, features, scales, tile,
                         [](int, float value, index_t) { return value; });
+}
+
+// The boxes of the blocks appended to: thread block k takes the k-th from the one that the first new token went to.
+__global__ void __launch_bounds__(kBlockTokens)
+    appended_bounds_kernel(const float4* __restrict__ points, const int64_t* __restrict__ count,
+                           const int64_t* __restrict__ report, float* __restrict__ bounds) {
+  const index_t end = *count, written = report[0];
+  const index_t block = (end - written) / kBlockTokens + blockIdx.x;
+  if (written > 0 && block * kBlockTokens < end) write_box(points, end, block, bounds);
 }
 
 }  // namespace
@@ -81,7 +92,7 @@ __global__ void __launch_bounds__(kTokens)
 Tensor cache_write(Tensor points, Tensor features, Tensor frame_ids, Tensor count, const Tensor& latents_,
                    const Tensor& depth_, const Tensor& intrinsics_, const Tensor& cam2world_,
                    const std::optional<Tensor>& mask_, int64_t first_frame, bool bilinear, double min_depth,
-                   double max_depth) {
+                   double max_depth, const std::optional<Tensor>& bounds, std::optional<Tensor> scales) {
   const torch::stable::accelerator::DeviceGuard guard(latents_.get_device_index());
   const Tensor latents = as_contiguous(latents_);
   const Tensor depth = checked(depth_, ScalarType::Float, "depth");
@@ -92,6 +103,9 @@ Tensor cache_write(Tensor points, Tensor features, Tensor frame_ids, Tensor coun
   STD_TORCH_CHECK(points.is_contiguous() && features.is_contiguous() && frame_ids.is_contiguous(),
                   "points, features and frame_ids must be contiguous: they are written in place");
   STD_TORCH_CHECK(is_aligned(points), "points must begin at a multiple of 16 bytes: they are written in place");
+  checked_scales(features, scales);
+  STD_TORCH_CHECK(!scales.has_value() || scales->is_contiguous(), "scales must be contiguous: they are written in place");
+  if (bounds.has_value()) check_bounds(*bounds, points.size(0));
   const cudaStream_t stream = current_stream(latents);
   const index_t channels = latents.size(1), height = latents.size(2), width = latents.size(3);
   const DepthSource source = make_source(depth, mask, height, width, bilinear);
@@ -114,7 +128,7 @@ Tensor cache_write(Tensor points, Tensor features, Tensor frame_ids, Tensor coun
   STD_CUDA_KERNEL_LAUNCH_CHECK();
   for_feature_type(latents.scalar_type(), [&](auto in) {
     using In = decltype(in);
-    for_feature_type(features.scalar_type(), [&](auto out) {
+    for_stored_type(features.scalar_type(), [&](auto out) {
       judge_kernel<In, decltype(out)><<<static_cast<unsigned>(blocks), kTokens, 0, stream>>>(
           input<In>(latents), tokens, cells, static_cast<int>(channels), output<uint8_t>(verdicts),
           output<int>(block_counts), output<unsigned long long>(report));
@@ -124,15 +138,20 @@ Tensor cache_write(Tensor points, Tensor features, Tensor frame_ids, Tensor coun
                                                 output<int64_t>(count), output<int64_t>(place),
                                                 output<int64_t>(report));
     STD_CUDA_KERNEL_LAUNCH_CHECK();
-    for_feature_type(features.scalar_type(), [&](auto out) {
+    for_stored_type(features.scalar_type(), [&](auto out) {
       using Out = decltype(out);
       move_kernel<<<static_cast<unsigned>(blocks), kTokens, 0, stream>>>(
           input<In>(latents), input<float4>(lifted), input<uint8_t>(verdicts), input<int64_t>(place), tokens, cells,
           static_cast<int>(channels), capacity, static_cast<int>(first_frame), output<float4>(points),
-          output<Out>(features), output<int32_t>(frame_ids));
+          output<Out>(features), scales.has_value() ? output<uint8_t>(*scales) : nullptr, output<int32_t>(frame_ids));
     });
     STD_CUDA_KERNEL_LAUNCH_CHECK();
   });
+  if (bounds.has_value()) {
+    appended_bounds_kernel<<<static_cast<unsigned>(divide_up(tokens, kBlockTokens) + 1), kBlockTokens, 0, stream>>>(
+        input<float4>(points), input<int64_t>(count), input<int64_t>(report), output<float>(*bounds));
+    STD_CUDA_KERNEL_LAUNCH_CHECK();
+  }
   return report;
 }
 

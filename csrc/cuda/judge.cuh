@@ -1,7 +1,7 @@
-// Which tokens of T views are worth writing, and the way of their features from channels to rows: shared by cache_write
-// and bounded_write.
+// Which tokens of T views are worth writing: shared by cache_write and bounded_write.
 #pragma once
 
+#include "features.cuh"
 #include "lift.cuh"
 
 namespace mirage::cuda {
@@ -54,8 +54,7 @@ __global__ void __launch_bounds__(kTokens)
     if (verdict == kKeep) {
       const In* at = latents + token / cells * channels * cells + token % cells;
       bool bad = false;
-      // As they will be stored: a float32 latent can be too large for float16.
-      for (int c = 0; c < channels; ++c) bad |= !is_finite(to_float(from_float<Out>(to_float(at[c * cells]))));
+      for (int c = 0; c < channels; ++c) bad |= !is_storable<Out>(to_float(at[c * cells]));
       if (bad) {
         verdict = kNonFinite;
         verdicts[token] = verdict;
@@ -69,35 +68,6 @@ __global__ void __launch_bounds__(kTokens)
   if (threadIdx.x == 0 && block_counts != nullptr) block_counts[blockIdx.x] = kept;
   if (threadIdx.x >= kMasked && threadIdx.x < 6 && rejected[threadIdx.x] > 0)
     atomicAdd(rejections + threadIdx.x, static_cast<unsigned long long>(rejected[threadIdx.x]));
-}
-
-constexpr int kRows = 32;      // rows turned at a time
-constexpr int kChannels = 64;  // channels turned at a time
-
-using Tile = float[kChannels][kRows + 1];
-
-// Turns the latents of up to kRows tokens into their rows of features. For row r, from[r] is the offset of the token's
-// first channel, to[r] the row; blend(r, value, at) is what `features` shall hold at offset `at`. A block of kThreads
-// must call it, and everything it reads is there behind a barrier.
-template <int kThreads, typename In, typename Out, typename Blend>
-__device__ __forceinline__ void store_rows(const In* __restrict__ latents, index_t cells, int channels, int rows,
-                                           const index_t* from, const index_t* to, Out* features, Tile& tile,
-                                           const Blend& blend) {
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  for (int channel = 0; channel < channels; channel += kChannels) {
-    const int number = min(kChannels, channels - channel);
-    if (lane < rows) {
-      const In* at = latents + from[lane] + channel * cells;
-      for (int c = warp; c < number; c += kThreads / 32) tile[c][lane] = to_float(at[c * cells]);
-    }
-    __syncthreads();
-    for (int k = threadIdx.x; k < rows * number; k += kThreads) {
-      const int r = k / number, c = k % number;
-      const index_t at = to[r] * channels + channel + c;
-      features[at] = from_float<Out>(blend(r, tile[c][r], at));
-    }
-    __syncthreads();
-  }
 }
 
 }  // namespace mirage::cuda

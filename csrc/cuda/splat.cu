@@ -138,7 +138,7 @@ __global__ void __launch_bounds__(kReadThreads)
 std::tuple<Tensor, Tensor, Tensor, Tensor> splat(const Tensor& points_, const Tensor& features_,
                                                  const std::optional<Tensor>& num_points, const Tensor& intrinsics_,
                                                  const Tensor& cam2world_, int64_t height, int64_t width, double near,
-                                                 ScalarType dtype) {
+                                                 ScalarType dtype, const std::optional<Tensor>& bounds) {
   const torch::stable::accelerator::DeviceGuard guard(points_.get_device_index());
   const Tensor points = checked_points(points_);
   const Tensor features = as_contiguous(features_);

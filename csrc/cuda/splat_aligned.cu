@@ -325,7 +325,7 @@ Tensor make_readers(const Tensor& intrinsics, const Tensor& cam2world, cudaStrea
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> splat_aligned(
     const Tensor& points_, const Tensor& features_, const std::optional<Tensor>& num_points, const Tensor& frame_ids_,
     const Tensor& frame_centers_, const Tensor& intrinsics_, const Tensor& cam2world_, int64_t height, int64_t width,
-    double near, double sharpness, ScalarType dtype) {
+    double near, double sharpness, ScalarType dtype, const std::optional<Tensor>& bounds) {
   const torch::stable::accelerator::DeviceGuard guard(points_.get_device_index());
   const Tensor points = checked_points(points_);
   const Tensor features = as_contiguous(features_);

@@ -95,7 +95,8 @@ Tensor running_sum(const Tensor& values) {
 
 Tensor view_overlap(const Tensor& points_, const std::optional<Tensor>& num_points, const Tensor& intrinsics_,
                     const Tensor& cam2world_, const Tensor& target_intrinsics_, const Tensor& target_cam2world_,
-                    int64_t height, int64_t width, double voxel_size, double near) {
+                    int64_t height, int64_t width, double voxel_size, double near,
+                    const std::optional<Tensor>& bounds) {
   const torch::stable::accelerator::DeviceGuard guard(points_.get_device_index());
   const Tensor points = checked_points(points_);
   const Tensor intrinsics = checked(intrinsics_, ScalarType::Double, "intrinsics");

@@ -25,9 +25,9 @@ TORCH = Path(torch.__file__).parent
 NAMESPACE = "mirage_emulated"
 # The operators as they are, on sm_80, and a variant: as on GPUs before it, with constants so small that loops which
 # only a huge input enters twice go round often. Suffix of the namespace: (architecture, files, replacements).
-OPERATORS = ("back_project", "bounded_write", "cache_write", "splat", "splat_aligned", "view_overlap")
+OPERATORS = ("back_project", "block_bounds", "bounded_write", "cache_trim", "cache_write", "splat", "splat_aligned")
 VARIANTS = {
-    "": (800, (*OPERATORS, "faults"), ()),
+    "": (800, (*OPERATORS, "view_overlap", "faults"), ()),
     "_small": (750, ("back_project", "cache_write"), (("kScanThreads = 1024", "kScanThreads = 64"),)),
 }
 
