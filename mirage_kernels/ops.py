@@ -584,12 +584,11 @@ def block_bounds(points: Tensor, *, num_points: Tensor | None = None, out: Tenso
     if out is None:
         out = points.new_empty((-(-points.shape[0] // reference.BLOCK), 6))
     _check_bounds(out, points, "out", in_place=True)
-    boxes = _plain(out)
     backend = choose_backend(points.device, torch.float32)
     if backend == "reference":
-        reference.block_bounds(points, num_points, boxes)
+        reference.block_bounds(points, num_points, _plain(out))
     else:
-        private_operator("block_bounds", _family(backend))(points, num_points, boxes)
+        private_operator("block_bounds", _family(backend))(points, num_points, _plain(out))
     return out
 
 

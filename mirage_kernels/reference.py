@@ -2,8 +2,8 @@
 
 What this file computes is what is true: the C++, CUDA and Triton kernels are held to it bit for bit in float32. It is
 written to be read. Camera matrices are composed in float64 and rounded once; per-point work then runs in the working
-dtype, one rounded operation at a time, in the order the kernels use (see ``csrc/core/camera.h``). Reads here know
-nothing of the bounds of blocks: those spare kernels work and change no result.
+dtype, one rounded operation at a time, in the order the kernels use (see ``csrc/core/camera.h``). Reads here take no
+bounds of blocks: those spare kernels work and change no result.
 
 Conventions: OpenCV axes (x right, y down, z forward); pixel coordinates are continuous, column j covers [j, j + 1).
 """

@@ -1,9 +1,10 @@
 """A cache on disk: one safetensors file, a format version and the cache's settings in its metadata. No pickle.
 
 Tensors: ``points`` (N, 4) float32, ``features`` (N, C), ``frame_ids`` (N,) int32, ``frame_centers`` (F, 3) float32.
-Version 1 has float32, float16 or bfloat16 features. Version 2 is that of a cache of float8_e4m3fn features, which has
-``scales`` (N,) uint8 as well, each in [11, 246]: a value is float8 * 2^(scale - 127). Other caches are saved as version
-1, which older releases read too.
+Version 1 is that of a cache that appends features of float32, float16 or bfloat16; releases that know nothing else read
+it too. Any other is saved as version 2. Features of float8_e4m3fn come with ``scales`` (N,) uint8, each in [11, 246]: a
+value is float8 * 2^(scale - 127). With bounded writes there are ``votes`` (N,) uint8 and, where tokens are averaged,
+``looks`` (N,) uint8, see :func:`mirage_kernels.bounded_write`.
 """
 
 from __future__ import annotations
@@ -25,18 +26,23 @@ from .reference import GREATEST_SCALE, LEAST_SCALE
 FORMAT = "mirage-latent-cache"
 _SETTINGS = ("channels", "dtype", "write_policy", "capacity")
 _FLOAT8 = "float8_e4m3fn"
-_DTYPES = {"1": ("float32", "float16", "bfloat16"), "2": (_FLOAT8,)}  # of features, by version
+_DTYPES = ("float32", "float16", "bfloat16")
+_VERSIONS = {"1": (_DTYPES, ("append",)), "2": ((*_DTYPES, _FLOAT8), ("append", "bounded"))}  # features, policies
 
 
 def format_version(settings: dict[str, Any]) -> str:
     """Of the file that a cache with these settings is saved as."""
-    return next(version for version, dtypes in _DTYPES.items() if settings["dtype"] in dtypes)
+    dtype, policy = settings["dtype"], settings["write_policy"]
+    return next(version for version, (dtypes, policies) in _VERSIONS.items() if dtype in dtypes and policy in policies)
 
 
 def _names(settings: dict[str, Any]) -> tuple[str, ...]:
     """Of the tensors of a file with these settings."""
-    names = ("points", "features", "frame_ids", "frame_centers")
-    return (*names, "scales") if settings["dtype"] == _FLOAT8 else names
+    names = ["points", "features", "frame_ids", "frame_centers"]
+    names += ["scales"] * (settings["dtype"] == _FLOAT8)
+    if settings["write_policy"] == "bounded":
+        names += ["votes"] + ["looks"] * (settings.get("merge") == "mean")
+    return tuple(names)
 
 
 def replace_file(path: str | Path, write: Callable[[str], None]) -> None:
@@ -95,7 +101,7 @@ def load_cache(path: str | Path, device: torch.device | str) -> tuple[dict[str, 
         "features": ((*count, *channels), dtype),
         "frame_ids": (count, torch.int32),
         "frame_centers": ((*frames, 3), torch.float32),
-        "scales": (count, torch.uint8),
+        **{name: (count, torch.uint8) for name in ("scales", "votes", "looks")},
     }
     with _open(path, device) as file:
         tensors = {name: file.get_tensor(name) for name in shapes}
@@ -125,9 +131,9 @@ def _check_metadata(path: str | Path, metadata: dict[str, str] | None) -> dict[s
             f"{path}: a safetensors file, but not a saved LatentCache (no format {FORMAT!r} in its metadata)"
         )
     version = metadata.get("version")
-    if version not in _DTYPES:
+    if version not in _VERSIONS:
         raise ValueError(
-            f"{path}: cache format version {version!r} is unknown, this package reads versions {', '.join(_DTYPES)}"
+            f"{path}: cache format version {version!r} is unknown, this package reads versions {', '.join(_VERSIONS)}"
         )
     try:
         settings = json.loads(metadata["settings"])
@@ -136,10 +142,11 @@ def _check_metadata(path: str | Path, metadata: dict[str, str] | None) -> dict[s
         raise ValueError(f"{path}: the metadata must hold the cache's settings as JSON, got {metadata!r}") from error
     if missing:
         raise ValueError(f"{path}: the cache's settings must name {', '.join(_SETTINGS)}, missing {', '.join(missing)}")
-    dtypes = _DTYPES[version]
-    if settings["dtype"] not in dtypes:
-        raise ValueError(
-            f"{path}: the settings' dtype must be one of {', '.join(dtypes)} in version {version},"
-            f" got {settings['dtype']!r}"
-        )
+    dtypes, policies = _VERSIONS[version]
+    for name, known in (("dtype", dtypes), ("write_policy", policies)):
+        if settings[name] not in known:
+            raise ValueError(
+                f"{path}: the settings' {name} must be one of {', '.join(known)} in version {version},"
+                f" got {settings[name]!r}"
+            )
     return settings

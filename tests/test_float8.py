@@ -326,7 +326,7 @@ def test_latents_are_never_float8(operator):
 
 
 def write_room(dtype, device="cpu", **options):
-    cache = LatentCache(48, dtype=dtype, device=device, **options)
+    cache = LatentCache(48, dtype=dtype, device=device, **{"write_policy": "append", **options})
     for seed in (1, 2):
         rng = np.random.default_rng(seed)
         latents = torch.from_numpy(rng.normal(size=(2, 48, 5, 7))).float()

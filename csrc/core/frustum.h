@@ -74,7 +74,7 @@ MIRAGE_HD bool may_see(const Frustum& frustum, const float* box) {
   bool outside = (box[0] > box[3]) | (box[1] > box[4]) | (box[2] > box[5]);
   for (int f = 0; f < 5; ++f) {
     float bound = frustum.offset[f] + frustum.slack[f] * reach;
-    for (int j = 0; j < 3; ++j) bound += frustum.normal[f][j] * box[frustum.normal[f][j] < 0.0f ? j : 3 + j];
+    for (int j = 0; j < 3; ++j) bound += frustum.normal[f][j] * (frustum.normal[f][j] < 0.0f ? box[j] : box[3 + j]);
     outside |= bound < 0.0f;
   }
   return !outside;
