@@ -14,6 +14,7 @@ namespace mirage::cuda {
 namespace {
 
 constexpr int kThreads = kBlockTokens;
+constexpr int kLookBlocks = 5;  // of the walk over held tokens on a processor: 48 registers a thread
 constexpr int kPlaces = 32;  // places in the order that one block writes: all that one turn of store_rows takes
 constexpr unsigned kNobody = 0xffffffffu;
 constexpr unsigned long long kFree = kNoVoxel;
@@ -211,7 +212,7 @@ __device__ __forceinline__ bool look(const Held& held, index_t i, const Reader& 
 }
 
 // Every held token that may matter looks at the view. Clears the arrivals on the way.
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kLookBlocks)
     look_kernel(Held held, Seen seen, Grid grid, Voxels voxels, Bounds bounds, const int64_t* __restrict__ live_,
                 unsigned long long* best, unsigned long long* carved_) {
   __shared__ index_t listed[kThreads];
@@ -519,7 +520,7 @@ Tensor bounded_write(Tensor points, Tensor features, Tensor frame_ids, Tensor vo
     const Voxels voxels{keys + t * size, reinterpret_cast<unsigned*>(counted), output<unsigned>(arrivals),
                         input<int32_t>(slots) + first, size};
     const Added added{counted + size, counted + size + blocks};
-    look_kernel<<<grid_for(capacity, kThreads, 8), kThreads, 0, stream>>>(
+    look_kernel<<<grid_for(capacity, kThreads, 2 * kLookBlocks), kThreads, 0, stream>>>(
         held, seen, grid, voxels, boxes, input<int64_t>(live) + t, best, counts + kCarvedCount);
     STD_CUDA_KERNEL_LAUNCH_CHECK();
     ask_kernel<<<static_cast<unsigned>(divide_up(cells, kThreads)), kThreads, 0, stream>>>(

@@ -2,6 +2,8 @@
 // the counts are summed up, and what stays moves down, part after part of the buffers through a copy of bounded size.
 //
 // In place: points, features, frame_ids, votes, looks, count, bounds, scales. Out: how many tokens were evicted.
+#include <bit>
+
 #include "../core/bound.h"
 #include "bounds.cuh"
 
@@ -9,11 +11,11 @@ namespace mirage::cuda {
 namespace {
 
 constexpr int kThreads = 1024;  // of the kernels that search and sum up
-constexpr int kRowThreads = 256;
-constexpr int kBlockRows = kRowThreads;  // rows that are counted, and moved, together
-constexpr int kDigits = 3;               // of a frame id
-constexpr int kDigitBits = 11;
-constexpr int kBins = 1 << kDigitBits;
+constexpr int kBins = 2 * kThreads;
+constexpr int kDigitBits = std::bit_width(unsigned{kBins}) - 1;
+constexpr int kDigits = (32 + kDigitBits - 1) / kDigitBits;  // of a frame id, from the top; the last may be shorter
+constexpr int kRowThreads = kBlockTokens;
+constexpr int kBlockRows = kRowThreads;   // rows that are counted, moved and boxed together
 constexpr index_t kCopyBytes = 32 << 20;  // which the cache of an A100 or later holds
 
 // What says whether a row stays.
@@ -43,10 +45,10 @@ __device__ __forceinline__ index_t staying(Counts counts, const Trim& trim) {
 // Frame ids as unsigned numbers in the same order.
 __device__ __forceinline__ unsigned frame_key(int32_t frame) { return static_cast<unsigned>(frame) ^ 0x80000000u; }
 
-// Digits of 11, 11 and 10 bits, from the top.
-__device__ __forceinline__ int digit_shift(int digit) { return digit == 0 ? 21 : (digit == 1 ? 10 : 0); }
+__device__ __forceinline__ int digit_shift(int digit) { return max(32 - kDigitBits * (digit + 1), 0); }
 __device__ __forceinline__ int digit_of(unsigned key, int digit) {
-  return static_cast<int>(key >> digit_shift(digit) & (digit == kDigits - 1 ? kBins / 2 - 1 : kBins - 1));
+  const unsigned below = digit == 0 ? key : key & ((1u << digit_shift(digit - 1)) - 1u);
+  return static_cast<int>(below >> digit_shift(digit));
 }
 
 __device__ __forceinline__ bool is_dead(const Fates& fates, index_t row) {
@@ -69,7 +71,6 @@ __device__ __forceinline__ Trim find_trim(const unsigned* histograms, int digits
   for (int digit = 0; digit < digits; ++digit) {
     // Two bins a thread.
     const unsigned* counts = histograms + digit * kBins + 2 * threadIdx.x;
-    static_assert(kBins == 2 * kThreads);
     const int64_t first = counts[0], both = first + counts[1];
     const int64_t sum = sum_up_to<kThreads>(both, totals), before = sum - both;
     if (threadIdx.x == kThreads - 1) all = sum;
@@ -134,7 +135,7 @@ __device__ __forceinline__ Fate fate_of(const Fates& fates, const Trim& trim, in
   return key > trim.frame ? kStays : (key == trim.frame ? kTies : kGoes);
 }
 
-// What is to be trimmed, and how many rows of each block stay, four blocks at a time.
+// What is to be trimmed, and how many rows of each block stay.
 __global__ void __launch_bounds__(kThreads)
     stay_kernel(Fates fates, const int64_t* __restrict__ count, index_t capacity, index_t max_tokens, int digits,
                 const unsigned* __restrict__ histograms, Trim* __restrict__ trim_, Counts* __restrict__ counts) {

@@ -28,7 +28,15 @@ NAMESPACE = "mirage_emulated"
 OPERATORS = ("back_project", "block_bounds", "bounded_write", "cache_trim", "cache_write", "splat", "splat_aligned")
 VARIANTS = {
     "": (800, (*OPERATORS, "view_overlap", "faults"), ()),
-    "_small": (750, ("back_project", "cache_write"), (("kScanThreads = 1024", "kScanThreads = 64"),)),
+    "_small": (
+        750,
+        ("back_project", "cache_trim", "cache_write"),
+        (
+            ("kScanThreads = 1024", "kScanThreads = 64"),
+            ("kThreads = 1024", "kThreads = 256"),
+            ("kCopyBytes = 32 << 20", "kCopyBytes = 20000"),
+        ),
+    ),
 }
 
 FLAGS = ["-std=c++20", "-O1", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-strict-aliasing", "-w"]
