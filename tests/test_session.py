@@ -85,7 +85,7 @@ def test_what_was_written_is_read_when_the_camera_returns(pipe: MiragePipeline, 
 
     # With the image's tokens alone, the camera that returns sees exactly the image's latents.
     assert torch.equal(alone.latents[0], latents[0])
-    # So long as nothing newer was seen from there, most of them come first; and that is what the last step went on from.
+    # So long as nothing newer was seen from there, most of what it sees is of them; the last step went on from that.
     assert before.mask.all() and returning.float().mean() > 0.5
     assert torch.equal(last.view.latents[-1], before.latents[0])
 
@@ -189,8 +189,8 @@ print(peaks[3], peaks[12], live[3], live[12])
     done = subprocess.run([sys.executable, "-c", content], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     third, twelfth, *live = map(int, done.stdout.split())
-    # The memory itself grew, within buffers of fixed capacity. Where tokens change in place, a step holds a copy of them
-    # to go back to; on the same path to and fro the bounded memory grows little.
+    # The memory itself grew, within buffers of fixed capacity; the bounded one but little on a path to and fro. Where
+    # tokens change in place, a step holds a copy of them to go back to.
     grown = live[1] - live[0]
     assert grown > live[0] if policy == "append" else 0 < grown < live[0]
     one_frame_of_pixels = 3 * SIZE[0] * SIZE[1] * 4
