@@ -245,6 +245,7 @@ def removal(
     """A box of this edge (metres) hangs in views of the room, at least `gap` of their depth before all that is behind
     it; then three more views see its place without it. What share of its tokens, and of all others, is gone."""
     latents, depth, cameras = _frames(room, slice(None))
+    projections = make_projection(cameras.intrinsics, cameras.cam2world, torch.float32)
     generator, rows = torch.Generator().manual_seed(seed), list[dict[str, Any]]()
     for _ in range(tries):
         if len(rows) == objects:
@@ -255,23 +256,27 @@ def removal(
         ray = torch.linalg.inv(cameras.intrinsics[t].float()) @ pixel
         centre = cameras.cam2world[t, :3, :3].float() @ (ray * z) + cameras.cam2world[t, :3, 3].float()
         low, high = centre - edge / 2, centre + edge / 2
-        with_box = add_box(depth, cameras, low, high)
-        changed = with_box != depth
-        blocked = changed & (depth > 0) & torch.isfinite(depth) & (depth < (1 + gap) * (with_box + edge))
-        clear = ~blocked.flatten(1).any(1)
         corners = torch.stack(torch.meshgrid(*torch.stack([low, high], 1), indexing="ij"), -1).view(8, 3)
-        inside = torch.stack(
-            [
-                in_view(*project_points(corners, projection), (depth.shape[1], depth.shape[2]), NEAR).all()
-                for projection in make_projection(cameras.intrinsics, cameras.cam2world, torch.float32)
-            ]
-        )
-        views = ((changed.flatten(1).sum(1) > 1500) & clear & inside).nonzero()[:, 0].tolist()
+        inside = [
+            view
+            for view, projection in enumerate(projections)
+            if in_view(*project_points(corners, projection), (depth.shape[1], depth.shape[2]), NEAR).all()
+        ]
+        if len(inside) < 6:
+            continue
+        with_box = add_box(depth[inside], cameras[inside], low, high)
+        behind = depth[inside]
+        changed = with_box != behind
+        known = (behind > 0) & torch.isfinite(behind)
+        blocked = changed & known & (behind < (1 + gap) * (with_box + edge))
+        usable = (changed.flatten(1).sum(1) > 1500) & ~blocked.flatten(1).any(1)
+        views = [view for view, fits in zip(inside, usable.tolist(), strict=True) if fits]
+        with_box = with_box[usable]
         if len(views) < 6:
             continue
         before, after = views[:-3], views[-3:]
         cache = LatentCache(CHANNELS)
-        cache.write(latents[before], with_box[before], cameras[before])
+        cache.write(latents[before], with_box[:-3], cameras[before])
 
         def of_box(cache: LatentCache, low: Tensor = low, high: Tensor = high) -> int:
             reach = cache.footprints[:, None]
