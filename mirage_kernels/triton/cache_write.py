@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -19,7 +21,7 @@ _OUT_OF_RANGE = tl.constexpr(OUT_OF_RANGE)
 _NON_FINITE = tl.constexpr(NON_FINITE)
 
 # Latents are read along 64 tokens (128 or 256 contiguous bytes a channel) and stored along a token's channels.
-_TOKENS = 64
+TOKENS = 64
 _CHANNELS = 64
 # One program scans all blocks: a chunk of 9 frames of 44x80 has 495 of them, one step.
 _SCAN = 1024
@@ -88,6 +90,26 @@ def scan_kernel(counts, offsets, count, report, blocks, capacity, SCAN: tl.const
     tl.store(report + 5, non_finite)
 
 
+@triton.jit
+def load_latents(latents, view, token, channel, channels, cells, mask):
+    """(TOKENS, CHANNELS) of the latents (T, C, h w) of one view."""
+    source = latents + view * channels * cells + channel.to(tl.int64)[None, :] * cells + token[:, None]
+    return tl.load(source, mask, other=0.0)
+
+
+@triton.jit
+def load_features(features, row, channel, channels, mask):
+    """(TOKENS, CHANNELS) float32 of the rows of features (capacity, C)."""
+    return widen(tl.load(features + row[:, None] * channels + channel[None, :], mask, other=0.0))
+
+
+@triton.jit
+def store_features(features, row, channel, channels, value, mask):
+    """(TOKENS, CHANNELS) to the rows of features (capacity, C)."""
+    target = features + row[:, None] * channels + channel[None, :]
+    tl.store(target, convert(value, features.dtype.element_ty), mask)
+
+
 @triton.jit(do_not_specialize=["first_frame", "capacity", "token_blocks"])
 def append_kernel(
     lifted,
@@ -120,10 +142,46 @@ def append_kernel(
     for first in range(0, channels, CHANNELS):
         channel = first + tl.arange(0, CHANNELS)
         real = (channel < channels)[None, :]
-        source = latents + view * channels * cells + channel.to(tl.int64)[None, :] * cells + token[:, None]
-        value = tl.load(source, inside[:, None] & real, other=0.0)
-        target = features + row[:, None] * channels + channel[None, :]
-        tl.store(target, convert(value, features.dtype.element_ty), fits[:, None] & real)
+        value = load_latents(latents, view, token, channel, channels, cells, inside[:, None] & real)
+        store_features(features, row, channel, channels, value, fits[:, None] & real)
+
+
+def judge_tokens(
+    features: Tensor,
+    latents: Tensor,
+    depth: Tensor,
+    intrinsics: Tensor,
+    cam2world: Tensor,
+    mask: Tensor | None,
+    bilinear: bool,
+    min_depth: float,
+    max_depth: float,
+    depths: Tensor | None = None,
+    nearest: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Points (T, h, w, 4) as :func:`lift_tokens` gives them, classes (T, h, w), and their counts, by blocks.
+
+    ``latents`` are contiguous, ``features`` give the dtype that they will be stored in.
+    """
+    views, channels, height, width = latents.shape
+    cells, token_blocks = height * width, cdiv(height * width, TOKENS)
+    blocks = views * token_blocks
+    state = torch.empty((views, height, width), dtype=torch.uint8, device=depth.device)
+    camera = intrinsics, cam2world, mask, height, width, bilinear, min_depth, max_depth
+    lifted = lift_tokens(depth, *camera, state, depths, nearest)
+    counts = torch.empty((CLASSES, blocks), dtype=torch.int32, device=depth.device)
+    if blocks > 0:
+        with device_of(depth):
+            judge_kernel[(blocks,)](
+                latents, features, state, counts, channels, cells, token_blocks, blocks, **token_tile(channels)
+            )
+    return lifted, state, counts
+
+
+def token_tile(channels: int) -> dict[str, Any]:
+    """What kernels over tokens and their channels are compiled with."""
+    # No smaller than the 128 threads: where several hold one element, one may read what another has already updated.
+    return {"TOKENS": TOKENS, "CHANNELS": min(_CHANNELS, power_of_2(max(channels, 2))), "num_warps": 4, **EXACT}
 
 
 @implements("cache_write")
@@ -145,17 +203,12 @@ def cache_write(
     views, channels, height, width = latents.shape
     cells, capacity = height * width, points.shape[0]
     latents = latents.contiguous()
-    state = torch.empty((views, height, width), dtype=torch.uint8, device=points.device)
-    lifted = lift_tokens(depth, intrinsics, cam2world, mask, height, width, bilinear, min_depth, max_depth, state)
-    token_blocks = cdiv(cells, _TOKENS)
-    blocks = views * token_blocks
-    counts = torch.empty((CLASSES, blocks), dtype=torch.int32, device=points.device)
+    judged = latents, depth, intrinsics, cam2world, mask, bilinear, min_depth, max_depth
+    lifted, state, counts = judge_tokens(features, *judged)
+    blocks = counts.shape[1]
     offsets = torch.empty(blocks, dtype=torch.int64, device=points.device)
     report = torch.empty(6, dtype=torch.int64, device=points.device)
-    tile = {"TOKENS": _TOKENS, "CHANNELS": min(_CHANNELS, power_of_2(max(channels, 1))), "num_warps": 4, **EXACT}
     with device_of(points):
-        if blocks > 0:
-            judge_kernel[(blocks,)](latents, features, state, counts, channels, cells, token_blocks, blocks, **tile)
         scan_kernel[(1,)](counts, offsets, count, report, blocks, capacity, SCAN=_SCAN, num_warps=4, **EXACT)
         if blocks > 0:
             append_kernel[(blocks,)](
@@ -170,7 +223,7 @@ def cache_write(
                 capacity,
                 channels,
                 cells,
-                token_blocks,
-                **tile,
+                cdiv(cells, TOKENS),
+                **token_tile(channels),
             )
     return report

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..reference import FITS, GATE, LARGEST_RATIO, RAY_WEIGHT, REACH, WIDEST
-from .camera import PROJECTION_SIZE, convert, load_rows, make_projection, project, widen
+from .camera import PROJECTION_SIZE, convert, floor_int, load_rows, make_projection, project, widen
 from .launch import EXACT, cdiv, device_of, float32, implements, power_of_2
 
 # A fit's key is made like a depth's in `splat`: float bits of the score above, index below. Scores are small, so every
@@ -122,9 +122,7 @@ def around_view(u, v, z, height, width, near):
 @triton.jit
 def floor_cell(value, mask):
     # Only what is around the view is converted: a float outside the range of int32 has no defined conversion.
-    value = tl.where(mask, value, 0.0)
-    truncated = value.to(tl.int32)
-    return tl.where(truncated.to(tl.float32) > value, truncated - 1, truncated)
+    return floor_int(tl.where(mask, value, 0.0))
 
 
 @triton.jit
@@ -545,7 +543,7 @@ def gather_kernel(
             tl.store(grad_points + index * 4 + 3, grad_footprint, live)
 
 
-def _prepare(
+def prepare(
     intrinsics: Tensor, cam2world: Tensor, narrow: Tensor | None, wide: Tensor | None, keys: Tensor, like: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Projections (T, 12), and focal lengths and centres (T, 4); empties the buffers, if given."""
@@ -599,7 +597,7 @@ def splat_aligned(
     cell_blocks, channel_block = cdiv(cells, _READ_CELLS), min(_CHANNELS, power_of_2(max(channels, 1)))
     channel_blocks = max(1, cdiv(channels, channel_block))
     with device_of(points):
-        projections, readers = _prepare(intrinsics, cam2world, narrow, wide, keys, points)
+        projections, readers = prepare(intrinsics, cam2world, narrow, wide, keys, points)
         if total > 0:
             tokens = points, num_points, frame_ids, frame_centers, frames, projections, readers, narrow, wide
             shape = total, views, cells, height, width, float32(near)
@@ -655,7 +653,7 @@ def splat_aligned_backward(
     channel_block = min(_CHANNELS, power_of_2(max(channels, 1)))
     channel_blocks = max(1, cdiv(channels, channel_block))
     with device_of(points):
-        projections, readers = _prepare(intrinsics, cam2world, None, None, keys, points)
+        projections, readers = prepare(intrinsics, cam2world, None, None, keys, points)
         share_kernel[(cdiv(views * cells, _READ_CELLS),)](
             rows,
             keys,
