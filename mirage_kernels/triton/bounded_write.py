@@ -212,12 +212,12 @@ def walk_kernel(
     # A count that is none holds nothing: nobody looked at it on the host.
     live = tl.where(live <= capacity, live, 0)
     begin = tl.program_id(0).to(tl.int64) * TOKENS
+    view = tl.cast(view, tl.int64)
+    grid = view * cells
+    if nearest is not None:
+        nearest += grid
     if begin < live:
         index = begin + tl.arange(0, TOKENS)
-        view = tl.cast(view, tl.int64)
-        grid = view * cells
-        if nearest is not None:
-            nearest += grid
         walk_tokens(
             points,
             frame_ids,

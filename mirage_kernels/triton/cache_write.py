@@ -200,8 +200,7 @@ def cache_write(
     min_depth: float,
     max_depth: float,
 ) -> Tensor:
-    views, channels, height, width = latents.shape
-    cells, capacity = height * width, points.shape[0]
+    channels, cells, capacity = latents.shape[1], latents.shape[2] * latents.shape[3], points.shape[0]
     latents = latents.contiguous()
     judged = latents, depth, intrinsics, cam2world, mask, bilinear, min_depth, max_depth
     lifted, state, counts = judge_tokens(features, *judged)
