@@ -46,7 +46,7 @@ def quantise_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
     significant bits, and below 2^-6 of the scale, at most 1/14336 of the largest magnitude, to multiples of 2^-9 of it.
 
     Args:
-        rows: (N, C) float, finite and at most 448 * 2^119, 2.98e38, in magnitude (:func:`storable`).
+        rows: (N, C) float. What rounds to more than 448 * 2^119, 2.98e38, in magnitude becomes NaN.
 
     Returns:
         (N, C) float8_e4m3fn and (N,) uint8: value = float8 * 2^(scale - 127).
@@ -61,7 +61,10 @@ def quantise_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
     exponent = ((scaled.view(torch.int32) >> 23) & 0xFF).clamp(min=SCALE_BIAS - 6)
     # On multiples of a step, which float8 has all of, so that its own rounding has nothing left to decide.
     rounded = (scaled * _power_of_2(2 * SCALE_BIAS + 3 - exponent)).round() * _power_of_2(exponent - 3)
-    return rounded.to(FLOAT8), scales.to(torch.uint8)
+    fits = rounded.abs() <= FLOAT8_MAX
+    codes = torch.where(fits, rounded, 0.0).to(FLOAT8).view(torch.uint8)
+    codes = torch.where(fits, codes, torch.where(rounded.signbit(), 0xFF, 0x7F)).to(torch.uint8)
+    return codes.view(FLOAT8), scales.to(torch.uint8)
 
 
 def dequantise_rows(features: Tensor, scales: Tensor) -> Tensor:
