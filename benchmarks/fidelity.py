@@ -243,7 +243,7 @@ def removal(
     room: Room, objects: int = 8, edge: float = 0.35, gap: float = 0.1, tries: int = 2000, seed: int = 0
 ) -> list[dict[str, Any]]:
     """A box of this edge (metres) hangs in views of the room, at least `gap` of their depth before all that is behind
-    it; then three more views see its place without it. What share of its tokens, and of all others, is gone."""
+    it; then the last three of these views are written again without it. What becomes of its tokens, and of others."""
     latents, depth, cameras = _frames(room, slice(None))
     projections = make_projection(cameras.intrinsics, cameras.cam2world, torch.float32)
     generator, rows = torch.Generator().manual_seed(seed), list[dict[str, Any]]()
@@ -262,33 +262,32 @@ def removal(
             for view, projection in enumerate(projections)
             if in_view(*project_points(corners, projection), (depth.shape[1], depth.shape[2]), NEAR).all()
         ]
-        if len(inside) < 6:
+        if len(inside) < 3:
             continue
         with_box = add_box(depth[inside], cameras[inside], low, high)
         behind = depth[inside]
         changed = with_box != behind
         known = (behind > 0) & torch.isfinite(behind)
         blocked = changed & known & (behind < (1 + gap) * (with_box + edge))
-        usable = (changed.flatten(1).sum(1) > 1500) & ~blocked.flatten(1).any(1)
+        hidden = changed.flatten(1).sum(1)
+        unknown = (changed & ~known).flatten(1).sum(1)
+        usable = (hidden > 1500) & (unknown < 0.02 * hidden) & ~blocked.flatten(1).any(1)
         views = [view for view, fits in zip(inside, usable.tolist(), strict=True) if fits]
         with_box = with_box[usable]
-        if len(views) < 6:
+        if len(views) < 3:
             continue
-        before, after = views[:-3], views[-3:]
         cache = LatentCache(CHANNELS)
-        cache.write(latents[before], with_box[:-3], cameras[before])
+        cache.write(latents[views], with_box, cameras[views])
 
         def of_box(cache: LatentCache, low: Tensor = low, high: Tensor = high) -> int:
             reach = cache.footprints[:, None]
             return int(((cache.points > low - reach) & (cache.points < high + reach)).all(1).sum())
 
         held, others, carved = of_box(cache), len(cache) - of_box(cache), 0
-        for view in after:
+        for view in views[-3:]:
             carved += cache.write(latents[[view]], depth[[view]], cameras[[view]]).carved
         left = of_box(cache)
-        rows.append(
-            {"views": len(before), "held": held, "left": left, "others": others, "lost": carved - (held - left)}
-        )
+        rows.append({"views": len(views), "held": held, "left": left, "others": others, "lost": carved - (held - left)})
     return rows
 
 

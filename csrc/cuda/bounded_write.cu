@@ -320,7 +320,7 @@ __device__ __forceinline__ float settle(const Held& held, index_t row, const flo
 
 // A block writes what kPlaces places were granted. Its first warp decides, all turn the features.
 template <typename In, typename Out>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 4)
     settle_kernel(Held held, Seen seen, Grid grid, Voxels voxels, const int32_t* __restrict__ order,
                   unsigned long long* __restrict__ best, Added added, const uint8_t* __restrict__ wishes,
                   Bounds bounds, const In* __restrict__ latents, int channels, int frame, Out* features, uint8_t* scales,
