@@ -8,6 +8,8 @@ written ones (0, 50, ..), and compared with the latents of the pictures taken th
 - detail: the same over channels 8 and up. 97 % of the energy sits below, so that an error alone rewards blur.
 - energy: |read|^2 / |true|^2 over those channels: 1 is as much texture as there is, 0 is a blur.
 - coverage: part of the cells that are no holes.
+
+The cache is held in float32 and, in rows that say so, in float8_e4m3fn: what that costs is the difference.
 """
 
 from __future__ import annotations
@@ -106,8 +108,9 @@ def measure(room: Room, rounds: int = 5) -> list[dict[str, Any]]:
     Milliseconds are those of 9 held-out views.
     """
     size = (room.latents.shape[2], room.latents.shape[3])
-    cache = LatentCache(CHANNELS)
-    cache.write(room.latents, room.written.depth, room.written.cameras)
+    caches = {"": LatentCache(CHANNELS), ", float8": LatentCache(CHANNELS, dtype=torch.float8_e4m3fn)}
+    for cache in caches.values():
+        cache.write(room.latents, room.written.depth, room.written.cameras)
     baseline = ReferenceMemory(CHANNELS)
     for i in range(len(room.written)):
         camera = room.written.cameras[[i]]
@@ -136,7 +139,7 @@ def measure(room: Room, rounds: int = 5) -> list[dict[str, Any]]:
     def nine_views(function: Reader) -> Callable[[], Any]:
         return lambda: function(room.truths["held-out"][0][:9])
 
-    def read(**options: Any) -> Reader:
+    def read(cache: LatentCache, **options: Any) -> Reader:
         return lambda cameras: cache.read(cameras, size, **options)[:2]
 
     points = baseline.points
@@ -147,14 +150,13 @@ def measure(room: Room, rounds: int = 5) -> list[dict[str, Any]]:
             read_release,
         ),
         "baseline": (len(points), points.nbytes + baseline.features.nbytes, read_baseline),
-        "nearest": (len(cache), cache.nbytes, read(splat="nearest")),
     }
-    for sharpness in (0.0, 15.0, 30.0, 40.0, float("inf")):
-        memories[f"aligned, sharpness {sharpness:g}"] = (
-            len(cache),
-            cache.nbytes,
-            read(splat="aligned", sharpness=sharpness),
-        )
+    for stored, cache in caches.items():
+        held = len(cache), cache.nbytes
+        memories[f"nearest{stored}"] = (*held, read(cache, splat="nearest"))
+        for sharpness in (0.0, 15.0, 30.0, 40.0, float("inf")):
+            way = read(cache, splat="aligned", sharpness=sharpness)
+            memories[f"aligned, sharpness {sharpness:g}{stored}"] = (*held, way)
     rows = []
     for name, (tokens, nbytes, function) in memories.items():
         row: dict[str, Any] = {"memory": name, "tokens": tokens, "bytes": nbytes}
@@ -167,15 +169,16 @@ def measure(room: Room, rounds: int = 5) -> list[dict[str, Any]]:
 
 def table(rows: list[dict[str, Any]]) -> str:
     """The rows in Markdown."""
-    head = "| memory | tokens | MiB | held-out error | detail | energy | coverage |"
-    lines = [f"{head} written-pose error | detail | energy | coverage | 9 views, ms |", "|---|" + "---:|" * 11]
+    head = "| memory | tokens | MiB | bytes a token | held-out error | detail | energy | coverage |"
+    lines = [f"{head} written-pose error | detail | energy | coverage | 9 views, ms |", "|---|" + "---:|" * 12]
     for row in rows:
         figures = [
             f"{row[poses][name]:.3f}" if name in ("error", "coverage") else f"{row[poses][name]:.2f}"
             for poses in ("held-out", "written")
             for name in Score._fields
         ]
-        start = [row["memory"], f"{row['tokens']:,}", f"{row['bytes'] / 2**20:.1f}"]
+        tokens, nbytes = row["tokens"], row["bytes"]
+        start = [row["memory"], f"{tokens:,}", f"{nbytes / 2**20:.1f}", f"{nbytes / tokens:.1f}"]
         lines.append(f"| {' | '.join([*start, *figures, format(row['read_ms'], '.2f')])} |")
     return "\n".join(lines)
 

@@ -25,6 +25,7 @@ from mirage_kernels import Cameras, LatentCache, View
 from mirage_kernels.storage import replace_file
 
 from .chunks import CHUNK_FRAMES, STRIDE, Chunk, check_num_frames, plan_chunks
+from .conditioning import choose_references
 from .depth import DepthEstimator, GivenDepth, align_depth
 from .figures import join_videos, save_video
 from .latent_depth import LatentDepth
@@ -433,14 +434,17 @@ class MirageSession:
     def _choose_references(self, targets: Cameras) -> tuple[list[int], list[float]]:
         """Latent frames that see most of what the targets see, best first, and their overlaps (IoU of voxel sets)."""
         settings = self._settings
-        if not self.num_chunks or not settings.max_reference_frames:
+        if not self.num_chunks:
             return [], []
-        overlaps = self.cache.view_overlap(
-            self._past(), targets, self.latent_size, voxel_size=settings.reference_voxel_size
-        ).cpu()
-        best = overlaps.argsort(descending=True, stable=True)[: settings.max_reference_frames].tolist()
-        chosen = [frame for frame in best if overlaps[frame] >= settings.reference_threshold]
-        return chosen, [overlaps[frame].item() for frame in chosen]
+        return choose_references(
+            self.cache,
+            self._past(),
+            targets,
+            self.latent_size,
+            settings.max_reference_frames,
+            settings.reference_threshold,
+            settings.reference_voxel_size,
+        )
 
     def _with_preceding(self, shown: Tensor, preceding: list[int], name: str) -> Tensor:
         """What the memory shows at the targets, and after it what it showed at the preceding frames."""

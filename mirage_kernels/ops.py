@@ -16,6 +16,7 @@ from torch import Tensor
 
 from . import reference
 from .backends import choose_backend
+from .reference import FLOAT8
 from .schemas import private_operator
 
 NEAR = 0.05
@@ -23,6 +24,7 @@ SHARPNESS = 30.0
 VIEWS_PER_VOXEL, MOST_VIEWS = 4, 64
 CARVE_VIEWS = 2
 FEATURE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+STORED_DTYPES = (*FEATURE_DTYPES, FLOAT8)  # of features; the last with a scale a token, and not of latents
 DEPTH_SAMPLINGS = ("median", "bilinear")
 
 
@@ -73,6 +75,11 @@ def _require_float(name: str, value: Tensor, expected: str, dtypes: tuple[torch.
 def _require_device(name: str, value: Tensor, device: torch.device, like: str) -> None:
     if value.device != device:
         raise ValueError(f"{name} must be on {device} like {like}, got {value.device}")
+
+
+def _require_contiguous(name: str, value: Tensor) -> None:
+    if not value.is_contiguous():
+        raise ValueError(f"{name} must be contiguous, it is written in place, got strides {value.stride()}")
 
 
 def check_size(size: object, name: str = "size") -> tuple[int, int]:
@@ -152,18 +159,48 @@ def _check_points(points: Tensor, num_points: Tensor | None, differentiable: boo
     return points if differentiable else _plain(points)
 
 
-def _check_features(features: Tensor, points: Tensor, dtype: torch.dtype | None) -> torch.dtype:
-    """The dtype of the latents, after checks of the features and of that."""
+def _check_features(features: Tensor, scales: Tensor | None, points: Tensor, dtype: torch.dtype | None) -> torch.dtype:
+    """The dtype of the latents, after checks of the features, of their scales, and of that."""
     _require_tensor("features", features, "(N, C) float")
     _require(features.dim() == 2, "features", "(N, C) float", features)
     if features.shape[0] != points.shape[0]:
         raise ValueError(f"features must be (N, C) with the N of points, {points.shape[0]}, got {_describe(features)}")
-    _require_float("features", features, "(N, C) float", (torch.float64, *FEATURE_DTYPES))
+    _require_float("features", features, "(N, C) float", (torch.float64, *STORED_DTYPES))
     _require_device("features", features, points.device, "points")
-    dtype = features.dtype if dtype is None else dtype
+    _check_scales(features, scales, points.device, "points")
+    if dtype is None:
+        dtype = torch.bfloat16 if features.dtype == FLOAT8 else features.dtype
     if dtype not in (torch.float64, *FEATURE_DTYPES):
         raise TypeError(f"dtype must be float32, float16, bfloat16 or float64, got {dtype}")
+    if features.dtype == FLOAT8 and features.requires_grad and torch.is_grad_enabled():
+        raise ValueError("features must not require a gradient in float8_e4m3fn: rounded to that, they have none")
     return dtype
+
+
+def _check_bounds(bounds: Tensor | None, points: Tensor, name: str = "bounds", in_place: bool = False) -> Tensor | None:
+    if bounds is None:
+        return None
+    expected = "(B, 6) float32 with B = ceil(N / 256) boxes of the N points"
+    _require_tensor(name, bounds, expected)
+    fits = bounds.dim() == 2 and bounds.shape[1] == 6 and bounds.shape[0] == -(-points.shape[0] // reference.BLOCK)
+    _require(fits, name, expected, bounds)
+    _require_float(name, bounds, expected, (torch.float32,))
+    _require_device(name, bounds, points.device, "points")
+    if in_place and not bounds.is_contiguous():
+        raise ValueError(f"{name} must be contiguous, it is written in place, got strides {bounds.stride()}")
+    return _plain(bounds)
+
+
+def _check_scales(features: Tensor, scales: Tensor | None, device: torch.device, like: str) -> None:
+    if features.dtype != FLOAT8:
+        if scales is not None:
+            raise ValueError(f"scales must be None but for float8_e4m3fn features, got {_describe(scales)}")
+        return
+    expected = f"({features.shape[0]},) uint8, one for each row of float8_e4m3fn features"
+    _require_tensor("scales", scales, expected)
+    assert scales is not None
+    _require(scales.shape == features.shape[:1] and scales.dtype == torch.uint8, "scales", expected, scales)
+    _require_device("scales", scales, device, like)
 
 
 def _check_near(near: float) -> float:
@@ -233,7 +270,9 @@ def splat(
     cam2world: Tensor,
     size: tuple[int, int],
     *,
+    scales: Tensor | None = None,
     num_points: Tensor | None = None,
+    bounds: Tensor | None = None,
     near: float = NEAR,
     dtype: torch.dtype | None = None,
 ) -> View:
@@ -247,32 +286,38 @@ def splat(
     Args:
         points: (N, 4) float32: x, y, z, footprint in world units (float64 is computed by the definition). Points with a
             NaN or Inf coordinate are seen by no camera.
-        features: (N, C) float32, float16 or bfloat16 (float64 by the definition).
+        features: (N, C) float32, float16, bfloat16 or float8_e4m3fn (float64 by the definition).
         intrinsics: (T, 3, 3) float, in cells of the target grid (``Cameras.resized(size)``).
         cam2world: (T, 4, 4) float, OpenCV axes.
         size: (h, w) of the target grid.
+        scales: (N,) uint8, with float8_e4m3fn features and only with them: a feature's value is
+            float8 * 2^(scale - 127), as :func:`cache_write` stores it.
         num_points: one int64 on the device of ``points``, read there: only so many first rows are live.
+        bounds: (ceil(N / 256), 6) float32, as of :func:`block_bounds`: the promise that the live points of rows 256 b
+            to 256 b + 255 lie within bounds[b]. What no camera sees is then passed over by blocks; no result changes.
         near: least depth, in world units.
-        dtype: of the latents; default that of ``features``.
+        dtype: of the latents, any of these but float8_e4m3fn; default that of ``features``, bfloat16 for float8_e4m3fn.
 
     Returns:
-        :class:`View`. ``latents`` carries a gradient to ``features``, deterministic too; nothing else does.
+        :class:`View`. ``latents`` carries a gradient to ``features``, deterministic too; nothing else does, and
+        float8_e4m3fn features may not ask for one.
 
     Raises:
         ValueError, TypeError: naming the argument, what was expected and what came.
     """
     height, width = check_size(size)
     points = _check_points(points, num_points)
-    dtype = _check_features(features, points, dtype)
+    bounds = _check_bounds(bounds, points)
+    dtype = _check_features(features, scales, points, dtype)
     intrinsics, cam2world = _check_cameras(intrinsics, cam2world, points.device, "points")
     near = _check_near(near)
     working = torch.float64 if torch.float64 in (points.dtype, features.dtype, dtype) else torch.float32
     backend = choose_backend(points.device, working)
     if backend == "reference":
         size = (height, width)
-        return View(*reference.splat(points, features, num_points, intrinsics, cam2world, size, near, dtype))
+        return View(*reference.splat(points, features, num_points, intrinsics, cam2world, size, near, dtype, scales))
     operator = private_operator("splat", _family(backend))
-    arguments = (points, features, num_points, intrinsics, cam2world, height, width, near, dtype)
+    arguments = (points, features, num_points, intrinsics, cam2world, height, width, near, dtype, bounds, scales)
     if torch.compiler.is_compiling() or (features.requires_grad and torch.is_grad_enabled()):
         return View(*operator(*arguments))
     # Reads in inference skip the autograd layer, which is Python: half of the 36 microseconds of an empty call.
@@ -296,7 +341,9 @@ def splat_aligned(
     cam2world: Tensor,
     size: tuple[int, int],
     *,
+    scales: Tensor | None = None,
     num_points: Tensor | None = None,
+    bounds: Tensor | None = None,
     near: float = NEAR,
     sharpness: float = SHARPNESS,
     dtype: torch.dtype | None = None,
@@ -324,28 +371,33 @@ def splat_aligned(
     Args:
         points: (N, 4) float32: x, y, z, footprint in world units (float64 is computed by the definition). Points with a
             NaN or Inf coordinate are seen by no camera; a footprint that is NaN or not positive counts as the least r.
-        features: (N, C) float32, float16 or bfloat16 (float64 by the definition).
+        features: (N, C) float32, float16, bfloat16 or float8_e4m3fn (float64 by the definition).
         frame_ids: (N,) int32, the row of ``frame_centers`` that wrote each token; unknown where there is no such row.
         frame_centers: (F, 3) float32, centres of the writing cameras in world units.
         intrinsics: (T, 3, 3) float, in cells of the target grid (``Cameras.resized(size)``).
         cam2world: (T, 4, 4) float, OpenCV axes.
         size: (h, w) of the target grid.
+        scales: (N,) uint8, with float8_e4m3fn features and only with them: a feature's value is
+            float8 * 2^(scale - 127), as :func:`cache_write` stores it.
         num_points: one int64 on the device of ``points``, read there: only so many first rows are live.
+        bounds: (ceil(N / 256), 6) float32, as of :func:`block_bounds`: the promise that the live points of rows 256 b
+            to 256 b + 255 lie within bounds[b]. What no camera sees is then passed over by blocks; no result changes.
         near: least depth, in world units.
         sharpness: how much better a fit must be to count for more; a number >= 0, or infinity.
-        dtype: of the latents; default that of ``features``.
+        dtype: of the latents, any of these but float8_e4m3fn; default that of ``features``, bfloat16 for float8_e4m3fn.
 
     Returns:
         :class:`View`. ``depth`` and ``index`` are those of the best fit. ``latents`` carries gradients to ``features``
         and, with the choice of tokens held fixed, to ``points``; they are deterministic too, equal on every backend up
-        to rounding. Nothing else carries one.
+        to rounding. Nothing else carries one, and float8_e4m3fn features may not ask for one.
 
     Raises:
         ValueError, TypeError: naming the argument, what was expected and what came.
     """
     height, width = check_size(size)
     points = _check_points(points, num_points, differentiable=True)
-    dtype = _check_features(features, points, dtype)
+    bounds = _check_bounds(bounds, points)
+    dtype = _check_features(features, scales, points, dtype)
     for name, value, shape, kind in (
         ("frame_ids", frame_ids, (points.shape[0],), torch.int32),
         ("frame_centers", frame_centers, None, torch.float32),
@@ -362,9 +414,9 @@ def splat_aligned(
     backend = choose_backend(points.device, working)
     tensors = (points, features, num_points, frame_ids, frame_centers, intrinsics, cam2world)
     if backend == "reference":
-        return View(*reference.splat_aligned(*tensors, (height, width), near, sharpness, dtype))
+        return View(*reference.splat_aligned(*tensors, (height, width), near, sharpness, dtype, scales))
     operator = private_operator("splat_aligned", _family(backend))
-    arguments = (*tensors, height, width, near, sharpness, dtype)
+    arguments = (*tensors, height, width, near, sharpness, dtype, bounds, scales)
     wanted = (features.requires_grad or points.requires_grad) and torch.is_grad_enabled()
     if torch.compiler.is_compiling() or wanted:
         return View(*operator(*arguments)[:4])
@@ -409,6 +461,7 @@ def _check_buffers(
     count: Tensor,
     channels: int | None,
     device: torch.device | None,
+    scales: Tensor | None,
     **bytes_per_token: Tensor | None,
 ) -> None:
     """Buffers of a cache, written in place; ``channels`` and ``device`` are those of what is written into them."""
@@ -422,7 +475,7 @@ def _check_buffers(
     rows = features.shape[1:] if channels is None and features.dim() == 2 else (channels or 0,)
     buffers: list[tuple[str, Tensor, tuple[int, ...], tuple[torch.dtype, ...]]] = [
         ("points", points, (capacity, 4), (torch.float32,)),
-        ("features", features, (capacity, *rows), FEATURE_DTYPES),
+        ("features", features, (capacity, *rows), STORED_DTYPES),
         ("frame_ids", frame_ids, (capacity,), (torch.int32,)),
         ("count", count, tuple(count.shape), (torch.int64,)),
     ]
@@ -431,9 +484,11 @@ def _check_buffers(
         kinds = " or ".join(str(kind).removeprefix("torch.") for kind in dtypes)
         _require(tuple(buffer.shape) == shape and buffer.dtype in dtypes, name, f"{shape} {kinds}", buffer)
         _require_device(name, buffer, device, like)
-        if not buffer.is_contiguous():
-            raise ValueError(f"{name} must be contiguous, it is written in place, got strides {buffer.stride()}")
+        _require_contiguous(name, buffer)
     _require(count.numel() == 1, "count", "one int64", count)
+    _check_scales(features, scales, device, like)
+    if scales is not None:
+        _require_contiguous("scales", scales)
 
 
 def _check_first_frame(first_frame: int, views: int) -> None:
@@ -451,7 +506,9 @@ def cache_write(
     intrinsics: Tensor,
     cam2world: Tensor,
     *,
+    scales: Tensor | None = None,
     mask: Tensor | None = None,
+    bounds: Tensor | None = None,
     first_frame: int = 0,
     depth_sampling: str = "median",
     min_depth: float = 0.0,
@@ -465,14 +522,18 @@ def cache_write(
 
     Args:
         points: (capacity, 4) float32, written in place: x, y, z, footprint.
-        features: (capacity, C) float32, float16 or bfloat16, written in place.
+        features: (capacity, C) float32, float16, bfloat16 or float8_e4m3fn, written in place.
         frame_ids: (capacity,) int32, written in place: ``first_frame`` + t.
         count: one int64, the live tokens on entry and on return.
         latents: (T, C, h, w) float32, float16 or bfloat16.
         depth: (T, H, W) float, as in :func:`back_project`.
         intrinsics: (T, 3, 3) float, in pixels of the depth map.
         cam2world: (T, 4, 4) float.
+        scales: (capacity,) uint8, written in place, with float8_e4m3fn features and only with them: a token is scaled
+            by a power of two, so that its largest magnitude is within float8's 448 and none saturates
+            (``reference.quantise_rows`` is the rule); one above 448 * 2^119, 2.98e38, counts as not finite.
         mask: (T, H', W') bool, True = static.
+        bounds: (ceil(capacity / 256), 6) float32, written in place: :func:`block_bounds` of the blocks appended to.
         first_frame: frame id of view 0.
         depth_sampling: ``"median"`` or ``"bilinear"``, as in :func:`back_project`.
         min_depth, max_depth: range of token depths kept, world units.
@@ -488,15 +549,47 @@ def cache_write(
     depth, intrinsics, cam2world, mask = check_write_inputs(
         latents, depth, intrinsics, cam2world, mask, depth_sampling, min_depth, max_depth
     )
-    _check_buffers(points, features, frame_ids, count, latents.shape[1], latents.device)
+    _check_buffers(points, features, frame_ids, count, latents.shape[1], latents.device, scales)
     _check_first_frame(first_frame, latents.shape[0])
     points = _plain(points)
+    bounds = _check_bounds(bounds, points, in_place=True)
     arguments = (points, _plain(features), frame_ids, count, _plain(latents), depth, intrinsics, cam2world, mask)
     backend = choose_backend(latents.device, torch.float32)
     if backend == "reference":
-        return reference.cache_write(*arguments, first_frame, depth_sampling, min_depth, max_depth)
+        return reference.cache_write(*arguments, first_frame, depth_sampling, min_depth, max_depth, bounds, scales)
     operator = private_operator("cache_write", _family(backend))
-    return operator(*arguments, first_frame, depth_sampling == "bilinear", min_depth, max_depth)
+    return operator(*arguments, first_frame, depth_sampling == "bilinear", min_depth, max_depth, bounds, scales)
+
+
+def block_bounds(points: Tensor, *, num_points: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+    """The boxes of blocks of 256 consecutive points, by which reads pass over what no camera sees.
+
+    Least x, y, z and greatest x, y, z over the live points of each block whose coordinates are finite (no camera sees
+    the others); a block without any has +inf and -inf. Exact, and the same bits on every backend, with 0 for -0.
+
+    Args:
+        points: (N, 4) float32: x, y, z, footprint.
+        num_points: one int64 on the device of ``points``, read there: only so many first rows are live.
+        out: (ceil(N / 256), 6) float32, written in place; None makes a new one.
+
+    Returns:
+        (ceil(N / 256), 6) float32, ``out`` where there is one. Not differentiable.
+
+    Raises:
+        ValueError, TypeError: naming the argument, what was expected and what came; nothing has been written then.
+    """
+    points = _check_points(points, num_points)
+    if points.dtype != torch.float32:
+        raise TypeError(f"points must be (N, 4) float32: x, y, z, footprint, got {_describe(points)}")
+    if out is None:
+        out = points.new_empty((-(-points.shape[0] // reference.BLOCK), 6))
+    _check_bounds(out, points, "out", in_place=True)
+    backend = choose_backend(points.device, torch.float32)
+    if backend == "reference":
+        reference.block_bounds(points, num_points, _plain(out))
+    else:
+        private_operator("block_bounds", _family(backend))(points, num_points, _plain(out))
+    return out
 
 
 def check_count(name: str, value: Any, least: int, most: int) -> int:
@@ -524,6 +617,8 @@ def bounded_write(
     cam2world: Tensor,
     *,
     looks: Tensor | None = None,
+    bounds: Tensor | None = None,
+    scales: Tensor | None = None,
     mask: Tensor | None = None,
     first_frame: int = 0,
     depth_sampling: str = "median",
@@ -555,7 +650,7 @@ def bounded_write(
 
     Args:
         points: (capacity, 4) float32, written in place: x, y, z, footprint.
-        features: (capacity, C) float32, float16 or bfloat16, written in place.
+        features: (capacity, C) float32, float16, bfloat16 or float8_e4m3fn, written in place.
         frame_ids: (capacity,) int32, written in place: the view that wrote a token last.
         votes: (capacity,) uint8, written in place: views that saw through a token; 255 marks a dead one.
         count: one int64, the rows in use on entry and on return, dead ones included.
@@ -565,6 +660,10 @@ def bounded_write(
         intrinsics: (T, 3, 3) float, in pixels of the depth map.
         cam2world: (T, 4, 4) float.
         looks: (capacity,) uint8, written in place: looks averaged in each token. None keeps tokens as they were seen.
+        bounds: (ceil(capacity / 256), 6) float32, as of :func:`block_bounds`, written in place: what is far from the
+            views is then passed over; no result changes.
+        scales: (capacity,) uint8, written in place, with float8_e4m3fn features and only with them, as in
+            :func:`cache_write`.
         mask: (T, H', W') bool, True = static.
         first_frame: frame id of view 0.
         depth_sampling: ``"median"`` or ``"bilinear"``, as in :func:`back_project`.
@@ -584,7 +683,9 @@ def bounded_write(
         latents, depth, intrinsics, cam2world, mask, depth_sampling, min_depth, max_depth
     )
     _require_tensor("votes", votes, "written in place")
-    _check_buffers(points, features, frame_ids, count, latents.shape[1], latents.device, votes=votes, looks=looks)
+    _check_buffers(
+        points, features, frame_ids, count, latents.shape[1], latents.device, scales, votes=votes, looks=looks
+    )
     _check_first_frame(first_frame, latents.shape[0])
     _require_tensor("frame_centers", frame_centers, "(F, 3) float32")
     expected = f"(F, 3) float32, at least {first_frame + latents.shape[0]} rows"
@@ -596,14 +697,15 @@ def bounded_write(
     check_count("carve_views", carve_views, 0, reference.DEAD - 1)
     near = _check_near(near)
     order = _order((latents.shape[2], latents.shape[3]), latents.device)
-    buffers = (_plain(points), _plain(features), frame_ids, votes, looks, count, _plain(frame_centers))
+    held = (_plain(points), _plain(features), frame_ids, votes, looks, count, _plain(frame_centers))
     inputs = (_plain(latents), depth, intrinsics, cam2world, mask, order, first_frame)
-    rest = (min_depth, max_depth, near, views_per_voxel, carve_views)
+    bounds = _check_bounds(bounds, points, in_place=True)
+    rest = (min_depth, max_depth, near, views_per_voxel, carve_views, bounds, scales)
     backend = choose_backend(latents.device, torch.float32)
     if backend == "reference":
-        return reference.bounded_write(*buffers, *inputs, depth_sampling, *rest)
+        return reference.bounded_write(*held, *inputs, depth_sampling, *rest)
     operator = private_operator("bounded_write", _family(backend))
-    return operator(*buffers, *inputs, depth_sampling == "bilinear", *rest)
+    return operator(*held, *inputs, depth_sampling == "bilinear", *rest)
 
 
 def cache_trim(
@@ -614,6 +716,8 @@ def cache_trim(
     *,
     votes: Tensor | None = None,
     looks: Tensor | None = None,
+    bounds: Tensor | None = None,
+    scales: Tensor | None = None,
     max_tokens: int | None = None,
 ) -> Tensor:
     """Remove dead tokens, and the oldest of what is too many; the others move together, in order, in place.
@@ -622,7 +726,8 @@ def cache_trim(
     lowest row.
 
     Args:
-        points, features, frame_ids, count, votes, looks: as in :func:`bounded_write`; without ``votes`` none is dead.
+        points, features, frame_ids, count, votes, looks, bounds, scales: as in :func:`bounded_write`; without ``votes``
+            none is dead.
         max_tokens: how many may stay, >= 0; None: any number.
 
     Returns:
@@ -631,9 +736,10 @@ def cache_trim(
     Raises:
         ValueError, TypeError: naming the argument, what was expected and what came; nothing has changed then.
     """
-    _check_buffers(points, features, frame_ids, count, None, None, votes=votes, looks=looks)
+    _check_buffers(points, features, frame_ids, count, None, None, scales, votes=votes, looks=looks)
     most = 2**62 if max_tokens is None else check_count("max_tokens", max_tokens, 0, 2**62)
-    arguments = (_plain(points), _plain(features), frame_ids, votes, looks, count, most)
+    bounds = _check_bounds(bounds, points, in_place=True)
+    arguments = (_plain(points), _plain(features), frame_ids, votes, looks, count, most, bounds, scales)
     backend = choose_backend(points.device, torch.float32)
     if backend == "reference":
         return reference.cache_trim(*arguments)
@@ -649,6 +755,7 @@ def view_overlap(
     size: tuple[int, int],
     *,
     num_points: Tensor | None = None,
+    bounds: Tensor | None = None,
     voxel_size: float = 0.1,
     near: float = NEAR,
 ) -> Tensor:
@@ -664,6 +771,7 @@ def view_overlap(
         target_intrinsics, target_cam2world: (T, 3, 3) and (T, 4, 4) float, likewise.
         size: (h, w) of the grid.
         num_points: one int64 on the device: only the first ``num_points`` rows are live.
+        bounds: (ceil(N / 256), 6) float32, as for :func:`splat`: spares work, changes no result.
         voxel_size: edge in world units. Coordinates past 2^20 voxels from the origin share the border voxels.
         near: least depth, in world units.
 
@@ -675,6 +783,7 @@ def view_overlap(
     """
     height, width = check_size(size)
     points = _check_points(points, num_points)
+    bounds = _check_bounds(bounds, points)
     intrinsics, cam2world = _check_cameras(intrinsics, cam2world, points.device, "points")
     targets = _check_cameras(target_intrinsics, target_cam2world, points.device, "points", "target_")
     near = _check_near(near)
@@ -687,5 +796,5 @@ def view_overlap(
         )
     else:
         operator = private_operator("view_overlap", _family(backend))
-        counts = operator(points, num_points, intrinsics, cam2world, *targets, height, width, voxel_size, near)
+        counts = operator(points, num_points, intrinsics, cam2world, *targets, height, width, voxel_size, near, bounds)
     return (counts[:, 0].double() / counts[:, 1].clamp(min=1).double()).float()

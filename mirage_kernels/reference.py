@@ -2,7 +2,8 @@
 
 What this file computes is what is true: the C++, CUDA and Triton kernels are held to it bit for bit in float32. It is
 written to be read. Camera matrices are composed in float64 and rounded once; per-point work then runs in the working
-dtype, one rounded operation at a time, in the order the kernels use (see ``csrc/core/camera.h``).
+dtype, one rounded operation at a time, in the order the kernels use (see ``csrc/core/camera.h``). Reads here take no
+bounds of blocks: those spare kernels work and change no result.
 
 Conventions: OpenCV axes (x right, y down, z forward); pixel coordinates are continuous, column j covers [j, j + 1).
 """
@@ -16,7 +17,75 @@ import torch
 from torch import Tensor
 
 VOXEL_LIMIT = 2**20
+BLOCK = 256  # consecutive rows of points that share one box; the kernels' copy is kBlockTokens in csrc/core/frustum.h
 REPORT_FIELDS = ("written", "refused", "masked", "unknown_depth", "out_of_range", "non_finite")
+
+
+# Features of one byte: float8 e4m3 (OCP 8-bit floating point, 1.0; torch.float8_e4m3fn) and one scale a token, a power
+# of two stored as its biased exponent in a byte, like the E8M0 scales of the OCP Microscaling formats, 1.0.
+FLOAT8 = torch.float8_e4m3fn
+FLOAT8_MAX = 448.0
+SCALE_BIAS = 127
+# From here up no value is a subnormal float32, and a latent that is one is no more than half a step.
+LEAST_SCALE = 11
+# The greatest at which 448 is a finite float32: 2^119.
+GREATEST_SCALE = 246
+LARGEST_QUANTISED = FLOAT8_MAX * 2.0 ** (GREATEST_SCALE - SCALE_BIAS)
+
+
+def _power_of_2(biased_exponent: Tensor) -> Tensor:
+    """2^(biased_exponent - 127) in float32, from integers in [0, 255]: 0 gives 0, 255 Inf."""
+    return (biased_exponent.int() << 23).view(torch.float32)
+
+
+def quantise_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Latents of tokens as float8 e4m3 and a scale each.
+
+    The scale is the least at which the token's largest magnitude is no more than 448, so above 224, but for the limits
+    [11, 246]: nothing saturates. A token of zeros has the least. Values are rounded to nearest even: to four
+    significant bits, and below 2^-6 of the scale, at most 1/14336 of the largest magnitude, to multiples of 2^-9 of it.
+
+    Args:
+        rows: (N, C) float, finite and at most 448 * 2^119, 2.98e38, in magnitude (:func:`storable`).
+
+    Returns:
+        (N, C) float8_e4m3fn and (N,) uint8: value = float8 * 2^(scale - 127).
+    """
+    rows = rows.to(torch.float32)
+    largest = rows.abs().amax(1) if rows.shape[1] > 0 else rows.new_zeros(rows.shape[0])
+    # largest / 448 = mantissa / 1.75 * 2^(exponent - 8): a mantissa above 1.75 carries into the exponent.
+    bits = largest.view(torch.int32).long()
+    scales = (((bits + 0x1FFFFF) >> 23) - 8).clamp(LEAST_SCALE, GREATEST_SCALE)
+    # Exact, but for what is far below half a step.
+    scaled = rows * _power_of_2(2 * SCALE_BIAS - scales)[:, None]
+    exponent = ((scaled.view(torch.int32) >> 23) & 0xFF).clamp(min=SCALE_BIAS - 6)
+    # On multiples of a step, which float8 has all of, so that its own rounding has nothing left to decide.
+    rounded = (scaled * _power_of_2(2 * SCALE_BIAS + 3 - exponent)).round() * _power_of_2(exponent - 3)
+    return rounded.to(FLOAT8), scales.to(torch.uint8)
+
+
+def dequantise_rows(features: Tensor, scales: Tensor) -> Tensor:
+    """(N, C) float32 values of float8 features: float8 * 2^(scale - 127), one float32 product.
+
+    Exact, and no subnormal, at every scale that :func:`quantise_rows` gives; exact in bfloat16 as well.
+    """
+    return features.to(torch.float32) * _power_of_2(scales)[:, None]
+
+
+def store_rows(features: Tensor, scales: Tensor | None, where: slice | Tensor, rows: Tensor) -> None:
+    """Write latents of tokens (M, C) as the features, and scales if there are any, of the rows ``where``."""
+    if scales is None:
+        features[where] = rows.to(features.dtype)
+    else:
+        quantised, scales[where] = quantise_rows(rows)
+        features.view(torch.uint8)[where] = quantised.view(torch.uint8)
+
+
+def storable(latents: Tensor, dtype: torch.dtype) -> Tensor:
+    """True where a latent is finite once stored in ``dtype``: one of float32 may be too large for the others."""
+    if dtype == FLOAT8:
+        return latents.to(torch.float32).abs() <= LARGEST_QUANTISED  # fails for NaN
+    return torch.isfinite(latents.to(dtype))
 
 
 def make_projection(intrinsics: Tensor, cam2world: Tensor, dtype: torch.dtype) -> Tensor:
@@ -182,12 +251,15 @@ def splat(
     size: tuple[int, int],
     near: float,
     dtype: torch.dtype,
+    scales: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Definition of :func:`mirage_kernels.splat`: latents, mask, depth, index.
 
     Per view: the smallest z in each cell, then the lowest index among the points that have it. Differentiable to
     ``features``.
     """
+    if scales is not None:
+        features = dequantise_rows(features, scales)
     height, width = size
     cells, count = height * width, points.shape[0]
     number = torch.arange(count, device=points.device)
@@ -421,12 +493,15 @@ def splat_aligned(
     near: float,
     sharpness: float,
     dtype: torch.dtype,
+    scales: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Definition of :func:`mirage_kernels.splat_aligned`: latents, mask, depth, index.
 
     Which tokens a cell blends is decided without gradients. Given them, the read-out is a differentiable function of
     features and points, written as such below: the gradients are what follows from it.
     """
+    if scales is not None:
+        features = dequantise_rows(features, scales)
     (height, width), views = size, cam2world.shape[0]
     cells = height * width
     projections = make_projection(intrinsics, cam2world, points.dtype)
@@ -489,8 +564,7 @@ def _judge(
     lifted = _lift(depth, z, intrinsics, cam2world)
     static = torch.ones_like(known) if mask is None else pool_mask(mask, size)
     in_range = (z >= min_depth) & (z <= max_depth)
-    # As they will be stored: a float32 latent can be too large for float16.
-    finite = torch.isfinite(lifted).all(-1) & torch.isfinite(latents.to(dtype)).all(1)
+    finite = torch.isfinite(lifted).all(-1) & storable(latents, dtype).all(1)
     rejected = [~static, static & ~known, static & known & ~in_range, static & known & in_range & ~finite]
     keep = static & known & in_range & finite
     return lifted, torch.where(known, z, 0.0), keep, torch.stack([one.sum() for one in rejected])
@@ -510,6 +584,8 @@ def cache_write(
     depth_sampling: str,
     min_depth: float,
     max_depth: float,
+    bounds: Tensor | None = None,
+    scales: Tensor | None = None,
 ) -> Tensor:
     """Definition of :func:`mirage_kernels.cache_write`: appends in token order, returns the six report counts."""
     lifted, _, keep, rejected = _judge(
@@ -523,9 +599,12 @@ def cache_write(
     frames = torch.arange(first_frame, first_frame + latents.shape[0], device=keep.device)[:, None, None]
     if fits > 0:
         points[start : start + fits] = lifted[keep][:fits].to(points.dtype)
-        features[start : start + fits] = rows[:fits].to(features.dtype)
+        store_rows(features, scales, slice(start, start + fits), rows[:fits])
         frame_ids[start : start + fits] = frames.expand_as(keep)[keep][:fits].to(frame_ids.dtype)
     count += fits
+    if bounds is not None and fits > 0:
+        first, end = start // BLOCK, start + fits
+        block_bounds(points[first * BLOCK : end], None, bounds[first : (end - 1) // BLOCK + 1])
     return torch.cat([torch.tensor([fits, rows.shape[0] - fits], device=keep.device), rejected])
 
 
@@ -611,6 +690,8 @@ def bounded_write(
     near: float,
     views_per_voxel: int,
     carve_views: int,
+    bounds: Tensor | None = None,
+    scales: Tensor | None = None,
 ) -> Tensor:
     """Definition of :func:`mirage_kernels.bounded_write`: view after view, in place; returns the report."""
     size = (latents.shape[2], latents.shape[3])
@@ -646,7 +727,7 @@ def bounded_write(
             behind = _around(nearest[t], u, v)
             through = visible & (surface > 0) & (depths * CARVE_GATE < behind) & (behind < torch.inf)
             voted = torch.where(through, votes[:live].int() + 1, torch.where(on_surface, 0, votes[:live].int()))
-            carved = alive & (voted >= carve_views)
+            carved = alive & visible & (voted >= carve_views)
             votes[:live] = torch.where(alive, torch.where(carved, DEAD, voted), DEAD).to(votes.dtype)
             report["carved"] += int(carved.sum())
             alive = alive & ~carved
@@ -682,7 +763,7 @@ def bounded_write(
         chosen = (replaces & (has_room | ~moves)).nonzero()[:, 0]
         slot = best[chosen]
         points[slot], frame_ids[slot], votes[slot] = new[chosen], frame, 0
-        features[slot] = rows[chosen].to(features.dtype)
+        store_rows(features, scales, slot, rows[chosen])
         report["replaced"] += len(chosen)
         covered = int(shown.sum()) - len(chosen)
         if looks is not None:
@@ -692,9 +773,8 @@ def bounded_write(
             mean = (points[slot] * number + new[chosen]) / (number + 1.0)
             stays = token_voxels(mean) == token_voxels(points[slot])
             points[slot] = torch.where(stays[:, None], mean, points[slot])
-            features[slot] = ((features[slot].float() * number + rows[chosen].float()) / (number + 1.0)).to(
-                features.dtype
-            )
+            stored = features[slot].float() if scales is None else dequantise_rows(features[slot], scales[slot])
+            store_rows(features, scales, slot, (stored * number + rows[chosen].float()) / (number + 1.0))
             frame_ids[slot], votes[slot] = frame, 0
             looks[slot] = (looks[slot] + 1).clamp(max=MOST_MERGED)
             report["merged"] += len(chosen)
@@ -705,13 +785,15 @@ def bounded_write(
         added = added[place[added].argsort()][: max(capacity - live, 0)]
         end = live + len(added)
         points[live:end], frame_ids[live:end], votes[live:end] = new[added], frame, 0
-        features[live:end] = rows[added].to(features.dtype)
+        store_rows(features, scales, slice(live, end), rows[added])
         if looks is not None:
             looks[live:end] = 1
         count += len(added)
         report["written"] += len(added)
         report["refused"] += int((worth & ~shown).sum()) - len(added)
 
+    if bounds is not None:
+        block_bounds(points, count, bounds)
     report.update(zip(("masked", "unknown_depth", "out_of_range", "non_finite"), rejected.tolist(), strict=True))
     return torch.tensor(list(report.values()), device=points.device)
 
@@ -724,6 +806,8 @@ def cache_trim(
     looks: Tensor | None,
     count: Tensor,
     max_tokens: int,
+    bounds: Tensor | None = None,
+    scales: Tensor | None = None,
 ) -> Tensor:
     """Definition of :func:`mirage_kernels.cache_trim`: survivors move together, in order; returns how many went."""
     live = int(count)
@@ -732,11 +816,29 @@ def cache_trim(
     excess = max(len(held) - max_tokens, 0)
     oldest = frame_ids[held].argsort(stable=True)
     survivors = held[oldest[excess:]].sort().values
-    for buffer in (points, features, frame_ids, votes, looks):
+    words = features.view(torch.uint8) if features.dtype == FLOAT8 else features  # which PyTorch can index
+    for buffer in (points, words, frame_ids, votes, looks, scales):
         if buffer is not None:
             buffer[: len(survivors)] = buffer[survivors]
     count.fill_(len(survivors))
+    if bounds is not None:
+        block_bounds(points, count, bounds)
     return torch.tensor(excess, device=points.device)
+
+
+def block_bounds(points: Tensor, num_points: Tensor | None, bounds: Tensor) -> None:
+    """Definition of :func:`mirage_kernels.block_bounds`: writes bounds (ceil(N / BLOCK), 6).
+
+    A point with a coordinate that is not finite does not count: no camera sees it. -0 becomes 0.
+    """
+    count = points.shape[0]
+    number = torch.arange(count, device=points.device)
+    live = torch.ones_like(number, dtype=torch.bool) if num_points is None else number < num_points
+    counts = (live & torch.isfinite(points[:, :3]).all(-1))[:, None]
+    for side, reduce, empty in ((slice(0, 3), "amin", torch.inf), (slice(3, 6), "amax", -torch.inf)):
+        bounds[:, side] = empty
+        block = (number // BLOCK)[:, None].expand(count, 3)
+        bounds[:, side].scatter_reduce_(0, block, torch.where(counts, points[:, :3], empty) + 0.0, reduce)
 
 
 def voxel_keys(points: Tensor, voxel_size: float) -> Tensor:

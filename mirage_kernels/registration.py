@@ -32,6 +32,8 @@ def _fake_splat(
     width: int,
     near: float,
     dtype: torch.dtype,
+    bounds: Tensor | None = None,
+    scales: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     shape = (cam2world.shape[0], height, width)
     return (
@@ -59,6 +61,8 @@ def _fake_splat_aligned(
     near: float,
     sharpness: float,
     dtype: torch.dtype,
+    bounds: Tensor | None = None,
+    scales: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     seen = _fake_splat(points, features, num_points, intrinsics, cam2world, height, width, near, dtype)
     return (*seen, features.new_empty((cam2world.shape[0], height, width, FITS), dtype=torch.int64))
@@ -75,9 +79,13 @@ def _fake_splat_aligned_backward(
     keys: Tensor,
     sharpness: float,
     of_points: bool,
+    scales: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(features, memory_format=torch.contiguous_format), points.new_empty(
-        (points.shape[0] if of_points else 0, 4), dtype=torch.float32
+    count = points.shape[0]
+    return (
+        # Features with scales have no gradient.
+        features.new_empty((count if scales is None else 0, features.shape[1])),
+        points.new_empty((count if of_points else 0, 4), dtype=torch.float32),
     )
 
 
@@ -91,6 +99,10 @@ def _fake_bounded_write(points: Tensor, *args: Any) -> Tensor:
 
 def _fake_cache_trim(points: Tensor, *args: Any) -> Tensor:
     return points.new_empty((), dtype=torch.int64)
+
+
+def _fake_block_bounds(*args: Any) -> None:
+    return None
 
 
 def _fake_view_overlap(
@@ -114,15 +126,15 @@ def _splat_backward(family: str) -> Any:
         if ctx.needs_input_grad[1]:
             operator = private_operator("splat_backward", family)
             grad = operator(grad_latents.contiguous(), index, ctx.num_points, ctx.dtype)
-        return (None, grad, *([None] * 7))
+        return (None, grad, *([None] * (len(ctx.needs_input_grad) - 2)))
 
     return backward
 
 
 def _setup_splat_aligned_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    points, features, _, frame_ids, frame_centers, intrinsics, cam2world, _, _, _, ctx.sharpness, _ = inputs
+    points, features, _, frame_ids, frame_centers, intrinsics, cam2world, _, _, _, ctx.sharpness, _, _, scales = inputs
     _, mask, depth, index, keys = output
-    ctx.save_for_backward(points, features, frame_ids, frame_centers, intrinsics, cam2world, keys)
+    ctx.save_for_backward(points, features, frame_ids, frame_centers, intrinsics, cam2world, keys, scales)
     ctx.mark_non_differentiable(mask, depth, index, keys)
 
 
@@ -132,12 +144,13 @@ def _splat_aligned_backward(family: str) -> Any:
         grad_points = grad_features = None
         if of_points or of_features:
             operator = private_operator("splat_aligned_backward", family)
-            gradients = operator(grad_latents.contiguous(), *ctx.saved_tensors, ctx.sharpness, of_points)
+            *tensors, scales = ctx.saved_tensors
+            gradients = operator(grad_latents.contiguous(), *tensors, ctx.sharpness, of_points, scales)
             grad_features, grad_points = (
                 gradient if needed else None
                 for gradient, needed in zip(gradients, (of_features, of_points), strict=True)
             )
-        return (grad_points, grad_features, *([None] * 10))
+        return (grad_points, grad_features, *([None] * (len(ctx.needs_input_grad) - 2)))
 
     return backward
 
@@ -151,6 +164,7 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "cache_write": _fake_cache_write,
     "bounded_write": _fake_bounded_write,
     "cache_trim": _fake_cache_trim,
+    "block_bounds": _fake_block_bounds,
     "view_overlap": _fake_view_overlap,
 }
 

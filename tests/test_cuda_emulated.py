@@ -21,7 +21,8 @@ from comparison import assert_equal_bits
 from cuda_emulator.build import NAMESPACE, VARIANTS, NotSupported, build
 from torch import Tensor
 
-from mirage_kernels import available_backends, reference
+from mirage_kernels import available_backends, block_bounds, reference
+from mirage_kernels.reference import BLOCK
 from mirage_kernels.schemas import SCHEMAS, private_operator
 
 NEAR = 0.05
@@ -86,12 +87,14 @@ def definition(name: str, *arguments: Any) -> Any:
     if name == "splat":
         *tensors, height, width, near, dtype = arguments
         return reference.splat(*tensors, (height, width), near, dtype)
+    if name == "block_bounds":
+        return reference.block_bounds(*arguments)
     if name == "splat_aligned":
         *tensors, height, width, near, sharpness, dtype = arguments
         return reference.splat_aligned(*tensors, (height, width), near, sharpness, dtype)
     if name == "cache_write":
-        *tensors, first_frame, bilinear, low, high = arguments
-        return reference.cache_write(*tensors, first_frame, "bilinear" if bilinear else "median", low, high)
+        *tensors, first_frame, bilinear, low, high, bounds = arguments
+        return reference.cache_write(*tensors, first_frame, "bilinear" if bilinear else "median", low, high, bounds)
     if name == "view_overlap":
         *tensors, height, width, voxel_size, near = arguments
         return reference.view_overlap(*tensors, (height, width), voxel_size, near)
@@ -657,9 +660,11 @@ def write(
     rest = (latents, depth, *cameras, static, 7, bilinear, low, high)
     expected = scenes.buffers(capacity, channels, pair[1], held)
     got = scenes.buffers(capacity, channels, pair[1], held)
-    report = definition("cache_write", *expected, *rest)
-    emulated_report = emulated.run("cache_write_compiled", *got, *rest, order=order, variant=variant)
-    assert_equal_bits([*got, emulated_report], [*expected, report])
+    boxes = [torch.full((-(-capacity // BLOCK), 6), 7.0) for _ in range(2)]
+    report = definition("cache_write", *expected, *rest, boxes[0])
+    emulated_report = emulated.run("cache_write_compiled", *got, *rest, boxes[1], order=order, variant=variant)
+    assert_equal_bits([*got, boxes[1], emulated_report], [*expected, boxes[0], report])
+    assert report[0] == 0 or not (boxes[0] == 7).all()
     assert int(report.sum()) == views * size[0] * size[1]
     return report.tolist()
 
@@ -740,8 +745,11 @@ def test_cache_write_with_a_false_count_writes_nothing(emulated: Emulated, count
     depth, latents = scenes.depth_maps(rng, 2, (24, 30)), torch.randn(2, 3, 12, 15)
     cameras = scenes.intrinsics(rng, 2, (24, 30)), scenes.poses(rng, 2)
     before, buffers = scenes.buffers(1000, 3, held=count), scenes.buffers(1000, 3, held=count)
-    report = emulated.run("cache_write_compiled", *buffers, latents, depth, *cameras, None, 0, False, 0.0, math.inf)
+    boxes = torch.full((4, 6), 7.0)
+    rest = (None, 0, False, 0.0, math.inf, boxes)
+    report = emulated.run("cache_write_compiled", *buffers, latents, depth, *cameras, *rest)
     assert_equal_bits(buffers[:3], before[:3])
+    assert (boxes == 7).all()
     assert report[0] <= 0 and report[1] > 100
 
 
@@ -753,6 +761,75 @@ def test_cache_write_refuses_points_that_begin_anywhere(emulated: Emulated) -> N
     rest = (latents, depth, *cameras, None, 0, False, 0.0, math.inf)
     with pytest.raises(RuntimeError, match="points must begin at a multiple of 16 bytes"):
         emulated.run("cache_write_compiled", shifted_by_a_float(points), *buffers, *rest)
+
+
+# Bounds of blocks
+
+
+@every_order
+@pytest.mark.parametrize("live", [None, -1, 0, 1, 255, 256, 700, 2**40])
+def test_block_bounds(emulated: Emulated, live: int | None, order: Order) -> None:
+    # Three blocks, and eight at a time on the one processor: with 2,500 points the loop goes round.
+    for count in (0, 1, 256, 700, 2500):
+        points, _ = scenes.cloud(np.random.default_rng(count), count, 1)
+        points[::5, 0], points[1::5, 2], points[2::5, 3] = math.nan, -math.inf, math.nan
+        points[3::7, :3] = torch.tensor([-0.0, 0.0, -1e-42])
+        points[256:512, 1] = math.nan
+        number = None if live is None else torch.tensor([live])
+        boxes = [torch.full((-(-count // BLOCK), 6), 7.0) for _ in range(2)]
+        definition("block_bounds", points, number, boxes[0])
+        emulated.run("block_bounds_compiled", points, number, boxes[1], order=order)
+        assert_equal_bits(boxes[1:], boxes[:1])
+
+
+def blocky_scene(
+    seed: int, blocks: int, views: int, size: tuple[int, int]
+) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+    """Clusters of a block's tokens all round cameras that look everywhere: points, features, the rest of aligned."""
+    rng = np.random.default_rng(seed)
+    count = blocks * BLOCK - 20
+    direction = rng.normal(size=(blocks, 3))
+    centre = direction / np.linalg.norm(direction, axis=1, keepdims=True) * rng.uniform(0.5, 6, (blocks, 1))
+    points, features, *frames = scenes.written_cloud(rng, count, 3, size[1])
+    points[:, :3] = torch.from_numpy(centre.repeat(BLOCK, 0)[:count] + rng.normal(size=(count, 3)) * 0.2).float()
+    points[::50, 1] = math.nan
+    points[-BLOCK:] *= 1e30
+    return points, features, (*frames, scenes.intrinsics(rng, views, size), scenes.poses(rng, views, angle=3.1))
+
+
+@every_order
+@pytest.mark.parametrize(("blocks", "views"), [(1, 1), (9, 0), (9, 5), (20, 16), (5, 17), (140, 2), (4, 33), (3, 67)])
+def test_reads_by_bounds(emulated: Emulated, blocks: int, views: int, order: Order) -> None:
+    # 128 blocks are culled at a time, 16 views are held, 32 are a word; 16 blocks of 256 points for one processor.
+    size = (7, 11)
+    points, features, rest = blocky_scene(views, blocks, views, size)
+    if blocks == 140:
+        points, features, rest = points[::8], features[::8], (rest[0][::8], *rest[1:])
+    points, features, rest = points.contiguous(), features.contiguous(), (rest[0].contiguous(), *rest[1:])
+    bounds, live = block_bounds(points), torch.tensor([len(points) - 3])
+    cameras = rest[2:]
+    targets = [x[:1] for x in cameras]
+    tails = {
+        "splat": (points, features, live, *cameras, *size, NEAR, torch.float32),
+        "splat_aligned": (points, features, live, *rest, *size, NEAR, 20.0, torch.float32),
+        "view_overlap": (points, live, *cameras, *targets, *size, 0.5, NEAR),
+    }
+    nothing = block_bounds(points, num_points=torch.tensor(0))
+    for name, arguments in tails.items():
+        expected = assert_same(emulated, name, *arguments, order=order)  # without bounds
+        got = as_tuple(emulated.run(f"{name}_compiled", *arguments, bounds, order=order))
+        assert_equal_bits(got[: len(expected)], expected)
+        seen = expected[0] if name == "view_overlap" else expected[1]
+        assert seen.any() == (views > 0) or blocks == 1
+        # A promise that there is nothing, broken, shows that kernels go by it.
+        blind = as_tuple(emulated.run(f"{name}_compiled", *arguments, nothing, order=order))
+        assert not blind[0 if name == "view_overlap" else 1].any()
+
+
+def test_reads_refuse_bounds_of_another_size(emulated: Emulated) -> None:
+    points, features, *cameras = splat_scene(5, 300, 4, 2, (6, 9))
+    with pytest.raises(RuntimeError, match="bounds must hold a box for every 256 points"):
+        emulated.run("splat_compiled", points, features, None, *cameras, 6, 9, NEAR, torch.float32, torch.zeros(1, 6))
 
 
 # view_overlap

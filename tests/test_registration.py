@@ -10,12 +10,23 @@ import scenes
 import torch
 from comparison import assert_equal_bits
 
-from mirage_kernels import back_project, cache_write, reference, splat, splat_aligned, use_backend, view_overlap
+from mirage_kernels import (
+    back_project,
+    block_bounds,
+    cache_write,
+    reference,
+    splat,
+    splat_aligned,
+    use_backend,
+    view_overlap,
+)
 from mirage_kernels.schemas import FAMILIES, SCHEMAS, private_operator
 
 SIZE = (5, 7)
 IMAGE = (23, 36)
 COMPILERS = ["aot_eager", "inductor"]
+FLOAT8 = torch.float8_e4m3fn
+WITH_SCALES = ("splat", "splat_aligned", "splat_aligned_backward", "cache_write", "bounded_write", "cache_trim")
 
 
 def operator_arguments(name, seed=0, count=200, views=2, dtype=torch.float32, masked=True):
@@ -29,8 +40,9 @@ def operator_arguments(name, seed=0, count=200, views=2, dtype=torch.float32, ma
     live = torch.tensor(count - 3) if masked else None
     if name == "back_project":
         return depth, *image_cameras, mask, *SIZE, False
+    bounds = block_bounds(points) if masked else None
     if name == "splat":
-        return points, features, live, *cameras, *SIZE, 0.05, torch.bfloat16 if masked else dtype
+        return points, features, live, *cameras, *SIZE, 0.05, torch.bfloat16 if masked else dtype, bounds
     if name == "splat_backward":
         index = torch.from_numpy(rng.integers(-1, count, (views, *SIZE)))
         for t in range(views):  # a token wins one cell of a view at most
@@ -40,7 +52,8 @@ def operator_arguments(name, seed=0, count=200, views=2, dtype=torch.float32, ma
         points, features, *frames = scenes.written_cloud(rng, count, 6, SIZE[1], dtype)
         if name == "splat_aligned":
             out = torch.bfloat16 if masked else dtype
-            return points, features, live, *frames, *cameras, *SIZE, 0.05, 20.0, out
+            bounds = block_bounds(points) if masked else None
+            return points, features, live, *frames, *cameras, *SIZE, 0.05, 20.0, out, bounds
         arguments = points, features, live, *frames, *cameras, *SIZE, 0.05, 20.0, torch.float32
         keys = private_operator("splat_aligned", "compiled")(*arguments)[4]
         grad = torch.from_numpy(rng.normal(size=(views, 6, *SIZE))).to(dtype)
@@ -48,8 +61,31 @@ def operator_arguments(name, seed=0, count=200, views=2, dtype=torch.float32, ma
     if name == "cache_write":
         latents = torch.from_numpy(rng.normal(size=(views, 6, *SIZE))).to(dtype)
         buffers = scenes.buffers(60, 6, dtype, held=2)
-        return *buffers, latents, depth, *image_cameras, mask, 5, False, 0.1, 2.4
-    return points, live, *cameras, cameras[0][:1], cameras[1][:1], *SIZE, 0.5, 0.05
+        bounds = torch.zeros(1, 6) if masked else None
+        return *buffers, latents, depth, *image_cameras, mask, 5, False, 0.1, 2.4, bounds
+    if name in ("bounded_write", "cache_trim"):
+        points, features, frame_ids, count = scenes.buffers(60, 6, dtype, held=40)
+        votes = torch.from_numpy(rng.choice([0, 1, reference.DEAD], 60)).byte()
+        looks = torch.ones(60, dtype=torch.uint8) if masked else None
+        bounds = block_bounds(points, num_points=count) if masked else None
+        held = points, features, frame_ids.abs(), votes, looks, count
+        if name == "cache_trim":
+            return *held, 15, bounds
+        latents = torch.from_numpy(rng.normal(size=(views, 6, *SIZE))).to(dtype)
+        views_of = latents, depth, *image_cameras, mask, reference.z_order(SIZE), 61
+        return *held, torch.zeros(63, 3), *views_of, False, 0.1, 2.4, 0.05, 2, 2, bounds
+    if name == "block_bounds":
+        return points, live, torch.zeros(-(-count // 256), 6)
+    return points, live, *cameras, cameras[0][:1], cameras[1][:1], *SIZE, 0.5, 0.05, bounds
+
+
+def float8_arguments(name):
+    """Those of a private operator with float8 features and their scales."""
+    arguments = list(operator_arguments(name))
+    position = 2 if name == "splat_aligned_backward" else 1
+    arguments[position] = arguments[position].to(FLOAT8)
+    scales = torch.from_numpy(np.random.default_rng(3).integers(120, 130, len(arguments[position]))).to(torch.uint8)
+    return *arguments, scales
 
 
 def family(kernels):
@@ -57,6 +93,8 @@ def family(kernels):
 
 
 def non_trivial(name, results):
+    if results is None:  # what is written in place has tests of its own
+        return True
     results = results if isinstance(results, (tuple, list)) else [results]
     return all(bool(x.any()) or x.numel() == 0 for x in results) and (
         name not in ("splat", "splat_aligned") or int(results[1].sum()) > 5
@@ -84,6 +122,9 @@ def test_fakes_give_the_shapes_and_dtypes_of_the_real_results(kernels, name):
         real = operator(*arguments)
         assert non_trivial(name, real)
         fake = operator(*[x.to("meta") if isinstance(x, torch.Tensor) else x for x in arguments])
+        if real is None:
+            assert fake is None
+            continue
         pairs = zip(*((x,) if isinstance(x, torch.Tensor) else x for x in (real, fake)), strict=True)
         for ours, theirs in pairs:
             assert theirs.device.type == "meta"
@@ -103,6 +144,28 @@ def test_opcheck(kernels, name, masked, dtype):
     if name == "splat_aligned" and dtype == torch.float32 and masked:
         arguments[0] = arguments[0].requires_grad_()
     torch.library.opcheck(operator, tuple(arguments))
+
+
+@pytest.mark.parametrize("name", WITH_SCALES)
+def test_float8_features(kernels, name):
+    """The same of operators with scales, and that they change what their schemas say, on which PyTorch's own check of
+    schemas fails: it multiplies."""
+    operator = private_operator(name, family(kernels))
+    arguments = [kernels.put(x) for x in float8_arguments(name)]
+    real = operator(*[x.clone() if isinstance(x, torch.Tensor) else x for x in arguments])
+    fake = operator(*[x.to("meta") if isinstance(x, torch.Tensor) else x for x in arguments])
+    for ours, theirs in zip(*((x,) if isinstance(x, torch.Tensor) else x for x in (real, fake)), strict=True):
+        assert (ours.shape, ours.dtype, ours.stride()) == (theirs.shape, theirs.dtype, theirs.stride())
+    if name == "splat_aligned":
+        arguments[0] = arguments[0].requires_grad_()
+    checks = ("test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+    torch.library.opcheck(operator, tuple(arguments), test_utils=checks)
+    before = [x.detach().clone() if isinstance(x, torch.Tensor) else x for x in arguments]
+    operator(*arguments)
+    for now, then, given in zip(arguments, before, operator._schema.arguments, strict=True):
+        if isinstance(now, torch.Tensor):
+            same = torch.equal(*(x.detach().flatten().view(torch.uint8) for x in (now, then)))
+            assert same != (given.alias_info is not None and given.alias_info.is_write), given.name
 
 
 # ---------------------------------------------------------------------------------------------- gradients
@@ -188,7 +251,10 @@ def test_compile_splat(kernels, compiler):
     """One graph for every number of tokens, views and cells, and the same bits as without."""
 
     def read(points, features, intrinsics, cam2world, height, width):
-        view = splat(points * 1.0, features, intrinsics, cam2world, (height, width), dtype=torch.bfloat16)
+        bounds = block_bounds(points * 1.0)
+        view = splat(
+            points * 1.0, features, intrinsics, cam2world, (height, width), dtype=torch.bfloat16, bounds=bounds
+        )
         return view.latents + 1, view.mask, view.depth, view.index
 
     compiled = torch.compile(read, fullgraph=True, dynamic=True, backend=compiler)
@@ -219,7 +285,10 @@ def test_compile_splat_aligned(kernels, compiler):
     """One graph for every number of tokens, views and cells; the bits, and the gradients, of the plain call."""
 
     def read(points, features, frame_ids, frame_centers, intrinsics, cam2world, height, width):
-        view = splat_aligned(points, features, frame_ids, frame_centers, intrinsics, cam2world, (height, width))
+        bounds = block_bounds(points)
+        view = splat_aligned(
+            points, features, frame_ids, frame_centers, intrinsics, cam2world, (height, width), bounds=bounds
+        )
         return view.latents * 1.0, view.mask, view.depth, view.index
 
     compiled = torch.compile(read, fullgraph=True, dynamic=True, backend=compiler)
@@ -237,6 +306,34 @@ def test_compile_splat_aligned(kernels, compiler):
         assert_equal_bits(results[1][:4], results[0][:4])
         for got, expected in zip(results[1][4:], results[0][4:], strict=True):
             torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_compile_float8(kernels, compiler):
+    """A write and reads of what it wrote, with scales, in one graph."""
+
+    def write_and_read(points, features, scales, frame_ids, count, latents, depth, intrinsics, cam2world):
+        report = cache_write(
+            points, features, frame_ids, count, latents * 1.0, depth, intrinsics, cam2world, scales=scales
+        )
+        live = {"scales": scales, "num_points": count}
+        nearest = splat(points, features, intrinsics, cam2world, SIZE, **live)
+        aligned = splat_aligned(points, features, frame_ids, points[:9, :3], intrinsics, cam2world, SIZE, **live)
+        return report + 1, nearest.latents * 1.0, aligned.latents * 1.0, aligned.mask
+
+    compiled = torch.compile(write_and_read, fullgraph=True, dynamic=True, backend=compiler)
+    for k, views in enumerate((2, 3)):
+        rng = np.random.default_rng(k)
+        latents = torch.from_numpy(rng.normal(size=(views, 6, *SIZE))).float()
+        cameras = scenes.intrinsics(rng, views, SIZE), scenes.poses(rng, views)
+        arguments = [kernels.put(x) for x in (latents, scenes.depth_maps(rng, views, SIZE, 0.1), *cameras)]
+        results = []
+        for function in (write_and_read, compiled):
+            points, features, frame_ids, count = scenes.buffers(150, 6)
+            features, scales = (features.to(torch.uint8) % 100).view(FLOAT8), torch.full((150,), 127, dtype=torch.uint8)
+            buffers = [kernels.put(x) for x in (points, features, scales, frame_ids, count)]
+            results.append([*function(*buffers, *arguments), *buffers])
+        assert results[0][0][0] > 20 and results[0][3].sum() > 20 and results[0][2].any()
+        assert_equal_bits(results[1], results[0])
 
 
 def test_compile_back_project(kernels, compiler):
@@ -271,10 +368,9 @@ def test_compile_view_overlap(kernels, compiler):
 def test_compile_cache_write(kernels, compiler):
     """The in-place buffers are written in the compiled graph too, and only they."""
 
-    def write(points, features, frame_ids, count, latents, depth, intrinsics, cam2world):
-        report = cache_write(
-            points, features, frame_ids, count, latents * 1.0, depth, intrinsics, cam2world, first_frame=3
-        )
+    def write(points, features, frame_ids, count, bounds, latents, depth, intrinsics, cam2world):
+        buffers = points, features, frame_ids, count
+        report = cache_write(*buffers, latents * 1.0, depth, intrinsics, cam2world, first_frame=3, bounds=bounds)
         return report + 1
 
     compiled = torch.compile(write, fullgraph=True, dynamic=True, backend=compiler)
@@ -287,7 +383,7 @@ def test_compile_cache_write(kernels, compiler):
             scenes.poses(rng, views),
         ]
         arguments = [kernels.put(x) for x in arguments]
-        buffers = [[kernels.put(x) for x in scenes.buffers(200, 6, held=4)] for _ in range(2)]
+        buffers = [[kernels.put(x) for x in (*scenes.buffers(200, 6, held=4), torch.zeros(1, 6))] for _ in range(2)]
         expected, got = write(*buffers[0], *arguments), compiled(*buffers[1], *arguments)
         assert expected[0] > 20
         assert_equal_bits([got, *buffers[1]], [expected, *buffers[0]])

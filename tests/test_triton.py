@@ -611,6 +611,12 @@ def held_tokens(capacity: int, count: int, channels: int, dtype: torch.dtype, lo
     return points, features, frame_ids, votes, taken if looks else None, torch.tensor([count])
 
 
+def boxes_of(held) -> torch.Tensor:
+    boxes = torch.empty(-(-held[0].shape[0] // reference.BLOCK), 6)
+    reference.block_bounds(held[0], held[-1], boxes)
+    return boxes
+
+
 def check_bounded_write(
     held,
     size=(5, 6),
@@ -627,8 +633,8 @@ def check_bounded_write(
     change=lambda depth, intrinsics, cam2world: (depth, intrinsics, cam2world),
 ):
     """The sum of the reports of a few writes, the same by both; 1000 + t are the frame ids of the views."""
-    expected = [None if x is None else x.clone() for x in held]
-    got = [None if x is None else x.clone().to(DEVICE) for x in held]
+    expected, boxes = [None if x is None else x.clone() for x in held], boxes_of(held)
+    got, got_boxes = [None if x is None else x.clone().to(DEVICE) for x in held], boxes.clone().to(DEVICE)
     centers = torch.randn(1000 + views * writes, 3, generator=torch.Generator().manual_seed(5))
     centers[3, 1] = math.nan
     channels, total = held[1].shape[1], torch.zeros(len(reference.WRITE_REPORT), dtype=torch.int64)
@@ -642,9 +648,9 @@ def check_bounded_write(
         mask = None if moving is None else make_mask(views, *image, moving, write)
         arguments = centers, latents, depth, intrinsics, cam2world, mask, reference.z_order(size), first_frame
         rest = *limits, near, views_per_voxel, carve_views
-        report = reference.bounded_write(*expected, *arguments, "bilinear" if bilinear else "median", *rest)
-        agree(triton_operator("bounded_write", *got, *arguments, bilinear, *rest), report)
-        agree([x for x in got if x is not None], tuple(x for x in expected if x is not None))
+        report = reference.bounded_write(*expected, *arguments, "bilinear" if bilinear else "median", *rest, boxes)
+        agree(triton_operator("bounded_write", *got, *arguments, bilinear, *rest, got_boxes), report)
+        agree([x for x in (*got, got_boxes) if x is not None], tuple(x for x in (*expected, boxes) if x is not None))
         total += report
     assert total[:9].sum() == writes * views * size[0] * size[1]
     return dict(zip(reference.WRITE_REPORT, total.tolist(), strict=True))
@@ -802,11 +808,12 @@ def check_cache_trim(held, max_tokens, with_votes=True):
     expected = [None if x is None else x.clone() for x in held]
     if not with_votes:
         expected[3] = None
-    got = [None if x is None else x.clone().to(DEVICE) for x in expected]
-    evicted = reference.cache_trim(*expected, max_tokens)
-    agree(triton_operator("cache_trim", *got, max_tokens), evicted)
-    agree([x for x in got if x is not None], tuple(x for x in expected if x is not None))
-    return int(evicted), int(expected[-1])
+    got, boxes = [None if x is None else x.clone().to(DEVICE) for x in expected], boxes_of(held)
+    got_boxes = boxes.clone().to(DEVICE)
+    evicted = reference.cache_trim(*expected, max_tokens, boxes)
+    agree(triton_operator("cache_trim", *got, max_tokens, got_boxes), evicted)
+    agree([x for x in (*got, got_boxes) if x is not None], tuple(x for x in (*expected, boxes) if x is not None))
+    return int(evicted), int(expected[5])
 
 
 @comparison
@@ -931,18 +938,18 @@ def launch_arguments(device: str) -> dict[str, tuple[object, ...]]:
     points, features = make_points(512), features_of(512, 48, torch.float32)
     latents = make_latents(2, 48, *size, torch.bfloat16)
     aligned = aligned_arguments(512, 48, 2, size)
-    live = torch.tensor(500)
+    live, boxes = torch.tensor(500), torch.tensor([[-9.0] * 3 + [9.0] * 3] * 3)
     index = torch.full((2, *size), -1)
     buffers = torch.zeros(600, 4), torch.zeros(600, 48), torch.zeros(600, dtype=torch.int32), torch.tensor(0)
     held = held_tokens(600, 500, 48, torch.bfloat16, True)
     order = reference.z_order(size)
     arguments = {
         "back_project": (depth, intrinsics, cam2world, mask, *size, False),
-        "splat": (points, features, live, intrinsics, cam2world, *size, 0.05, torch.bfloat16),
+        "splat": (points, features, live, intrinsics, cam2world, *size, 0.05, torch.bfloat16, boxes[:2]),
         "splat_backward": (latents, index, 512, torch.bfloat16),
-        "splat_aligned": (*aligned[:2], live, *aligned[2:], *size, 0.05, 20.0, torch.bfloat16),
+        "splat_aligned": (*aligned[:2], live, *aligned[2:], *size, 0.05, 20.0, torch.bfloat16, boxes[:2]),
         "splat_aligned_backward": (latents, *aligned, torch.full((2, *size, 4), NO_FIT), 20.0, True),
-        "cache_write": (*buffers, latents, depth, intrinsics, cam2world, None, 3, True, 0.0, math.inf),
+        "cache_write": (*buffers, latents, depth, intrinsics, cam2world, None, 3, True, 0.0, math.inf, boxes),
         "bounded_write": (
             *held,
             torch.randn(9, 3),
@@ -959,9 +966,11 @@ def launch_arguments(device: str) -> dict[str, tuple[object, ...]]:
             0.05,
             4,
             2,
+            boxes,
         ),
-        "cache_trim": (*held, 300),
-        "view_overlap": (points, live, intrinsics, cam2world, intrinsics, cam2world, *size, 0.1, 0.05),
+        "cache_trim": (*held, 300, boxes),
+        "block_bounds": (points, live, torch.zeros(2, 6)),
+        "view_overlap": (points, live, intrinsics, cam2world, intrinsics, cam2world, *size, 0.1, 0.05, boxes[:2]),
     }
     return {
         name: tuple(x.to(device) if isinstance(x, torch.Tensor) else x for x in values)
@@ -1087,7 +1096,10 @@ def compile_launch(kernel, arguments: dict, options: dict, capability: int):
         ("splat_backward", {"backward_kernel"}),
         ("splat_aligned", {"prepare_kernel", "nearest_kernel", "best_kernel", "read_out_kernel"}),
         ("splat_aligned_backward", {"prepare_kernel", "share_kernel", "gather_kernel"}),
-        ("cache_write", {"lift_kernel", "tokens_kernel", "judge_kernel", "scan_kernel", "append_kernel"}),
+        (
+            "cache_write",
+            {"lift_kernel", "tokens_kernel", "judge_kernel", "scan_kernel", "append_kernel", "appended_bounds_kernel"},
+        ),
         (
             "bounded_write",
             {
@@ -1100,9 +1112,11 @@ def compile_launch(kernel, arguments: dict, options: dict, capability: int):
                 "rank_kernel",
                 "slot_kernel",
                 "write_kernel",
+                "bounds_kernel",
             },
         ),
-        ("cache_trim", {"digit_kernel", "count_kernel", "scan_kernel", "move_kernel"}),
+        ("cache_trim", {"digit_kernel", "count_kernel", "scan_kernel", "move_kernel", "bounds_kernel"}),
+        ("block_bounds", {"bounds_kernel"}),
         ("view_overlap", {"prepare_kernel", "mark_kernel", "count_kernel"}),
     ],
 )
@@ -1136,12 +1150,10 @@ def test_compiles_for_large_cells_and_wide_indices(monkeypatch):
 @compiles
 @pytest.mark.parametrize(
     ("name", "changes"),
-    [("bounded_write", {4: None, -1: 0}), ("cache_trim", {3: None, 4: None, 6: 2**62})],
+    [("bounded_write", {4: None, 19: 0, 20: None}), ("cache_trim", {3: None, 4: None, 6: 2**62, 7: None})],
 )
 def test_compiles_without_votes_and_looks(name, changes, monkeypatch):
-    """Nor carving, nor eviction."""
-    last = len(launch_arguments("meta")[name]) - 1
-    changes = {last if position < 0 else position: value for position, value in changes.items()}
+    """Nor carving, nor eviction, nor bounds."""
     for kernel, arguments, options in record_launches(name, monkeypatch, changes):
         compile_launch(kernel, arguments, options, 90)
 

@@ -2,11 +2,12 @@
 // then the rows of what is written. The walk over held tokens takes minima and counts, so no schedule shows in them.
 //
 // In: latents (T, C, h, w), depth (T, H, W), cameras, mask, order (h w,). In place: points, features, frame_ids, votes,
-// looks, count. Out: the counts of reference.py's WRITE_REPORT.
+// looks, count, bounds, scales. Out: the counts of reference.py's WRITE_REPORT.
 #include "../core/bound.h"
 
 #include <limits>
 
+#include "features.h"
 #include "judge.h"
 
 namespace mirage::cpu {
@@ -142,13 +143,14 @@ void vote(const Seen& seen, const Grid& grid, float u, float v, float depth, ind
   }
 }
 
-// Looks at the held tokens of every `step`-th block from block `first` on.
-void look(const Held& held, index_t live, index_t first, index_t step, const Reader& reader, const Grid& grid,
-          const Seen& seen, int carve_views, const Voxels& voxels, Share& share) {
+// Looks at the held tokens of every `step`-th block of the list from its `first` on.
+void look(const Held& held, index_t live, const std::vector<uint32_t>& blocks, size_t first, size_t step,
+          const Reader& reader, const Grid& grid, const Seen& seen, int carve_views, const Voxels& voxels, Share& share) {
   GroupLook g;
-  for (index_t block = first; block * kBlock < live; block += step) {
-    for (index_t begin = block * kBlock; begin < std::min(live, (block + 1) * kBlock); begin += kGroup) {
-      const int count = static_cast<int>(std::min<index_t>(kGroup, live - begin));
+  for (size_t k = first; k < blocks.size(); k += step) {
+    const index_t start = index_t{blocks[k]} * kBlockTokens, stop = std::min<index_t>(live, start + kBlockTokens);
+    for (index_t begin = start; begin < stop; begin += kGroup) {
+      const int count = static_cast<int>(std::min<index_t>(kGroup, stop - begin));
       look_at_group(held, begin, count, reader, grid, g);
       for (int i = 0; i < count; ++i) {
         uint8_t* votes = held.votes + begin + i;
@@ -156,8 +158,8 @@ void look(const Held& held, index_t live, index_t first, index_t step, const Rea
         const bool visible = g.visible[i] != 0;
         const int column = visible ? static_cast<int>(g.u[i]) : 0, row = visible ? static_cast<int>(g.v[i]) : 0;
         const index_t cell = static_cast<index_t>(row) * grid.width + column;
-        if (seen.nearest) {
-          if (visible) vote(seen, grid, g.u[i], g.v[i], g.z[i], cell, votes);
+        if (seen.nearest && visible) {
+          vote(seen, grid, g.u[i], g.v[i], g.z[i], cell, votes);
           if (*votes >= carve_views) {
             *votes = kDead;
             ++share.carved;
@@ -172,6 +174,36 @@ void look(const Held& held, index_t live, index_t first, index_t step, const Rea
           share.best[cell] = std::min(share.best[cell], make_key(score, static_cast<uint32_t>(begin + i)));
       }
     }
+  }
+}
+
+// The space of the voxels that the tokens of a view come to; nothing past what a key can tell apart.
+struct VoxelBox {
+  float low[3] = {kInfinity, kInfinity, kInfinity}, high[3] = {-kInfinity, -kInfinity, -kInfinity};
+
+  void add(const LiftedToken& p) {
+    const float at[3] = {p.x, p.y, p.z}, edge = 2.0f * p.footprint;  // and more
+    for (int j = 0; j < 3; ++j) {
+      const bool told = (p.footprint > 1e-15f) & (p.footprint < 1e15f) & (magnitude_of(at[j]) < 1e5f * edge);
+      low[j] = told ? std::min(low[j], at[j] - edge) : -kInfinity;
+      high[j] = told ? std::max(high[j], at[j] + edge) : kInfinity;
+    }
+  }
+
+  bool meets(const float* box) const {
+    bool apart = false;
+    for (int j = 0; j < 3; ++j) apart |= (box[j] > high[j]) | (box[3 + j] < low[j]);
+    return !apart;
+  }
+};
+
+// Blocks of held tokens that the view may see, or that may share a voxel with what it writes.
+void find_blocks(const float* bounds, index_t live, const Frustum& frustum, const VoxelBox& voxels,
+                 std::vector<uint32_t>& blocks) {
+  blocks.clear();
+  for (index_t b = 0; b < divide_up(live, kBlockTokens); ++b) {
+    const float* box = bounds + kBoxSize * b;
+    if (!bounds || voxels.meets(box) || may_see(frustum, box)) blocks.push_back(static_cast<uint32_t>(b));
   }
 }
 
@@ -236,18 +268,30 @@ index_t decide(const Held& held, index_t live, const Grid& grid, const Seen& see
 
 // The features of what was decided; channel c of cell k at latents + c * cells + k.
 template <typename In, typename Out>
-void move_rows(const std::vector<Move>& moves, const In* latents, index_t cells, index_t channels, Out* features) {
-  torch::stable::parallel_for(0, static_cast<int64_t>(moves.size()), 256, [&](int64_t begin, int64_t end) {
-    // Sixteen rows at a time share the lines of every channel.
-    for (int64_t first = begin; first < end; first += 16) {
-      const int64_t last = std::min<int64_t>(first + 16, end);
+void move_rows(const std::vector<Move>& moves, const In* latents, index_t cells, index_t channels, Out* features,
+               uint8_t* scales) {
+  constexpr index_t kRows = 16;  // at a time: they share the lines of every channel
+  const auto number = static_cast<int64_t>(moves.size());
+  torch::stable::parallel_for(0, divide_up(number, kRows), 16, [&](int64_t begin, int64_t end) {
+    std::vector<In> rows(kRows * channels);
+    std::vector<float> mean(channels);
+    for (int64_t batch = begin; batch < end; ++batch) {
+      const index_t first = batch * kRows, count = std::min<index_t>(kRows, number - first);
       for (index_t c = 0; c < channels; ++c)
-        for (int64_t k = first; k < last; ++k) {
-          const Move& move = moves[k];
-          const float value = static_cast<float>(latents[c * cells + move.cell]);
-          Out& at = features[move.row * channels + c];
-          at = static_cast<Out>(move.looks > 0.0f ? mean_with(static_cast<float>(at), move.looks, value) : value);
+        for (index_t k = 0; k < count; ++k) rows[k * channels + c] = latents[c * cells + moves[first + k].cell];
+      for (index_t k = 0; k < count; ++k) {
+        const Move& move = moves[first + k];
+        const In* row = rows.data() + k * channels;
+        Out* to = features + move.row * channels;
+        uint8_t* scale = scales ? scales + move.row : nullptr;
+        if (move.looks > 0.0f) {
+          load_row(to, scale ? *scale : uint8_t{0}, channels, mean.data());
+          for (index_t c = 0; c < channels; ++c) mean[c] = mean_with(mean[c], move.looks, static_cast<float>(row[c]));
+          store_row(mean.data(), channels, to, scale);
+        } else {
+          store_row(row, channels, to, scale);
         }
+      }
     }
   });
 }
@@ -299,7 +343,8 @@ Tensor bounded_write(Tensor points, Tensor features, Tensor frame_ids, Tensor vo
                      Tensor count, const Tensor& frame_centers_, const Tensor& latents_, const Tensor& depth_,
                      const Tensor& intrinsics_, const Tensor& cam2world_, const std::optional<Tensor>& mask_,
                      const Tensor& order_, int64_t first_frame, bool bilinear, double min_depth, double max_depth,
-                     double near, int64_t views_per_voxel, int64_t carve_views) {
+                     double near, int64_t views_per_voxel, int64_t carve_views, std::optional<Tensor> bounds,
+                     std::optional<Tensor> scales) {
   const Tensor latents = as_contiguous(latents_);
   const Tensor depth = checked(depth_, ScalarType::Float, "depth");
   const Tensor intrinsics = checked(intrinsics_, ScalarType::Double, "intrinsics");
@@ -317,6 +362,11 @@ Tensor bounded_write(Tensor points, Tensor features, Tensor frame_ids, Tensor vo
   const Held held{output<LiftedToken>(points), output<int32_t>(frame_ids), output<uint8_t>(votes),
                   looks.has_value() ? output<uint8_t>(*looks) : nullptr, input<float>(frame_centers),
                   frame_centers.size(0), points.size(0)};
+  checked_scales(features, scales);
+  STD_TORCH_CHECK(!scales.has_value() || scales->is_contiguous(),
+                  "scales must be contiguous: they are written in place");
+  if (bounds.has_value()) check_bounds(*bounds, held.capacity);
+  float* boxes = bounds.has_value() ? output<float>(*bounds) : nullptr;
   index_t live = *input<int64_t>(count);
   STD_TORCH_CHECK(live >= 0 && live <= held.capacity, "count must be in [0, ", held.capacity, "], got ", live);
 
@@ -337,20 +387,27 @@ Tensor bounded_write(Tensor points, Tensor features, Tensor frame_ids, Tensor vo
   Voxels voxels(grid.cells);
   std::vector<int32_t> voxel_of(grid.cells);
   std::vector<Move> moves;
+  std::vector<uint32_t> blocks;
+  std::vector<uint8_t> touched(boxes ? divide_up(held.capacity, kBlockTokens) : 0);
   for (index_t t = 0; t < views; ++t) {
     const index_t base = t * grid.cells;
     const Seen seen{input<float>(judged.depths) + base, input<uint8_t>(judged.verdicts) + base,
                     input<LiftedToken>(judged.lifted) + base,
                     nearest.has_value() ? input<float>(*nearest) + base : nullptr};
     voxels.clear();
-    for (index_t cell = 0; cell < grid.cells; ++cell)
-      if (seen.verdicts[cell] == kKeep) voxel_of[cell] = voxels.insert(held.voxel(seen.tokens[cell]));
+    VoxelBox voxel_box;
+    for (index_t cell = 0; cell < grid.cells; ++cell) {
+      if (seen.verdicts[cell] != kKeep) continue;
+      voxel_of[cell] = voxels.insert(held.voxel(seen.tokens[cell]));
+      voxel_box.add(seen.tokens[cell]);
+    }
+    find_blocks(boxes, live, make_frustum(readers[t].projection, grid.near, grid.width, grid.height, 0), voxel_box, blocks);
 
-    const index_t number = std::clamp<index_t>(divide_up(live, 4 * kBlock), 1, most);
+    const index_t number = std::clamp<index_t>(static_cast<index_t>(blocks.size()) / 16, 1, most);
     torch::stable::parallel_for(0, number, 1, [&](int64_t begin, int64_t end) {
       for (int64_t s = begin; s < end; ++s) {
         shares[s].start(grid.cells, voxels.size());
-        look(held, live, s, number, readers[t], grid, seen, static_cast<int>(carve_views), voxels, shares[s]);
+        look(held, live, blocks, s, number, readers[t], grid, seen, static_cast<int>(carve_views), voxels, shares[s]);
       }
     });
     Share& all = shares[0];
@@ -364,10 +421,15 @@ Tensor bounded_write(Tensor points, Tensor features, Tensor frame_ids, Tensor vo
     moves.clear();
     live = decide(held, live, grid, seen, input<int32_t>(order), static_cast<int32_t>(first_frame + t),
                   static_cast<int>(views_per_voxel), voxel_of, all, moves, report);
+    if (boxes) {
+      std::fill(touched.begin(), touched.end(), 0);
+      for (const Move& move : moves) touched[move.row / kBlockTokens] = 1;
+      update_bounds(input<float>(points), live, 0, divide_up(live, kBlockTokens), touched.data(), boxes);
+    }
     for_feature_type(latents.scalar_type(), [&](auto in) {
-      for_feature_type(features.scalar_type(), [&](auto out) {
+      for_stored_type(features.scalar_type(), [&](auto out) {
         move_rows(moves, input<decltype(in)>(latents) + t * channels * grid.cells, grid.cells, channels,
-                  output<decltype(out)>(features));
+                  output<decltype(out)>(features), scales.has_value() ? output<uint8_t>(*scales) : nullptr);
       });
     });
   }

@@ -1,6 +1,6 @@
 // cache_trim on the CPU: marks what is too many, then moves the runs of survivors together, in order.
 //
-// In place: points, features, frame_ids, votes, looks, count. Out: how many tokens were evicted.
+// In place: points, features, frame_ids, votes, looks, count, bounds, scales. Out: how many tokens were evicted.
 #include "../core/bound.h"
 
 #include <cstring>
@@ -43,7 +43,9 @@ void close_gaps(Tensor& buffer, const std::vector<uint8_t>& stays) {
 }  // namespace
 
 Tensor cache_trim(Tensor points, Tensor features, Tensor frame_ids, std::optional<Tensor> votes,
-                  std::optional<Tensor> looks, Tensor count, int64_t max_tokens) {
+                  std::optional<Tensor> looks, Tensor count, int64_t max_tokens,
+                  std::optional<Tensor> bounds, std::optional<Tensor> scales) {
+  if (bounds.has_value()) check_bounds(*bounds, points.size(0));
   const index_t live = *input<int64_t>(count);
   STD_TORCH_CHECK(live >= 0 && live <= points.size(0), "count must be in [0, ", points.size(0), "], got ", live);
   std::vector<uint8_t> stays(live, 1);
@@ -54,9 +56,13 @@ Tensor cache_trim(Tensor points, Tensor features, Tensor frame_ids, std::optiona
   if (excess > 0) evict(input<int32_t>(frame_ids), excess, stays);
   if (alive - excess < live) {
     for (Tensor* buffer : {&points, &features, &frame_ids}) close_gaps(*buffer, stays);
-    if (votes.has_value()) close_gaps(*votes, stays);
-    if (looks.has_value()) close_gaps(*looks, stays);
+    for (std::optional<Tensor>* buffer : {&votes, &looks, &scales})
+      if (buffer->has_value()) close_gaps(**buffer, stays);
     *output<int64_t>(count) = alive - excess;
+    const index_t gap = std::find(stays.begin(), stays.end(), 0) - stays.begin();
+    if (bounds.has_value())
+      update_bounds(input<float>(points), alive - excess, gap / kBlockTokens, divide_up(live, kBlockTokens), nullptr,
+                    output<float>(*bounds));
   }
   Tensor evicted = new_tensor({}, ScalarType::Long);
   *output<int64_t>(evicted) = excess;

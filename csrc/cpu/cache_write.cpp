@@ -1,7 +1,8 @@
 // cache_write on the CPU: lift and judge every token row, count, then copy the kept rows to their places.
 //
-// In: latents (T, C, h, w), depth (T, H, W), cameras, mask. In place: points, features, frame_ids, count.
+// In: latents (T, C, h, w), depth (T, H, W), cameras, mask. In place: points, features, frame_ids, count, bounds, scales.
 // Out: how many tokens were written, refused, masked, of unknown depth, out of range, not finite.
+#include "features.h"
 #include "judge.h"
 #include "transpose.h"
 
@@ -58,7 +59,8 @@ void gather_features(const T* latents, index_t channels, index_t stride, const i
 Tensor cache_write(Tensor points, Tensor features, Tensor frame_ids, Tensor count, const Tensor& latents_,
                    const Tensor& depth_, const Tensor& intrinsics_, const Tensor& cam2world_,
                    const std::optional<Tensor>& mask_, int64_t first_frame, bool bilinear, double min_depth,
-                   double max_depth) {
+                   double max_depth, const std::optional<Tensor>& bounds,
+                   std::optional<Tensor> scales) {
   const Tensor latents = as_contiguous(latents_);
   const Tensor depth = checked(depth_, ScalarType::Float, "depth");
   const Tensor intrinsics = checked(intrinsics_, ScalarType::Double, "intrinsics");
@@ -67,6 +69,10 @@ Tensor cache_write(Tensor points, Tensor features, Tensor frame_ids, Tensor coun
   if (mask_.has_value()) mask = checked(*mask_, ScalarType::Bool, "mask");
   STD_TORCH_CHECK(points.is_contiguous() && features.is_contiguous() && frame_ids.is_contiguous(),
                   "points, features and frame_ids must be contiguous: they are written in place");
+  if (bounds.has_value()) check_bounds(*bounds, points.size(0));
+  checked_scales(features, scales);
+  STD_TORCH_CHECK(!scales.has_value() || scales->is_contiguous(),
+                  "scales must be contiguous: they are written in place");
   const index_t views = latents.size(0), channels = latents.size(1), height = latents.size(2), width = latents.size(3);
   const Judged judged = judge_tokens(latents, depth, intrinsics, cam2world, mask, bilinear, static_cast<float>(min_depth),
                                      static_cast<float>(max_depth), features.scalar_type());
@@ -86,12 +92,13 @@ Tensor cache_write(Tensor points, Tensor features, Tensor frame_ids, Tensor coun
 
   for_feature_type(latents.scalar_type(), [&](auto in) {
     using In = decltype(in);
-    for_feature_type(features.scalar_type(), [&](auto out) {
+    for_stored_type(features.scalar_type(), [&](auto out) {
       using Out = decltype(out);
+      uint8_t* scale_data = scales.has_value() ? output<uint8_t>(*scales) : nullptr;
       const In* source_latents = input<In>(latents);
       torch::stable::parallel_for(0, rows, 1, [&](int64_t begin, int64_t end) {
         std::vector<int32_t> kept(width);
-        std::vector<Out> converted(std::is_same_v<In, Out> ? 0 : channels * width);
+        std::vector<In> gathered(std::is_same_v<In, Out> ? 0 : channels * width);
         for (int64_t row = begin; row < end; ++row) {
           const index_t t = row / height, i = row % height;
           const LiftedToken* tokens = input<LiftedToken>(judged.lifted) + row * width;
@@ -113,16 +120,21 @@ Tensor cache_write(Tensor points, Tensor features, Tensor frame_ids, Tensor coun
           if constexpr (std::is_same_v<In, Out>) {
             gather_features(from, channels, cells, kept.data(), n, rows_out);
           } else {
-            for (index_t c = 0; c < channels; ++c)
-              for (index_t j = 0; j < width; ++j)
-                converted[c * width + j] = static_cast<Out>(static_cast<float>(from[c * cells + j]));
-            gather_features(converted.data(), channels, width, kept.data(), n, rows_out);
+            gather_features(from, channels, cells, kept.data(), n, gathered.data());
+            for (index_t k = 0; k < n; ++k)
+              store_row(gathered.data() + k * channels, channels, rows_out + k * channels,
+                        scale_data == nullptr ? nullptr : scale_data + place[row] + k);
           }
         }
       });
     });
   });
   *output<int64_t>(count) = start + report[0];
+  if (bounds.has_value() && report[0] > 0) {
+    const index_t end = start + report[0];
+    update_bounds(input<float>(points), end, start / kBlockTokens, divide_up(end, kBlockTokens), nullptr,
+                  output<float>(*bounds));
+  }
 
   Tensor result = new_tensor({6}, ScalarType::Long);
   std::copy(report, report + 6, output<int64_t>(result));

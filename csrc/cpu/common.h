@@ -14,7 +14,7 @@
 #include <tuple>
 #include <vector>
 
-#include "../core/camera.h"
+#include "../core/frustum.h"
 
 // Hot loops are compiled for several instruction sets and chosen when the library is loaded, so that one build is fast
 // on every machine. Width changes no result: each lane is IEEE arithmetic in the same order, without contraction.
@@ -84,40 +84,66 @@ inline std::vector<Projection> make_projections(const Tensor& intrinsics, const 
 
 inline index_t divide_up(index_t a, index_t b) { return (a + b - 1) / b; }
 
-// Points of one block, one array per coordinate, so that the loop over views is pure vector arithmetic, and a bounding
+// Bounds that are written in place: a box for every block of `capacity` points.
+void check_bounds(const Tensor& bounds, index_t capacity);
+
+// The boxes of blocks first, .., last - 1 of the first `count` points or, given `touched`, of those whose byte is not 0.
+void update_bounds(const float* points, index_t count, index_t first, index_t last, const uint8_t* touched,
+                   float* bounds);
+
+// The numbers of the blocks that some of the views may see, in order; without bounds, of all blocks.
+class SeenBlocks {
+ public:
+  SeenBlocks(const std::optional<Tensor>& bounds, index_t capacity, index_t count,
+             const std::vector<Frustum>& frusta);
+
+  index_t size() const { return static_cast<index_t>(numbers_.size()); }
+  const uint32_t* from(index_t k) const { return numbers_.data() + k; }
+
+  // Whether view t may see one of the blocks from the first-th to before the last-th.
+  bool by(index_t t, index_t first, index_t last) const {
+    if (seen_.empty()) return true;
+    for (index_t k = first; k < last; ++k)
+      if (seen_[t * tiles_ + numbers_[k] / 64] >> (numbers_[k] % 64) & 1) return true;
+    return false;
+  }
+
+ private:
+  std::vector<uint32_t> numbers_;
+  index_t tiles_ = 0;           // of 64 blocks
+  std::vector<uint64_t> seen_;  // (views, tiles), a bit a block; empty without bounds
+};
+
+// Points of a few blocks, one array per coordinate, so that the loop over views is pure vector arithmetic, and a bounding
 // sphere for every group of consecutive points. Tokens are written row by row of a frame, so a group is a short strip of
 // surface: most groups lie outside most views, and one test of the sphere spares kGroup projections.
 constexpr int kGroup = 16;
-constexpr int kGroups = 64;
-constexpr int kBlock = kGroup * kGroups;
+constexpr int kBlocks = 4;  // taken at once
+constexpr int kBatch = kBlocks * kBlockTokens;
+constexpr int kGroups = kBatch / kGroup;
 
 struct GroupBounds {
   alignas(64) float centre_x[kGroups], centre_y[kGroups], centre_z[kGroups], radius[kGroups], reach[kGroups];
   int groups;
+  uint32_t first[kBlocks];  // rows that the blocks begin at
+
+  uint32_t row(int group) const {
+    return first[group / (kBlockTokens / kGroup)] + group % (kBlockTokens / kGroup) * kGroup;
+  }
 };
 
-struct PointBlock : GroupBounds {
-  alignas(64) float x[kBlock], y[kBlock], z[kBlock];
-  int count;
+struct PointBatch : GroupBounds {
+  alignas(64) float x[kBatch], y[kBatch], z[kBatch];
 };
 
-// Points past `count` in the last group are NaN: no view sees them.
-void load_block(const float* points, int count, PointBlock& block);
+// `number` blocks of the first `count` points, in order. Points past `count` are NaN: no view sees them.
+void load_blocks(const float* points, index_t count, const uint32_t* blocks, index_t number, PointBatch& batch);
 
-// A view as five half-spaces: a point the projection accepts is on the positive side of each, up to rounding.
-struct Frustum {
-  float normal[5][3], offset[5];
-  float length[5], slack[5];  // |normal|, and the share of `reach` that covers rounding
-};
-
-// `margin`: cells by which the view is widened on every side.
-Frustum make_frustum(const Projection& projection, float near, int width, int height, int margin = 0);
-
-// The groups of the block that the view may see, in order; never leaves out a group with a point in view.
-int visible_groups(const GroupBounds& block, const Frustum& frustum, int32_t* groups);
+// The groups that the view may see, in order; never leaves out a group with a point in view.
+int visible_groups(const GroupBounds& bounds, const Frustum& frustum, int32_t* groups);
 
 // For point i of the k-th listed group: cell[k * kGroup + i] = row * width + column, or -1 out of view, and its z.
-void project_groups(const PointBlock& block, const int32_t* groups, int count, const Projection& projection, float near,
+void project_groups(const PointBatch& batch, const int32_t* groups, int count, const Projection& projection, float near,
                     int width, int height, int32_t* cell, float* depth);
 
 }  // namespace mirage::cpu

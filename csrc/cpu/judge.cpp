@@ -2,13 +2,18 @@
 
 #include <array>
 
+#include "features.h"
+
 namespace mirage::cpu {
 namespace {
 
 // Magnitude bits of a latent from which on it is Inf or NaN once stored: Inf itself, or what rounds to Inf.
 template <typename In, typename Out>
 constexpr uint32_t non_finite_from() {
-  if constexpr (std::is_same_v<In, float>) {
+  if constexpr (std::is_same_v<Out, Float8>) {
+    if constexpr (std::is_same_v<In, float>) return kLargestQuantised + 1;
+    return std::is_same_v<In, Half> ? 0x7c00u : (kLargestQuantised >> 16) + 1;
+  } else if constexpr (std::is_same_v<In, float>) {
     if constexpr (std::is_same_v<Out, Half>) return 0x477ff000u;      // 65520
     if constexpr (std::is_same_v<Out, BFloat16>) return 0x7f7f8000u;  // halfway past the largest bfloat16
     return 0x7f800000u;
@@ -61,7 +66,7 @@ Judged judge_tokens(const Tensor& latents, const Tensor& depth, const Tensor& in
     using In = decltype(in);
     const In* source_latents = input<In>(latents);
     uint32_t limit = 0;
-    for_feature_type(stored, [&](auto out) { limit = non_finite_from<In, decltype(out)>(); });
+    for_stored_type(stored, [&](auto out) { limit = non_finite_from<In, decltype(out)>(); });
     torch::stable::parallel_for(0, rows, 1, [&](int64_t begin, int64_t end) {
       std::vector<int32_t> cell;
       using Word = std::conditional_t<sizeof(In) == 4, uint32_t, uint16_t>;

@@ -1,24 +1,15 @@
-// Projection of blocks of points into views, shared by splat and view_overlap.
+// Projection of blocks of points into views, shared by splat and view_overlap; their groups' spheres, by splat_aligned too.
 #include <cmath>
 #include <limits>
 
 #include "common.h"
+#include "lanes.h"
 
 namespace mirage::cpu {
 
 namespace {
 
-typedef float Lanes __attribute__((vector_size(8 * sizeof(float))));
-constexpr int kLanes = 8;
 static_assert(kGroup == 2 * kLanes);
-
-#define MIRAGE_INLINE inline __attribute__((always_inline))
-
-MIRAGE_INLINE Lanes load(const float* from) {
-  Lanes lanes;
-  __builtin_memcpy(&lanes, from, sizeof(lanes));
-  return lanes;
-}
 
 // Written so that a NaN in `a` is passed over.
 MIRAGE_INLINE Lanes lesser(Lanes a, Lanes b) { return a < b ? a : b; }
@@ -62,74 +53,55 @@ MIRAGE_INLINE void split_coordinates(const float* points, float* x, float* y, fl
 }  // namespace
 
 MIRAGE_SIMD
-void load_block(const float* points, int count, PointBlock& block) {
-  block.count = count;
-  block.groups = (count + kGroup - 1) / kGroup;
-  int i = 0;
-  for (; i + kLanes <= count; i += kLanes) split_coordinates(points + 4 * i, block.x + i, block.y + i, block.z + i);
-  for (; i < block.groups * kGroup; ++i) {
-    const bool real = i < count;
-    constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
-    block.x[i] = real ? points[4 * i] : kNan;
-    block.y[i] = real ? points[4 * i + 1] : kNan;
-    block.z[i] = real ? points[4 * i + 2] : kNan;
+void load_blocks(const float* points, index_t count, const uint32_t* blocks, index_t number, PointBatch& batch) {
+  batch.groups = 0;
+  for (index_t k = 0; k < number; ++k) {
+    const index_t first = index_t{blocks[k]} * kBlockTokens;
+    const int here = static_cast<int>(std::min<index_t>(kBlockTokens, count - first));
+    const int groups = (here + kGroup - 1) / kGroup;
+    const float* from = points + 4 * first;
+    float *x = batch.x + k * kBlockTokens, *y = batch.y + k * kBlockTokens, *z = batch.z + k * kBlockTokens;
+    int i = 0;
+    for (; i + kLanes <= here; i += kLanes) split_coordinates(from + 4 * i, x + i, y + i, z + i);
+    for (; i < groups * kGroup; ++i) {
+      const bool real = i < here;
+      constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
+      x[i] = real ? from[4 * i] : kNan;
+      y[i] = real ? from[4 * i + 1] : kNan;
+      z[i] = real ? from[4 * i + 2] : kNan;
+    }
+    batch.first[k] = static_cast<uint32_t>(first);
+    batch.groups += groups;  // all but the last block are full
   }
   // NaN coordinates are passed over. A group of nothing else, or with an infinite coordinate, gets bounds that are NaN
   // or infinite and cull nothing.
-  for (int g = 0; g < block.groups; ++g) {
-    const Interval x = bounds(block.x + g * kGroup), y = bounds(block.y + g * kGroup), z = bounds(block.z + g * kGroup);
-    block.centre_x[g] = x.centre;
-    block.centre_y[g] = y.centre;
-    block.centre_z[g] = z.centre;
-    block.radius[g] = std::sqrt((x.half * x.half + y.half * y.half) + z.half * z.half);
-    block.reach[g] = ((std::fabs(x.centre) + std::fabs(y.centre)) + std::fabs(z.centre)) + ((x.half + y.half) + z.half);
+  for (int g = 0; g < batch.groups; ++g) {
+    const Interval x = bounds(batch.x + g * kGroup), y = bounds(batch.y + g * kGroup), z = bounds(batch.z + g * kGroup);
+    batch.centre_x[g] = x.centre;
+    batch.centre_y[g] = y.centre;
+    batch.centre_z[g] = z.centre;
+    batch.radius[g] = std::sqrt((x.half * x.half + y.half * y.half) + z.half * z.half);
+    batch.reach[g] = limited_reach(((std::fabs(x.centre) + std::fabs(y.centre)) + std::fabs(z.centre)) +
+                                   ((x.half + y.half) + z.half));
   }
-}
-
-// z > near, u >= -margin, u < width + margin, and v likewise, each multiplied by z > 0. Float arithmetic of the
-// projection and of this test errs by a few 2^-24 of the terms' magnitudes; a slack of 1e-5 of them (168 x 2^-24) covers
-// both.
-Frustum make_frustum(const Projection& projection, float near, int width, int height, int margin) {
-  const auto& m = projection.m;
-  const double w = width + margin, h = height + margin, low = margin;
-  Frustum frustum;
-  for (int f = 0; f < 5; ++f) {
-    double normal[4], magnitude[4];
-    for (int j = 0; j < 4; ++j) {
-      const double a = m[0][j], b = m[1][j], z = m[2][j];
-      const double value[5] = {z, a + low * z, w * z - a, b + low * z, h * z - b};
-      const double size[5] = {std::fabs(z), low * std::fabs(z) + std::fabs(a), w * std::fabs(z) + std::fabs(a),
-                              low * std::fabs(z) + std::fabs(b), h * std::fabs(z) + std::fabs(b)};
-      normal[j] = value[f];
-      magnitude[j] = size[f];
-    }
-    constexpr double kSlack = 1e-5;
-    for (int j = 0; j < 3; ++j) frustum.normal[f][j] = static_cast<float>(normal[j]);
-    const double depth = f == 0 ? near : 0.0;
-    frustum.offset[f] = static_cast<float>(normal[3] - depth + kSlack * (magnitude[3] + depth) + 1e-30);
-    frustum.length[f] = static_cast<float>(
-        std::sqrt(normal[0] * normal[0] + normal[1] * normal[1] + normal[2] * normal[2]) * (1.0 + kSlack));
-    frustum.slack[f] = static_cast<float>(kSlack * std::max({magnitude[0], magnitude[1], magnitude[2]}));
-  }
-  return frustum;
 }
 
 MIRAGE_SIMD
-int visible_groups(const GroupBounds& block, const Frustum& frustum_, int32_t* groups) {
+int visible_groups(const GroupBounds& bounds, const Frustum& frustum_, int32_t* groups) {
   const Frustum frustum = frustum_;
   alignas(64) int32_t outside[kGroups];
   for (int g = 0; g < kGroups; ++g) {
     int32_t out = 0;
     for (int f = 0; f < 5; ++f) {
-      const float bound = frustum.normal[f][0] * block.centre_x[g] + frustum.normal[f][1] * block.centre_y[g] +
-                          frustum.normal[f][2] * block.centre_z[g] + frustum.offset[f] +
-                          frustum.length[f] * block.radius[g] + frustum.slack[f] * block.reach[g];
+      const float bound = frustum.normal[f][0] * bounds.centre_x[g] + frustum.normal[f][1] * bounds.centre_y[g] +
+                          frustum.normal[f][2] * bounds.centre_z[g] + frustum.offset[f] +
+                          frustum.length[f] * bounds.radius[g] + frustum.slack[f] * bounds.reach[g];
       out |= bound < 0.0f;
     }
     outside[g] = out;
   }
   int count = 0;
-  for (int g = 0; g < block.groups; ++g) {
+  for (int g = 0; g < bounds.groups; ++g) {
     groups[count] = g;
     count += outside[g] == 0;
   }
@@ -137,14 +109,14 @@ int visible_groups(const GroupBounds& block, const Frustum& frustum_, int32_t* g
 }
 
 MIRAGE_SIMD
-void project_groups(const PointBlock& block, const int32_t* groups, int count, const Projection& projection, float near,
+void project_groups(const PointBatch& batch, const int32_t* groups, int count, const Projection& projection, float near,
                     int width, int height, int32_t* __restrict__ cell, float* __restrict__ depth) {
   const Projection p = projection;
   const float limit_u = static_cast<float>(width), limit_v = static_cast<float>(height);
   for (int k = 0; k < count; ++k, cell += kGroup, depth += kGroup) {
     const int first = groups[k] * kGroup;
     for (int i = 0; i < kGroup; ++i) {
-      const Projected q = project_point(p, block.x[first + i], block.y[first + i], block.z[first + i]);
+      const Projected q = project_point(p, batch.x[first + i], batch.y[first + i], batch.z[first + i]);
       const bool visible = in_view(q, near, limit_u, limit_v);
       // Selected before the conversion: a float outside the int range must not be converted.
       const int32_t column = static_cast<int32_t>(visible ? q.u : 0.0f);

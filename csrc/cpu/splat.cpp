@@ -3,6 +3,7 @@
 // In: points (N, 4), features (N, C), cameras of T views. Out: latents (T, C, h, w), mask, depth, index (T, h, w).
 #include "../core/zkey.h"
 #include "common.h"
+#include "features.h"
 #include "transpose.h"
 
 namespace mirage::cpu {
@@ -15,22 +16,25 @@ struct Grid {
   int height, width;
 };
 
-// Nearest point per cell over points [begin, end) for views [first, last); keys is (views, cells) of this slice.
-void fill_keys(const float* points, index_t begin, index_t end, const Projection* projections, const Frustum* frusta,
-               index_t first, index_t last, const Grid& grid, float near, uint64_t* keys) {
-  PointBlock block{};
+// Nearest point per cell over blocks [begin, end) for views [first, last); keys is (views, cells) of this slice.
+void fill_keys(const float* points, index_t count, const SeenBlocks& blocks, index_t begin, index_t end,
+               const Projection* projections, const Frustum* frusta, index_t first, index_t last, const Grid& grid,
+               float near, uint64_t* keys) {
+  PointBatch batch{};
   int32_t groups[kGroups];
-  alignas(64) int32_t cell[kBlock];
-  alignas(64) float depth[kBlock];
+  alignas(64) int32_t cell[kBatch];
+  alignas(64) float depth[kBatch];
   std::fill(keys + first * grid.cells, keys + last * grid.cells, kEmptyKey);
-  for (index_t start = begin; start < end; start += kBlock) {
-    load_block(points + 4 * start, static_cast<int>(std::min<index_t>(kBlock, end - start)), block);
+  for (index_t b = begin; b < end; b += kBlocks) {
+    const index_t number = std::min<index_t>(kBlocks, end - b);
+    load_blocks(points, count, blocks.from(b), number, batch);
     for (index_t t = first; t < last; ++t) {
-      const int visible = visible_groups(block, frusta[t], groups);
-      project_groups(block, groups, visible, projections[t], near, grid.width, grid.height, cell, depth);
+      if (!blocks.by(t, b, b + number)) continue;
+      const int visible = visible_groups(batch, frusta[t], groups);
+      project_groups(batch, groups, visible, projections[t], near, grid.width, grid.height, cell, depth);
       uint64_t* view = keys + t * grid.cells;
       for (int k = 0; k < visible; ++k) {
-        const uint32_t index = static_cast<uint32_t>(start + groups[k] * kGroup);
+        const uint32_t index = batch.row(groups[k]);
         for (int i = 0; i < kGroup; ++i) {
           const int32_t at = cell[k * kGroup + i];
           if (at < 0) continue;
@@ -73,10 +77,9 @@ void resolve_cells(const ReadOut& r, index_t all, index_t first, int count) {
 }
 
 template <typename In, typename Out>
-void read_out(const ReadOut& r, const Grid& grid, const In* features, index_t channels, Out* latents) {
-  const index_t tiles = divide_up(grid.cells, kTile), all = grid.views * grid.cells;
-  const std::vector<In> zeros(channels, In(0.0f));
-  const index_t row_bytes = channels * static_cast<index_t>(sizeof(In));
+void read_out(const ReadOut& r, const Grid& grid, const Features<In>& features, Out* latents) {
+  const index_t tiles = divide_up(grid.cells, kTile), all = grid.views * grid.cells, channels = features.channels;
+  const std::vector<In> zeros(channels);
   torch::stable::parallel_for(0, grid.views * tiles, 16, [&](int64_t begin, int64_t end) {
     std::vector<Out> converted(std::is_same_v<In, Out> ? 0 : kTile * channels);
     // Winners are looked up one tile ahead, so that their rows are on the way while this tile is transposed.
@@ -88,10 +91,8 @@ void read_out(const ReadOut& r, const Grid& grid, const In* features, index_t ch
       const int64_t* winners = r.index + at;
       const In** to = rows[task % 2];
       for (int k = 0; k < count; ++k) {
-        const In* row = winners[k] < 0 ? zeros.data() : features + winners[k] * channels;
-        to[k] = row;
-        const char* bytes = reinterpret_cast<const char*>(row);
-        for (index_t offset = 0; offset < row_bytes; offset += 64) __builtin_prefetch(bytes + offset);
+        to[k] = winners[k] < 0 ? zeros.data() : features.row(winners[k]);
+        if (winners[k] >= 0) features.prefetch(winners[k]);
       }
       return count;
     };
@@ -104,9 +105,11 @@ void read_out(const ReadOut& r, const Grid& grid, const In* features, index_t ch
         transpose_tile(rows[task % 2], count, channels, out, grid.cells);
       } else {
         const Out* converted_rows[kTile];
+        const int64_t* winners = r.index + t * grid.cells + first;
         for (int k = 0; k < count; ++k) {
           Out* row = converted.data() + k * channels;
-          for (index_t c = 0; c < channels; ++c) row[c] = static_cast<Out>(static_cast<float>(rows[task % 2][k][c]));
+          const uint8_t scale = winners[k] < 0 ? kLeastScale : features.scale(winners[k]);
+          load_row(rows[task % 2][k], scale, channels, row);
           converted_rows[k] = row;
         }
         transpose_tile(converted_rows, count, channels, out, grid.cells);
@@ -121,7 +124,8 @@ void read_out(const ReadOut& r, const Grid& grid, const In* features, index_t ch
 std::tuple<Tensor, Tensor, Tensor, Tensor> splat(const Tensor& points_, const Tensor& features_,
                                                  const std::optional<Tensor>& num_points, const Tensor& intrinsics_,
                                                  const Tensor& cam2world_, int64_t height, int64_t width, double near,
-                                                 ScalarType dtype) {
+                                                 ScalarType dtype, const std::optional<Tensor>& bounds,
+                                                 const std::optional<Tensor>& scales) {
   const Tensor points = checked(points_, ScalarType::Float, "points");
   const Tensor features = as_contiguous(features_);
   const Tensor intrinsics = checked(intrinsics_, ScalarType::Double, "intrinsics");
@@ -132,7 +136,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> splat(const Tensor& points_, const Te
   const std::vector<Projection> projections = make_projections(intrinsics, cam2world);
   std::vector<Frustum> frusta;
   for (const Projection& p : projections)
-    frusta.push_back(make_frustum(p, static_cast<float>(near), grid.width, grid.height));
+    frusta.push_back(make_frustum(p, static_cast<float>(near), grid.width, grid.height, 0));
 
   Tensor latents = new_tensor({grid.views, channels, height, width}, dtype);
   Tensor mask = new_tensor({grid.views, height, width}, ScalarType::Bool);
@@ -141,28 +145,27 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> splat(const Tensor& points_, const Te
   const index_t all = grid.views * grid.cells;
   if (all == 0) return {latents, mask, depth, index};
 
-  // Work is cut by points first (every slice has keys of its own, merged by minimum), by views where those keys would
+  // Work is cut by blocks first (every slice has keys of its own, merged by minimum), by views where those keys would
   // take too much memory or there are few points. The minimum is the same however it is cut.
+  const SeenBlocks blocks(bounds, points.size(0), count, frusta);
   const index_t threads = torch::stable::get_num_threads();
   const index_t affordable = std::max<index_t>(1, kMaxKeyBytes / (all * 8));
-  const index_t slices = std::clamp<index_t>(divide_up(count, 4 * kBlock), 1, std::min(threads, affordable));
+  const index_t slices = std::clamp<index_t>(divide_up(blocks.size(), 4 * kBlocks), 1, std::min(threads, affordable));
   const index_t groups = std::clamp<index_t>(divide_up(threads, slices), 1, grid.views);
   Tensor keys = new_tensor({slices, all}, ScalarType::Long);
   uint64_t* key_data = output<uint64_t>(keys);
   torch::stable::parallel_for(0, slices * groups, 1, [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) {
       const index_t s = task / groups, g = task % groups;
-      fill_keys(input<float>(points), count * s / slices, count * (s + 1) / slices, projections.data(),
-                frusta.data(), grid.views * g / groups, grid.views * (g + 1) / groups, grid, static_cast<float>(near),
-                key_data + s * all);
+      fill_keys(input<float>(points), count, blocks, blocks.size() * s / slices, blocks.size() * (s + 1) / slices,
+                projections.data(), frusta.data(), grid.views * g / groups, grid.views * (g + 1) / groups, grid,
+                static_cast<float>(near), key_data + s * all);
     }
   });
 
   const ReadOut r{key_data, slices, output<bool>(mask), output<float>(depth), output<int64_t>(index)};
-  for_feature_type(features.scalar_type(), [&](auto in) {
-    for_feature_type(dtype, [&](auto out) {
-      read_out(r, grid, input<decltype(in)>(features), channels, output<decltype(out)>(latents));
-    });
+  for_features(features, scales, [&](const auto& rows) {
+    for_feature_type(dtype, [&](auto out) { read_out(r, grid, rows, output<decltype(out)>(latents)); });
   });
   return {latents, mask, depth, index};
 }

@@ -12,17 +12,17 @@ constexpr index_t kParts = index_t{1} << kPartBits;
 
 inline uint64_t mix(uint64_t key) { return key * 0x9e3779b97f4a7c15ull; }
 
-// Sets `bit` for every point of the block that the view sees.
-void mark_seen(const PointBlock& block, const Projection& projection, const Frustum& frustum, float near, int width,
-               int height, uint64_t bit, uint64_t* seen) {
+// Sets `bit` for every point of the batch that the view sees, of `count` in all.
+void mark_seen(const PointBatch& batch, index_t count, const Projection& projection, const Frustum& frustum, float near,
+               int width, int height, uint64_t bit, uint64_t* seen) {
   int32_t groups[kGroups];
-  alignas(64) int32_t cell[kBlock];
-  alignas(64) float depth[kBlock];
-  const int visible = visible_groups(block, frustum, groups);
-  project_groups(block, groups, visible, projection, near, width, height, cell, depth);
+  alignas(64) int32_t cell[kBatch];
+  alignas(64) float depth[kBatch];
+  const int visible = visible_groups(batch, frustum, groups);
+  project_groups(batch, groups, visible, projection, near, width, height, cell, depth);
   for (int k = 0; k < visible; ++k) {
-    const int first = groups[k] * kGroup, count = std::min(kGroup, block.count - first);
-    for (int i = 0; i < count; ++i) seen[first + i] |= cell[k * kGroup + i] >= 0 ? bit : 0;
+    const index_t first = batch.row(groups[k]), here = std::min<index_t>(kGroup, count - first);
+    for (index_t i = 0; i < here; ++i) seen[first + i] |= cell[k * kGroup + i] >= 0 ? bit : 0;
   }
 }
 
@@ -30,7 +30,8 @@ void mark_seen(const PointBlock& block, const Projection& projection, const Frus
 
 Tensor view_overlap(const Tensor& points_, const std::optional<Tensor>& num_points, const Tensor& intrinsics_,
                     const Tensor& cam2world_, const Tensor& target_intrinsics_, const Tensor& target_cam2world_,
-                    int64_t height, int64_t width, double voxel_size, double near_) {
+                    int64_t height, int64_t width, double voxel_size, double near_,
+                    const std::optional<Tensor>& bounds) {
   const Tensor points = checked(points_, ScalarType::Float, "points");
   const Tensor intrinsics = checked(intrinsics_, ScalarType::Double, "intrinsics");
   const Tensor cam2world = checked(cam2world_, ScalarType::Double, "cam2world");
@@ -38,13 +39,19 @@ Tensor view_overlap(const Tensor& points_, const std::optional<Tensor>& num_poin
   const Tensor target_cam2world = checked(target_cam2world_, ScalarType::Double, "target_cam2world");
   const std::vector<Projection> views = make_projections(intrinsics, cam2world);
   const std::vector<Projection> targets = make_projections(target_intrinsics, target_cam2world);
-  const index_t count = live_points(num_points, points.size(0)), num_views = static_cast<index_t>(views.size());
+  const index_t live = live_points(num_points, points.size(0)), num_views = static_cast<index_t>(views.size());
   const float* xyz = input<float>(points);
   const float size = static_cast<float>(voxel_size), near = static_cast<float>(near_);
   const int w = static_cast<int>(width), h = static_cast<int>(height);
-  std::vector<Frustum> view_frusta, target_frusta;
-  for (const Projection& p : views) view_frusta.push_back(make_frustum(p, near, w, h));
-  for (const Projection& p : targets) target_frusta.push_back(make_frustum(p, near, w, h));
+  std::vector<Frustum> frusta;  // of the views, then of the targets
+  for (const std::vector<Projection>* projections : {&views, &targets})
+    for (const Projection& p : *projections) frusta.push_back(make_frustum(p, near, w, h, 0));
+
+  // The points that anything may see, counted through their blocks: all but the last block are full.
+  const SeenBlocks blocks(bounds, points.size(0), live, frusta);
+  const auto row = [&](index_t i) { return index_t{*blocks.from(i / kBlockTokens)} * kBlockTokens + i % kBlockTokens; };
+  const index_t last = blocks.size() - 1;
+  const index_t count = last < 0 ? 0 : last * kBlockTokens + std::min<index_t>(kBlockTokens, live - row(last * kBlockTokens));
 
   // Deal: keys of every point, then a stable counting sort of the points by the top bits of their mixed key.
   std::vector<uint64_t> keys(count);
@@ -53,7 +60,8 @@ Tensor view_overlap(const Tensor& points_, const std::optional<Tensor>& num_poin
   torch::stable::parallel_for(0, slices, 1, [&](int64_t begin, int64_t end) {
     for (int64_t s = begin; s < end; ++s) {
       for (index_t i = count * s / slices; i < count * (s + 1) / slices; ++i) {
-        keys[i] = voxel_key(xyz[4 * i], xyz[4 * i + 1], xyz[4 * i + 2], size);
+        const float* p = xyz + 4 * row(i);
+        keys[i] = voxel_key(p[0], p[1], p[2], size);
         ++place[s][mix(keys[i]) >> (64 - kPartBits)];
       }
     }
@@ -84,7 +92,7 @@ Tensor view_overlap(const Tensor& points_, const std::optional<Tensor>& num_poin
     std::vector<float> local;
     std::vector<uint64_t> seen, voxel_seen;
     std::vector<uint8_t> target_seen;
-    PointBlock block{};
+    PointBatch batch{};
     for (int64_t part = begin; part < end; ++part) {
       const index_t first = part_begin[part], n = part_begin[part + 1] - first;
       if (n == 0) continue;
@@ -101,7 +109,7 @@ Tensor view_overlap(const Tensor& points_, const std::optional<Tensor>& num_poin
       int32_t voxels = 0;
       for (index_t k = 0; k < n; ++k) {
         const index_t i = order[first + k];
-        std::copy(xyz + 4 * i, xyz + 4 * i + 4, local.begin() + 4 * k);
+        std::copy_n(xyz + 4 * row(i), 4, local.begin() + 4 * k);
         const uint64_t key = keys[i];
         index_t slot = static_cast<index_t>((mix(key) << kPartBits) >> shift);
         while (table_ids[slot] >= 0 && table_keys[slot] != key) slot = (slot + 1) & (slots - 1);
@@ -112,25 +120,26 @@ Tensor view_overlap(const Tensor& points_, const std::optional<Tensor>& num_poin
         voxel[k] = table_ids[slot];
       }
       seen.resize(n);
+      const SeenBlocks own(std::nullopt, n, n, {});
       const auto look = [&](const Projection* projections, const Frustum* frusta, index_t number) {
         std::fill(seen.begin(), seen.end(), 0);
-        for (index_t start = 0; start < n; start += kBlock) {
-          load_block(local.data() + 4 * start, static_cast<int>(std::min<index_t>(kBlock, n - start)), block);
+        for (index_t b = 0; b < own.size(); b += kBlocks) {
+          load_blocks(local.data(), n, own.from(b), std::min<index_t>(kBlocks, own.size() - b), batch);
           for (index_t v = 0; v < number; ++v)
-            mark_seen(block, projections[v], frusta[v], near, w, h, uint64_t{1} << (v % 64), seen.data() + start);
+            mark_seen(batch, n, projections[v], frusta[v], near, w, h, uint64_t{1} << (v % 64), seen.data());
         }
       };
-      look(targets.data(), target_frusta.data(), static_cast<index_t>(targets.size()));
+      look(targets.data(), frusta.data() + num_views, static_cast<index_t>(targets.size()));
       target_seen.assign(voxels, 0);
       index_t target_count = 0;
       for (index_t k = 0; k < n; ++k) target_seen[voxel[k]] |= seen[k] != 0;
       for (const uint8_t one : target_seen) target_count += one;
-      for (index_t batch = 0; batch < num_views; batch += 64) {
-        const index_t number = std::min<index_t>(64, num_views - batch);
-        look(views.data() + batch, view_frusta.data() + batch, number);
+      for (index_t first_view = 0; first_view < num_views; first_view += 64) {
+        const index_t number = std::min<index_t>(64, num_views - first_view);
+        look(views.data() + first_view, frusta.data() + first_view, number);
         voxel_seen.assign(voxels, 0);
         for (index_t k = 0; k < n; ++k) voxel_seen[voxel[k]] |= seen[k];
-        int64_t* both = counts[part].data() + 2 * batch;
+        int64_t* both = counts[part].data() + 2 * first_view;
         for (index_t v = 0; v < number; ++v) both[2 * v + 1] = target_count;
         for (int32_t m = 0; m < voxels; ++m) {
           for (uint64_t bits = voxel_seen[m]; bits != 0; bits &= bits - 1)

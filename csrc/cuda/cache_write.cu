@@ -1,7 +1,8 @@
 // cache_write on CUDA: lift and judge every token, count per block, scan the counts, then move the kept tokens in order.
 //
-// In: latents (T, C, h, w), depth (T, H, W), cameras, mask. In place: points, features, frame_ids, count.
+// In: latents (T, C, h, w), depth (T, H, W), cameras, mask. In place: points, features, frame_ids, count, bounds.
 // Out: how many tokens were written, refused, masked, of unknown depth, out of range, not finite.
+#include "bounds.cuh"
 #include "lift.cuh"
 
 namespace mirage::cuda {
@@ -156,12 +157,21 @@ __global__ void __launch_bounds__(kTokens)
   }
 }
 
+// The boxes of the blocks appended to: thread block k takes the k-th from the one that the first new token went to.
+__global__ void __launch_bounds__(kBlockTokens)
+    appended_bounds_kernel(const float4* __restrict__ points, const int64_t* __restrict__ count,
+                           const int64_t* __restrict__ report, float* __restrict__ bounds) {
+  const index_t end = *count, written = report[0];
+  const index_t block = (end - written) / kBlockTokens + blockIdx.x;
+  if (written > 0 && block * kBlockTokens < end) write_box(points, end, block, bounds);
+}
+
 }  // namespace
 
 Tensor cache_write(Tensor points, Tensor features, Tensor frame_ids, Tensor count, const Tensor& latents_,
                    const Tensor& depth_, const Tensor& intrinsics_, const Tensor& cam2world_,
                    const std::optional<Tensor>& mask_, int64_t first_frame, bool bilinear, double min_depth,
-                   double max_depth) {
+                   double max_depth, const std::optional<Tensor>& bounds) {
   const torch::stable::accelerator::DeviceGuard guard(latents_.get_device_index());
   const Tensor latents = as_contiguous(latents_);
   const Tensor depth = checked(depth_, ScalarType::Float, "depth");
@@ -172,6 +182,7 @@ Tensor cache_write(Tensor points, Tensor features, Tensor frame_ids, Tensor coun
   STD_TORCH_CHECK(points.is_contiguous() && features.is_contiguous() && frame_ids.is_contiguous(),
                   "points, features and frame_ids must be contiguous: they are written in place");
   STD_TORCH_CHECK(is_aligned(points), "points must begin at a multiple of 16 bytes: they are written in place");
+  if (bounds.has_value()) check_bounds(*bounds, points.size(0));
   const cudaStream_t stream = current_stream(latents);
   const index_t channels = latents.size(1), height = latents.size(2), width = latents.size(3);
   const DepthSource source = make_source(depth, mask, height, width, bilinear);
@@ -213,6 +224,11 @@ Tensor cache_write(Tensor points, Tensor features, Tensor frame_ids, Tensor coun
     });
     STD_CUDA_KERNEL_LAUNCH_CHECK();
   });
+  if (bounds.has_value()) {
+    appended_bounds_kernel<<<static_cast<unsigned>(divide_up(tokens, kBlockTokens) + 1), kBlockTokens, 0, stream>>>(
+        input<float4>(points), input<int64_t>(count), input<int64_t>(report), output<float>(*bounds));
+    STD_CUDA_KERNEL_LAUNCH_CHECK();
+  }
   return report;
 }
 

@@ -2,46 +2,30 @@
 //
 // In: points (N, 4), features (N, C), cameras of T views. Out: latents (T, C, h, w), mask, depth, index (T, h, w).
 #include "../core/zkey.h"
-#include "common.cuh"
+#include "walk.cuh"
 
 namespace mirage::cuda {
 namespace {
 
-constexpr int kPointThreads = 256;
-constexpr int kViewsAtOnce = 16;  // projections held in shared memory: 48 bytes each, read by all lanes at once
 constexpr int kCells = 32;        // cells of one read-out block: a warp's store is one 128-byte line of float32
 constexpr int kChannels = 64;     // channels staged at a time
 constexpr int kReadThreads = 256;
 
-// Each thread takes a point with one 16-byte load and shows it to every view. The plain load before the atomic can only
-// be stale towards "farther", so it spares atomics and loses none.
-__global__ void __launch_bounds__(kPointThreads)
-    fill_keys_kernel(const float4* __restrict__ points, const int64_t* __restrict__ num_points, index_t capacity,
-                     const Projection* __restrict__ projections, int views, int height, int width, float near,
-                     unsigned long long* keys) {
+// The plain load before the atomic can only be stale towards "farther", so it spares atomics and loses none.
+__global__ void __launch_bounds__(kBlockTokens, 6)  // 40 registers a thread
+    fill_keys_kernel(Points points, const Projection* __restrict__ projections, int views, int height, int width,
+                     float near, unsigned long long* keys) {
   __shared__ Projection shared[kViewsAtOnce];
-  const index_t count = live_points(num_points, capacity);
   const index_t cells = static_cast<index_t>(height) * width;
   const float limit_u = static_cast<float>(width), limit_v = static_cast<float>(height);
-  const index_t stride = static_cast<index_t>(gridDim.x) * kPointThreads;
-  for (int first = 0; first < views; first += kViewsAtOnce) {
-    const int number = min(kViewsAtOnce, views - first);
-    __syncthreads();
-    for (int k = threadIdx.x; k < number * 12; k += kPointThreads)
-      reinterpret_cast<float*>(shared)[k] = reinterpret_cast<const float*>(projections + first)[k];
-    __syncthreads();
-    for (index_t i = static_cast<index_t>(blockIdx.x) * kPointThreads + threadIdx.x; i < count; i += stride) {
-      const float4 p = __ldg(points + i);
-      for (int t = 0; t < number; ++t) {
-        const Projected q = project_point(shared[t], p.x, p.y, p.z);
-        if (!in_view(q, near, limit_u, limit_v)) continue;
-        const index_t cell = static_cast<index_t>(static_cast<int>(q.v)) * width + static_cast<int>(q.u);
-        unsigned long long* at = keys + (first + t) * cells + cell;
-        const unsigned long long key = make_key(q.z, static_cast<uint32_t>(i));
-        if (key < __ldcg(at)) atomicMin(at, key);
-      }
-    }
-  }
+  for_each_point(points, projections, views, shared, [&](index_t i, const float4& p, int t, const Projection& view) {
+    const Projected q = project_point(view, p.x, p.y, p.z);
+    if (!in_view(q, near, limit_u, limit_v)) return;
+    const index_t cell = static_cast<index_t>(static_cast<int>(q.v)) * width + static_cast<int>(q.u);
+    unsigned long long* at = keys + t * cells + cell;
+    const unsigned long long key = make_key(q.z, static_cast<uint32_t>(i));
+    if (key < __ldcg(at)) atomicMin(at, key);
+  });
 }
 
 // A block reads out kCells neighbouring cells of one view. Rows of winners come in as whole 4-byte words (16 at a time
@@ -138,7 +122,7 @@ __global__ void __launch_bounds__(kReadThreads)
 std::tuple<Tensor, Tensor, Tensor, Tensor> splat(const Tensor& points_, const Tensor& features_,
                                                  const std::optional<Tensor>& num_points, const Tensor& intrinsics_,
                                                  const Tensor& cam2world_, int64_t height, int64_t width, double near,
-                                                 ScalarType dtype) {
+                                                 ScalarType dtype, const std::optional<Tensor>& bounds) {
   const torch::stable::accelerator::DeviceGuard guard(points_.get_device_index());
   const Tensor points = checked_points(points_);
   const Tensor features = as_contiguous(features_);
@@ -158,8 +142,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> splat(const Tensor& points_, const Te
   fill_bytes(keys, 0xff, stream);
   if (capacity > 0) {
     const Tensor projections = make_projections(intrinsics, cam2world, stream);
-    fill_keys_kernel<<<grid_for(capacity, kPointThreads, 16), kPointThreads, 0, stream>>>(
-        input<float4>(points), count_pointer(num_points), capacity, input<Projection>(projections),
+    const int64_t* count = count_pointer(num_points);
+    const Culled culled(bounds, points, count, projections, height, width, 0, near, stream);
+    fill_keys_kernel<<<grid_for(capacity, kBlockTokens, 16), kBlockTokens, 0, stream>>>(
+        Points{input<float4>(points), count, capacity, culled.seen}, input<Projection>(projections),
         static_cast<int>(views), static_cast<int>(height), static_cast<int>(width), static_cast<float>(near),
         output<unsigned long long>(keys));
     STD_CUDA_KERNEL_LAUNCH_CHECK();

@@ -4,13 +4,11 @@
 // Out: latents (T, C, h, w), mask, depth, index (T, h, w), keys (T, h, w, kFits). Minima by integer atomics, best-of lists
 // by a chain of them: the same in whatever order the tokens come.
 #include "../core/fit.h"
-#include "common.cuh"
+#include "walk.cuh"
 
 namespace mirage::cuda {
 namespace {
 
-constexpr int kPointThreads = 256;
-constexpr int kViewsAtOnce = 16;  // readers held in shared memory
 constexpr int kCells = 32;        // cells of one read-out block: a warp's store is one 128-byte line of float32
 constexpr int kChannels = 64;     // channels staged at a time
 constexpr int kReadThreads = 256;
@@ -20,10 +18,7 @@ constexpr unsigned kNoDepth = 0xffffffffu;
 constexpr int kReaderWords = sizeof(Reader) / 4;
 static_assert(sizeof(Reader) == 64);
 
-struct Tokens {
-  const float4* points;
-  const int64_t* num_points;
-  index_t capacity;
+struct Tokens : Points {
   const int32_t* frame_ids;
   const float* frame_centers;
   int frames;
@@ -73,27 +68,16 @@ __device__ __forceinline__ void for_footprint(const Fit& fit, int height, int wi
   }
 }
 
-// Each thread takes a point with one 16-byte load and shows it to every view: f(i, view, fit) where it comes near a cell.
+// f(i, view, fit) for every token and view where it comes near a cell.
 template <typename F>
 __device__ __forceinline__ void for_fits(const Tokens& tokens, const Views& views, Reader* shared, const F& f) {
-  const index_t count = live_points(tokens.num_points, tokens.capacity);
-  const index_t stride = static_cast<index_t>(gridDim.x) * kPointThreads;
   const float limit_u = static_cast<float>(views.width), limit_v = static_cast<float>(views.height);
-  for (int first = 0; first < views.count; first += kViewsAtOnce) {
-    const int number = min(kViewsAtOnce, views.count - first);
-    __syncthreads();
-    for (int k = threadIdx.x; k < number * kReaderWords; k += kPointThreads)
-      reinterpret_cast<float*>(shared)[k] = reinterpret_cast<const float*>(views.readers + first)[k];
-    __syncthreads();
-    for (index_t i = static_cast<index_t>(blockIdx.x) * kPointThreads + threadIdx.x; i < count; i += stride) {
-      const float4 p = __ldg(tokens.points + i);
-      float writer[3];
-      for (int t = 0; t < number; ++t) {
-        const Fit fit = fit_point(tokens, i, p, shared[t], writer);
-        if (around_view(fit.u, fit.v, fit.z, views.near, limit_u, limit_v)) f(i, first + t, fit);
-      }
-    }
-  }
+  for_each_point(tokens, views.readers, views.count, shared,
+                 [&](index_t i, const float4& p, int t, const Reader& reader) {
+                   float writer[3];
+                   const Fit fit = fit_point(tokens, i, p, reader, writer);
+                   if (around_view(fit.u, fit.v, fit.z, views.near, limit_u, limit_v)) f(i, t, fit);
+                 });
 }
 
 // The plain loads before atomics here can only be stale towards "farther" or "worse": they spare atomics and lose none.
@@ -102,7 +86,7 @@ __device__ __forceinline__ void lower_depth(unsigned* at, float z) {
   if (bits < __ldcg(at)) atomicMin(at, bits);
 }
 
-__global__ void __launch_bounds__(kPointThreads, kBlocks) nearest_kernel(Tokens tokens, Views views, unsigned* narrow) {
+__global__ void __launch_bounds__(kBlockTokens, kBlocks) nearest_kernel(Tokens tokens, Views views, unsigned* narrow) {
   __shared__ Reader shared[kViewsAtOnce];
   const index_t cells = static_cast<index_t>(views.height) * views.width;
   for_fits(tokens, views, shared, [&](index_t, int t, const Fit& fit) {
@@ -111,7 +95,7 @@ __global__ void __launch_bounds__(kPointThreads, kBlocks) nearest_kernel(Tokens 
   });
 }
 
-__global__ void __launch_bounds__(kPointThreads, kBlocks)
+__global__ void __launch_bounds__(kBlockTokens, kBlocks)
     hole_kernel(Tokens tokens, Views views, const unsigned* __restrict__ narrow, unsigned* wide) {
   __shared__ Reader shared[kViewsAtOnce];
   const index_t cells = static_cast<index_t>(views.height) * views.width;
@@ -134,7 +118,7 @@ __device__ __forceinline__ void insert_key(unsigned long long* list, unsigned lo
   }
 }
 
-__global__ void __launch_bounds__(kPointThreads, kBlocks)
+__global__ void __launch_bounds__(kBlockTokens, kBlocks)
     best_kernel(Tokens tokens, Views views, const unsigned* __restrict__ narrow, const unsigned* __restrict__ wide,
                 unsigned long long* keys) {
   __shared__ Reader shared[kViewsAtOnce];
@@ -254,15 +238,15 @@ __global__ void __launch_bounds__(kReadThreads, kBlocks)
 
 // Backward, token by token: a warp finds the places that its token has, in order of view and cell, and sums there.
 template <typename Out>
-__global__ void __launch_bounds__(kPointThreads, kBlocks)
+__global__ void __launch_bounds__(kBlockTokens, kBlocks)
     gather_kernel(Tokens tokens, Views views, const int64_t* __restrict__ keys, const float* __restrict__ rows,
                   const float* __restrict__ shares, const float* __restrict__ slopes, int channels,
                   Out* __restrict__ grad_features, float* __restrict__ grad_points) {
   const int lane = threadIdx.x % 32;
   const index_t cells = static_cast<index_t>(views.height) * views.width;
-  const index_t stride = static_cast<index_t>(gridDim.x) * (kPointThreads / 32);
+  const index_t stride = static_cast<index_t>(gridDim.x) * (kBlockTokens / 32);
   const float limit_u = static_cast<float>(views.width), limit_v = static_cast<float>(views.height);
-  for (index_t i = static_cast<index_t>(blockIdx.x) * (kPointThreads / 32) + threadIdx.x / 32; i < tokens.capacity;
+  for (index_t i = static_cast<index_t>(blockIdx.x) * (kBlockTokens / 32) + threadIdx.x / 32; i < tokens.capacity;
        i += stride) {
     const float4 p = __ldg(tokens.points + i);
     const float point[4] = {p.x, p.y, p.z, p.w};
@@ -305,10 +289,12 @@ __global__ void __launch_bounds__(kPointThreads, kBlocks)
   }
 }
 
-Tokens make_tokens(const Tensor& points, const std::optional<Tensor>& num_points, const Tensor& frame_ids,
+Tokens make_tokens(const Tensor& points, const int64_t* num_points, const SeenBlocks& seen, const Tensor& frame_ids,
                    const Tensor& frame_centers) {
-  return {input<float4>(points),         count_pointer(num_points),   points.size(0),
-          input<int32_t>(frame_ids),     input<float>(frame_centers), static_cast<int>(frame_centers.size(0))};
+  return {{input<float4>(points), num_points, points.size(0), seen},
+          input<int32_t>(frame_ids),
+          input<float>(frame_centers),
+          static_cast<int>(frame_centers.size(0))};
 }
 
 Tensor make_readers(const Tensor& intrinsics, const Tensor& cam2world, cudaStream_t stream) {
@@ -325,7 +311,7 @@ Tensor make_readers(const Tensor& intrinsics, const Tensor& cam2world, cudaStrea
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> splat_aligned(
     const Tensor& points_, const Tensor& features_, const std::optional<Tensor>& num_points, const Tensor& frame_ids_,
     const Tensor& frame_centers_, const Tensor& intrinsics_, const Tensor& cam2world_, int64_t height, int64_t width,
-    double near, double sharpness, ScalarType dtype) {
+    double near, double sharpness, ScalarType dtype, const std::optional<Tensor>& bounds) {
   const torch::stable::accelerator::DeviceGuard guard(points_.get_device_index());
   const Tensor points = checked_points(points_);
   const Tensor features = as_contiguous(features_);
@@ -351,15 +337,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> splat_aligned(
     Tensor wide = new_tensor(points, {views, cells}, ScalarType::Int);
     fill_bytes(narrow, 0xff, stream);
     fill_bytes(wide, 0xff, stream);
-    const Tokens tokens = make_tokens(points, num_points, frame_ids, frame_centers);
+    const int64_t* count = count_pointer(num_points);
+    const Culled culled(bounds, points, count, readers, height, width, kHoleReach, near, stream);
+    const Tokens tokens = make_tokens(points, count, culled.seen, frame_ids, frame_centers);
     const Views seen{input<Reader>(readers), static_cast<int>(views), static_cast<int>(height), static_cast<int>(width),
                      static_cast<float>(near)};
-    const unsigned grid = grid_for(capacity, kPointThreads, 16);
-    nearest_kernel<<<grid, kPointThreads, 0, stream>>>(tokens, seen, output<unsigned>(narrow));
+    const unsigned grid = grid_for(capacity, kBlockTokens, 16);
+    nearest_kernel<<<grid, kBlockTokens, 0, stream>>>(tokens, seen, output<unsigned>(narrow));
     STD_CUDA_KERNEL_LAUNCH_CHECK();
-    hole_kernel<<<grid, kPointThreads, 0, stream>>>(tokens, seen, input<unsigned>(narrow), output<unsigned>(wide));
+    hole_kernel<<<grid, kBlockTokens, 0, stream>>>(tokens, seen, input<unsigned>(narrow), output<unsigned>(wide));
     STD_CUDA_KERNEL_LAUNCH_CHECK();
-    best_kernel<<<grid, kPointThreads, 0, stream>>>(tokens, seen, input<unsigned>(narrow), input<unsigned>(wide),
+    best_kernel<<<grid, kBlockTokens, 0, stream>>>(tokens, seen, input<unsigned>(narrow), input<unsigned>(wide),
                                                     output<unsigned long long>(keys));
     STD_CUDA_KERNEL_LAUNCH_CHECK();
   }
@@ -421,10 +409,10 @@ std::tuple<Tensor, Tensor> splat_aligned_backward(const Tensor& grad_latents_, c
     });
     STD_CUDA_KERNEL_LAUNCH_CHECK();
     // What the forward pass saw in front of `near` is in the keys; here nothing else is looked for.
-    const Tokens tokens = make_tokens(points, std::nullopt, frame_ids, frame_centers);
+    const Tokens tokens = make_tokens(points, nullptr, {}, frame_ids, frame_centers);
     const Views seen{input<Reader>(readers), static_cast<int>(views), static_cast<int>(height), static_cast<int>(width),
                      0.0f};
-    gather_kernel<In><<<grid_for(capacity * 32, kPointThreads, 16), kPointThreads, 0, stream>>>(
+    gather_kernel<In><<<grid_for(capacity * 32, kBlockTokens, 16), kBlockTokens, 0, stream>>>(
         tokens, seen, input<int64_t>(keys), input<float>(rows), input<float>(shares), input<float>(slopes),
         static_cast<int>(channels), output<In>(grad_features), of_points ? output<float>(grad_points) : nullptr);
     STD_CUDA_KERNEL_LAUNCH_CHECK();

@@ -2,13 +2,12 @@
 //
 // In: points (N, 4), cameras of V earlier and T target views. Out: (V, 2), voxels seen by both and by either.
 #include "../core/voxel.h"
-#include "common.cuh"
+#include "walk.cuh"
 
 namespace mirage::cuda {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kViewsAtOnce = 32;  // a bit each in one word per voxel
 
 __global__ void keys_kernel(const float4* __restrict__ points, index_t count, float voxel_size,
                             int64_t* __restrict__ keys) {
@@ -27,24 +26,26 @@ __global__ void heads_kernel(const int64_t* __restrict__ sorted, index_t count, 
 
 // seen[voxel] |= one bit per view that has a point of the voxel in its grid. OR has no order. voxel counts from 1.
 __global__ void __launch_bounds__(kThreads)
-    mark_kernel(const float4* __restrict__ points, const int64_t* __restrict__ num_points, index_t capacity,
-                const int64_t* __restrict__ order, const int64_t* __restrict__ voxel,
+    mark_kernel(Points points, int word, const int64_t* __restrict__ order, const int64_t* __restrict__ voxel,
                 const Projection* __restrict__ projections, int views, int height, int width, float near,
                 unsigned* seen) {
-  __shared__ Projection shared[kViewsAtOnce];
+  __shared__ Projection shared[kWordViews];
   for (int k = threadIdx.x; k < views * 12; k += kThreads)
     reinterpret_cast<float*>(shared)[k] = reinterpret_cast<const float*>(projections)[k];
   __syncthreads();
-  const index_t live = live_points(num_points, capacity);
+  const index_t capacity = points.capacity, live = live_points(points.num_points, capacity);
   const float limit_u = static_cast<float>(width), limit_v = static_cast<float>(height);
   const index_t stride = static_cast<index_t>(gridDim.x) * kThreads;
   for (index_t i = static_cast<index_t>(blockIdx.x) * kThreads + threadIdx.x; i < capacity; i += stride) {
     const index_t token = order[i];
     if (token >= live) continue;
-    const float4 p = points[token];
+    const unsigned mask = points.seen.mask(word, token / kBlockTokens);
+    if (mask == 0) continue;
+    const float4 p = __ldg(points.points + token);
     unsigned bits = 0;
     for (int v = 0; v < views; ++v)
-      bits |= (in_view(project_point(shared[v], p.x, p.y, p.z), near, limit_u, limit_v) ? 1u : 0u) << v;
+      if (mask >> v & 1u)
+        bits |= (in_view(project_point(shared[v], p.x, p.y, p.z), near, limit_u, limit_v) ? 1u : 0u) << v;
     if (bits == 0) continue;
     unsigned* at = seen + voxel[i] - 1;
     if ((__ldcg(at) & bits) != bits) atomicOr(at, bits);
@@ -95,7 +96,8 @@ Tensor running_sum(const Tensor& values) {
 
 Tensor view_overlap(const Tensor& points_, const std::optional<Tensor>& num_points, const Tensor& intrinsics_,
                     const Tensor& cam2world_, const Tensor& target_intrinsics_, const Tensor& target_cam2world_,
-                    int64_t height, int64_t width, double voxel_size, double near) {
+                    int64_t height, int64_t width, double voxel_size, double near,
+                    const std::optional<Tensor>& bounds) {
   const torch::stable::accelerator::DeviceGuard guard(points_.get_device_index());
   const Tensor points = checked_points(points_);
   const Tensor intrinsics = checked(intrinsics_, ScalarType::Double, "intrinsics");
@@ -121,13 +123,15 @@ Tensor view_overlap(const Tensor& points_, const std::optional<Tensor>& num_poin
   Tensor target_seen = new_tensor(points, {capacity}, ScalarType::Int);
   Tensor seen = new_tensor(points, {capacity}, ScalarType::Int);
   const auto mark = [&](const Tensor& projections, index_t number, const Tensor& into) {
-    for (index_t first = 0; first < number; first += kViewsAtOnce) {
-      const int batch = static_cast<int>(std::min<index_t>(kViewsAtOnce, number - first));
-      mark_kernel<<<grid, kThreads, 0, stream>>>(input<float4>(points), count_pointer(num_points), capacity,
-                                                 input<int64_t>(order), input<int64_t>(voxel),
-                                                 input<Projection>(projections) + first, batch, static_cast<int>(height),
-                                                 static_cast<int>(width), static_cast<float>(near),
-                                                 output<unsigned>(into));
+    const Culled culled(number > 0 ? bounds : std::nullopt, points, count_pointer(num_points), projections, height, width,
+                        0, near, stream);
+    const Points all{input<float4>(points), count_pointer(num_points), capacity, culled.seen};
+    for (index_t first = 0; first < number; first += kWordViews) {
+      const int batch = static_cast<int>(std::min<index_t>(kWordViews, number - first));
+      mark_kernel<<<grid, kThreads, 0, stream>>>(all, static_cast<int>(first / kWordViews), input<int64_t>(order),
+                                                 input<int64_t>(voxel), input<Projection>(projections) + first, batch,
+                                                 static_cast<int>(height), static_cast<int>(width),
+                                                 static_cast<float>(near), output<unsigned>(into));
       STD_CUDA_KERNEL_LAUNCH_CHECK();
       if (&into == &target_seen) continue;
       count_kernel<<<grid, kThreads, 0, stream>>>(input<unsigned>(seen), input<unsigned>(target_seen), capacity, batch,

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..reference import CARVE_GATE, CLOSER, COVERED, DEAD, FRESH, GATE, MOST_MERGED, SAME_LOOK, WRITE_REPORT
 from .back_project import KEPT
+from .block_bounds import update_bounds
 from .cache_write import TOKENS, judge_tokens, load_features, load_latents, store_features, token_tile
 from .camera import PROJECTION_SIZE, floor_int, in_view, load_rows, store_points, widen
 from .launch import EXACT, cdiv, device_of, float32, implements
@@ -115,7 +116,7 @@ def depth_around(nearest, u, v, height, width, mask):
 def carve_tokens(votes, index, held, alive, visible, on_surface, through, carve_views, report):
     """Counts views that see through tokens, marks those that enough do, and returns which are still alive."""
     voted = tl.where(through, held + 1, tl.where(on_surface, 0, held))
-    carved = alive & (voted >= carve_views)
+    carved = visible & (voted >= carve_views)
     voted = tl.where(carved, _DEAD, voted)
     tl.store(votes + index, voted.to(tl.uint8), alive & (voted != held))
     number = tl.sum(carved.to(tl.int32), axis=0)
@@ -433,6 +434,7 @@ def bounded_write(
     near: float,
     views_per_voxel: int,
     carve_views: int,
+    bounds: Tensor | None = None,
 ) -> Tensor:
     views, channels, height, width = latents.shape
     cells, capacity = height * width, points.shape[0]
@@ -546,4 +548,6 @@ def bounded_write(
                 cells,
                 **token_tile(channels),
             )
+    if bounds is not None:
+        update_bounds(points, count, None, bounds)
     return report

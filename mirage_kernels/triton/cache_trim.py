@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..reference import DEAD
+from .block_bounds import update_bounds
 from .launch import EXACT, cdiv, device_of, implements, power_of_2
 
 _DEAD = tl.constexpr(DEAD)
@@ -209,6 +210,7 @@ def cache_trim(
     looks: Tensor | None,
     count: Tensor,
     max_tokens: int,
+    bounds: Tensor | None = None,
 ) -> Tensor:
     capacity, channels = features.shape
     evicted = torch.zeros((), dtype=torch.int64, device=points.device)
@@ -263,4 +265,6 @@ def cache_trim(
                     **options,
                 )
     count.copy_(remaining)
+    if bounds is not None:
+        update_bounds(points, count, None, bounds)
     return evicted

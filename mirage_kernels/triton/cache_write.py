@@ -9,7 +9,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..reference import BLOCK
 from .back_project import CLASSES, KEPT, MASKED, NON_FINITE, OUT_OF_RANGE, UNKNOWN_DEPTH, lift_tokens
+from .block_bounds import store_box
 from .camera import convert, is_finite, widen
 from .launch import EXACT, cdiv, device_of, implements, power_of_2
 
@@ -184,6 +186,16 @@ def token_tile(channels: int) -> dict[str, Any]:
     return {"TOKENS": TOKENS, "CHANNELS": min(_CHANNELS, power_of_2(max(channels, 2))), "num_warps": 4, **EXACT}
 
 
+@triton.jit
+def appended_bounds_kernel(points, count, report, bounds, POINTS: tl.constexpr):
+    """The boxes of the blocks appended to, from the one that the first new token went to."""
+    end = tl.load(count)
+    written = tl.load(report)
+    block = (end - written) // POINTS + tl.program_id(0)
+    if (written > 0) & (block * POINTS < end):
+        store_box(points, end, block, bounds, POINTS)
+
+
 @implements("cache_write")
 def cache_write(
     points: Tensor,
@@ -199,8 +211,10 @@ def cache_write(
     bilinear: bool,
     min_depth: float,
     max_depth: float,
+    bounds: Tensor | None = None,
 ) -> Tensor:
-    channels, cells, capacity = latents.shape[1], latents.shape[2] * latents.shape[3], points.shape[0]
+    views, channels, height, width = latents.shape
+    cells, capacity = height * width, points.shape[0]
     latents = latents.contiguous()
     judged = latents, depth, intrinsics, cam2world, mask, bilinear, min_depth, max_depth
     lifted, state, counts = judge_tokens(features, *judged)
@@ -224,5 +238,9 @@ def cache_write(
                 cells,
                 cdiv(cells, TOKENS),
                 **token_tile(channels),
+            )
+        if blocks > 0 and bounds is not None:
+            appended_bounds_kernel[(cdiv(views * cells, BLOCK) + 1,)](
+                points, count, report, bounds, POINTS=BLOCK, num_warps=2, **EXACT
             )
     return report

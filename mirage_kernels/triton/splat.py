@@ -145,6 +145,7 @@ def splat(
     width: int,
     near: float,
     dtype: torch.dtype,
+    bounds: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     views, cells, channels = cam2world.shape[0], height * width, features.shape[1]
     latents = features.new_empty((views, channels, height, width), dtype=dtype)

@@ -582,6 +582,7 @@ def splat_aligned(
     near: float,
     sharpness: float,
     dtype: torch.dtype,
+    bounds: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     views, cells, channels = cam2world.shape[0], height * width, features.shape[1]
     latents = features.new_empty((views, channels, height, width), dtype=dtype)

@@ -111,6 +111,7 @@ def view_overlap(
     width: int,
     voxel_size: float,
     near: float,
+    bounds: Tensor | None = None,
 ) -> Tensor:
     total, views, targets = points.shape[0], cam2world.shape[0], target_cam2world.shape[0]
     counts = torch.zeros((views, 2), dtype=torch.int64, device=points.device)

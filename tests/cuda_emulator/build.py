@@ -26,7 +26,7 @@ NAMESPACE = "mirage_emulated"
 # The operators as they are, on sm_80, and a variant: as on GPUs before it, with constants so small that loops which
 # only a huge input enters twice go round often. Suffix of the namespace: (architecture, files, replacements).
 VARIANTS = {
-    "": (800, ("back_project", "cache_write", "splat", "splat_aligned", "view_overlap", "faults"), ()),
+    "": (800, ("back_project", "block_bounds", "cache_write", "splat", "splat_aligned", "view_overlap", "faults"), ()),
     "_small": (750, ("back_project", "cache_write"), (("kScanThreads = 1024", "kScanThreads = 64"),)),
 }
 

@@ -153,6 +153,11 @@ T __shfl_up_sync(unsigned mask, T value, unsigned delta, int line = __builtin_LI
                                                        source < 0 ? emulator::lane() : source, "__shfl_up_sync", line));
 }
 template <typename T>
+T __shfl_sync(unsigned mask, T value, int source, int line = __builtin_LINE()) {
+  return emulator::from_bits<T>(
+      emulator::warp_shuffle(mask, emulator::to_bits(value), source, "__shfl_sync", line));
+}
+template <typename T>
 T __shfl_xor_sync(unsigned mask, T value, int lanes, int line = __builtin_LINE()) {
   return emulator::from_bits<T>(
       emulator::warp_shuffle(mask, emulator::to_bits(value), emulator::lane() ^ lanes, "__shfl_xor_sync", line));
@@ -187,6 +192,7 @@ inline unsigned atomicOr(unsigned* at, unsigned value) {
 
 inline float __fsqrt_rn(float value) { return __builtin_sqrtf(value); }
 inline int __popc(unsigned value) { return __builtin_popcount(value); }
+inline int __ffs(int value) { return __builtin_ffs(value); }
 inline int __clz(int value) { return value == 0 ? 32 : __builtin_clz(static_cast<unsigned>(value)); }
 inline unsigned __float_as_uint(float value) { return __builtin_bit_cast(unsigned, value); }
 inline float __uint_as_float(unsigned bits) { return __builtin_bit_cast(float, bits); }

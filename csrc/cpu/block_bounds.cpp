@@ -1,0 +1,163 @@
+// block_bounds on the CPU: the box of every block of tokens; and which boxes the views may see.
+//
+// In: points (N, 4). In place: bounds (ceil(N / 256), 6), least and greatest x, y, z of the live points that are finite.
+#include <limits>
+
+#include "common.h"
+#include "lanes.h"
+
+namespace mirage::cpu {
+namespace {
+
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+constexpr int kTile = 64;  // blocks tested at once, a bit each of one word
+
+typedef float Row __attribute__((vector_size(4 * sizeof(float))));
+
+// In: `count` rows x, y, z, footprint. A point with a coordinate that is not finite does not count.
+MIRAGE_SIMD
+void bound_rows(const float* points, index_t count, float* box) {
+  Row low = Row{} + kInfinity, high = Row{} - kInfinity, zeros = Row{};
+  for (index_t i = 0; i < count; ++i) {
+    Row row;
+    __builtin_memcpy(&row, points + 4 * i, sizeof(row));
+    low = row < low ? row : low;
+    high = row > high ? row : high;
+    zeros += row - row;  // NaN from the first value on that is not finite
+  }
+  if ((zeros[0] + zeros[1]) + zeros[2] != 0.0f) {
+    low = Row{} + kInfinity;
+    high = Row{} - kInfinity;
+    for (index_t i = 0; i < count; ++i) {
+      Row row;
+      __builtin_memcpy(&row, points + 4 * i, sizeof(row));
+      if (!is_finite(row[0]) || !is_finite(row[1]) || !is_finite(row[2])) continue;
+      low = row < low ? row : low;
+      high = row > high ? row : high;
+    }
+  }
+  for (int j = 0; j < 3; ++j) {
+    box[j] = low[j] + 0.0f;  // no -0, whose place among zeros depends on their order
+    box[3 + j] = high[j] + 0.0f;
+  }
+}
+
+// Boxes of one tile, one array per side; past the last, empty ones.
+struct Tile {
+  alignas(64) float side[kBoxSize][kTile], reach[kTile];
+};
+
+MIRAGE_SIMD
+void load_tile(const float* bounds, int count, Tile& tile) {
+  for (int b = 0; b < kTile; ++b)
+    for (int j = 0; j < kBoxSize; ++j)
+      tile.side[j][b] = b < count ? bounds[kBoxSize * b + j] : (j < 3 ? kInfinity : -kInfinity);
+  for (int b = 0; b < kTile; ++b) {
+    float reach = 0.0f;
+    for (int j = 0; j < 3; ++j) {
+      const float low = magnitude_of(tile.side[j][b]), high = magnitude_of(tile.side[3 + j][b]);
+      reach += low > high ? low : high;
+    }
+    tile.reach[b] = limited_reach(reach);
+  }
+}
+
+// `may_see` of every box of the tile, a bit each.
+MIRAGE_SIMD
+uint64_t see_tile(const Tile& tile, const Frustum& frustum) {
+  typedef int32_t Flags __attribute__((vector_size(sizeof(Lanes))));
+  constexpr int kVectors = kTile / kLanes;
+  Flags outside[kVectors];
+  for (int v = 0; v < kVectors; ++v) {
+    outside[v] = Flags{};
+    for (int j = 0; j < 3; ++j) outside[v] |= load(tile.side[j] + v * kLanes) > load(tile.side[3 + j] + v * kLanes);
+  }
+  for (int f = 0; f < 5; ++f) {
+    const float* corner[3];
+    for (int j = 0; j < 3; ++j) corner[j] = tile.side[frustum.normal[f][j] < 0.0f ? j : 3 + j];
+    const Lanes x = Lanes{} + frustum.normal[f][0], y = Lanes{} + frustum.normal[f][1];
+    const Lanes z = Lanes{} + frustum.normal[f][2], offset = Lanes{} + frustum.offset[f];
+    const Lanes slack = Lanes{} + frustum.slack[f];
+    Flags all = Flags{} - 1;
+    for (int v = 0; v < kVectors; ++v) {
+      const int b = v * kLanes;
+      const Lanes bound = (offset + slack * load(tile.reach + b)) + (x * load(corner[0] + b) + y * load(corner[1] + b)) +
+                          z * load(corner[2] + b);
+      outside[v] |= bound < 0.0f;
+      all &= outside[v];
+    }
+    // Neighbours tend to lie beyond the same plane.
+    uint64_t halves[4];
+    __builtin_memcpy(halves, &all, sizeof(all));
+    if ((halves[0] & halves[1] & halves[2] & halves[3]) == ~uint64_t{0}) return 0;
+  }
+  alignas(64) int32_t flags[kTile];
+  alignas(64) uint8_t seen[kTile];
+  __builtin_memcpy(flags, outside, sizeof(flags));
+  for (int b = 0; b < kTile; ++b) seen[b] = static_cast<uint8_t>(flags[b] + 1);
+  uint64_t bits = 0;
+  for (int word = 0; word < kTile / 8; ++word) {
+    uint64_t bytes;
+    __builtin_memcpy(&bytes, seen + 8 * word, 8);
+    bits |= (bytes * 0x0102040810204080ull >> 56) << (8 * word);  // the byte i to the bit i
+  }
+  return bits;
+}
+
+}  // namespace
+
+void check_bounds(const Tensor& bounds, index_t capacity) {
+  STD_TORCH_CHECK(bounds.is_cpu() && bounds.scalar_type() == ScalarType::Float && bounds.is_contiguous() &&
+                      bounds.numel() == divide_up(capacity, kBlockTokens) * kBoxSize,
+                  "bounds must be contiguous float32 with a box for every 256 points: they are written in place");
+}
+
+void update_bounds(const float* points, index_t count, index_t first, index_t last, const uint8_t* touched,
+                   float* bounds) {
+  torch::stable::parallel_for(first, last, 32, [&](int64_t begin, int64_t end) {
+    for (int64_t b = begin; b < end; ++b) {
+      if (touched != nullptr && touched[b] == 0) continue;
+      const index_t row = b * kBlockTokens, here = std::clamp<index_t>(count - row, 0, kBlockTokens);
+      bound_rows(points + 4 * row, here, bounds + kBoxSize * b);
+    }
+  });
+}
+
+SeenBlocks::SeenBlocks(const std::optional<Tensor>& bounds_, index_t capacity, index_t count,
+                       const std::vector<Frustum>& frusta) {
+  const index_t blocks = divide_up(count, kBlockTokens), views = static_cast<index_t>(frusta.size());
+  if (!bounds_.has_value()) {
+    numbers_.resize(blocks);
+    for (index_t b = 0; b < blocks; ++b) numbers_[b] = static_cast<uint32_t>(b);
+    return;
+  }
+  const Tensor bounds = checked(*bounds_, ScalarType::Float, "bounds");
+  STD_TORCH_CHECK(bounds.numel() == divide_up(capacity, kBlockTokens) * kBoxSize,
+                  "bounds must hold a box for every 256 points");
+  const float* boxes = input<float>(bounds);
+  tiles_ = divide_up(blocks, kTile);
+  seen_.resize(std::max<index_t>(1, views * tiles_));
+  torch::stable::parallel_for(0, tiles_, 1 + 512 / (views + 4), [&](int64_t begin, int64_t end) {
+    Tile tile;
+    for (int64_t k = begin; k < end; ++k) {
+      load_tile(boxes + kBoxSize * kTile * k, static_cast<int>(std::min<index_t>(kTile, blocks - k * kTile)), tile);
+      for (index_t t = 0; t < views; ++t) seen_[t * tiles_ + k] = see_tile(tile, frusta[t]);
+    }
+  });
+  for (index_t k = 0; k < tiles_; ++k) {
+    uint64_t bits = 0;
+    for (index_t t = 0; t < views; ++t) bits |= seen_[t * tiles_ + k];
+    for (; bits != 0; bits &= bits - 1) numbers_.push_back(static_cast<uint32_t>(k * kTile + __builtin_ctzll(bits)));
+  }
+}
+
+void block_bounds(const Tensor& points_, const std::optional<Tensor>& num_points, Tensor bounds) {
+  const Tensor points = checked(points_, ScalarType::Float, "points");
+  check_bounds(bounds, points.size(0));
+  update_bounds(input<float>(points), live_points(num_points, points.size(0)), 0,
+                divide_up(points.size(0), kBlockTokens), nullptr, output<float>(bounds));
+}
+
+}  // namespace mirage::cpu
+
+STABLE_TORCH_LIBRARY_IMPL(mirage, CPU, m) { m.impl("block_bounds_compiled", TORCH_BOX(&mirage::cpu::block_bounds)); }
