@@ -107,7 +107,8 @@ class MirageChunk:
         view: what the memory showed at these cameras before the chunk.
         depth: (F, H', W') float32, world units, as written.
         static: (F, H', W') bool, what the static filter kept.
-        metrics: figures of the chunk, plain JSON values.
+        metrics: figures of the chunk, plain JSON values; `tokens` and `cache_bytes` are of the memory after it,
+            `written` is what became of the chunk's tokens, see :class:`~mirage_kernels.cache.WriteReport`.
     """
 
     index: int

@@ -177,16 +177,16 @@ void look(const Held& held, index_t live, const std::vector<uint32_t>& blocks, s
   }
 }
 
-// The space of the voxels that the tokens of a view come to; nothing past what a key can tell apart.
+// A box around the voxels that the tokens of a view come to.
 struct VoxelBox {
   float low[3] = {kInfinity, kInfinity, kInfinity}, high[3] = {-kInfinity, -kInfinity, -kInfinity};
 
   void add(const LiftedToken& p) {
-    const float at[3] = {p.x, p.y, p.z}, edge = 2.0f * p.footprint;  // and more
+    const float at[3] = {p.x, p.y, p.z};
     for (int j = 0; j < 3; ++j) {
-      const bool told = (p.footprint > 1e-15f) & (p.footprint < 1e15f) & (magnitude_of(at[j]) < 1e5f * edge);
-      low[j] = told ? std::min(low[j], at[j] - edge) : -kInfinity;
-      high[j] = told ? std::max(high[j], at[j] + edge) : kInfinity;
+      const float reach = token_voxel_reach(at[j], p.footprint);
+      low[j] = std::min(low[j], at[j] - reach);
+      high[j] = std::max(high[j], at[j] + reach);
     }
   }
 

@@ -4,71 +4,13 @@
 // scales.
 // Out: how many tokens were written, refused, masked, of unknown depth, out of range, not finite.
 #include "bounds.cuh"
-#include "features.cuh"
-#include "lift.cuh"
+#include "judge.cuh"
 
 namespace mirage::cuda {
 namespace {
 
-enum Verdict : uint8_t { kKeep = 0, kMasked = 2, kUnknown = 3, kOutOfRange = 4, kNonFinite = 5 };
-
-constexpr int kTokens = 256;  // tokens of one judging and one moving block
 constexpr int kWarps = kTokens / 32;
 constexpr int kScanThreads = 1024;
-
-__global__ void __launch_bounds__(kLiftThreads)
-    lift_kernel(DepthSource source, const Lift* __restrict__ lifts, float low, float high,
-                float4* __restrict__ points, uint8_t* __restrict__ verdicts) {
-  const int lane = threadIdx.x % 32;
-  const index_t token = static_cast<index_t>(blockIdx.x) * (kLiftThreads / 32) + threadIdx.x / 32;
-  const index_t cells = source.height * source.width;
-  if (token >= source.views * cells) return;
-  const index_t t = token / cells, i = token % cells / source.width, j = token % source.width;
-  const bool still = token_static(source, t, i, j, lane);
-  const float z = token_depth(source, t, i, j, lane);
-  if (lane != 0) return;
-  const LiftedToken p = lift_token(lifts[t], static_cast<int>(i), static_cast<int>(j), z);
-  points[token] = make_float4(p.x, p.y, p.z, p.footprint);
-  verdicts[token] = !still                        ? kMasked
-                    : !(z > 0.0f)                 ? kUnknown
-                    : !(z >= low && z <= high)    ? kOutOfRange
-                    : !is_finite_token(p)         ? kNonFinite
-                                                  : kKeep;
-}
-
-// A thread a token: neighbours read neighbouring cells of each channel. Counts go out by block; rejections are summed
-// with integer atomics, whose order cannot matter.
-template <typename In, typename Out>
-__global__ void __launch_bounds__(kTokens)
-    judge_kernel(const In* __restrict__ latents, index_t tokens, index_t cells, int channels,
-                 uint8_t* __restrict__ verdicts, int* __restrict__ block_counts, unsigned long long* report) {
-  __shared__ int kept;
-  __shared__ int rejected[6];
-  if (threadIdx.x == 0) kept = 0;
-  if (threadIdx.x < 6) rejected[threadIdx.x] = 0;
-  __syncthreads();
-  const index_t token = static_cast<index_t>(blockIdx.x) * kTokens + threadIdx.x;
-  uint8_t verdict = 255;
-  if (token < tokens) {
-    verdict = verdicts[token];
-    if (verdict == kKeep) {
-      const In* at = latents + token / cells * channels * cells + token % cells;
-      bool bad = false;
-      for (int c = 0; c < channels; ++c) bad |= !is_storable<Out>(to_float(at[c * cells]));
-      if (bad) {
-        verdict = kNonFinite;
-        verdicts[token] = verdict;
-      }
-    }
-  }
-  const unsigned keep = __ballot_sync(kFullWarp, verdict == kKeep);
-  if (threadIdx.x % 32 == 0) atomicAdd(&kept, __popc(keep));
-  if (verdict != kKeep && verdict != 255) atomicAdd(&rejected[verdict], 1);
-  __syncthreads();
-  if (threadIdx.x == 0) block_counts[blockIdx.x] = kept;
-  if (threadIdx.x >= kMasked && threadIdx.x < 6 && rejected[threadIdx.x] > 0)
-    atomicAdd(report + threadIdx.x, static_cast<unsigned long long>(rejected[threadIdx.x]));
-}
 
 // One block: where each block's tokens go (place[b], absolute rows), the new count, and the report.
 __global__ void __launch_bounds__(kScanThreads)
@@ -76,7 +18,6 @@ __global__ void __launch_bounds__(kScanThreads)
                 int64_t* __restrict__ place, int64_t* __restrict__ report) {
   __shared__ int64_t warp_totals[kScanThreads / 32];
   __shared__ int64_t carried;
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int64_t start = *count;
   // A count from outside may be anything: then every block is told there is no room, and all is refused.
   const bool sound = start >= 0 && start <= capacity;
@@ -85,18 +26,11 @@ __global__ void __launch_bounds__(kScanThreads)
   for (int first = 0; first < blocks; first += kScanThreads) {
     const int b = first + threadIdx.x;
     const int64_t own = b < blocks ? block_counts[b] : 0;
-    int64_t upto = own;
-    for (int offset = 1; offset < 32; offset *= 2) {
-      const int64_t other = __shfl_up_sync(kFullWarp, upto, offset);
-      if (lane >= offset) upto += other;
-    }
-    if (lane == 31) warp_totals[warp] = upto;
+    int64_t upto = sum_up_to<kScanThreads>(own, warp_totals);
+    upto += carried;
+    if (b < blocks) place[b] = sound ? upto - own : capacity;
     __syncthreads();
-    int64_t before = carried;
-    for (int w = 0; w < warp; ++w) before += warp_totals[w];
-    if (b < blocks) place[b] = sound ? before + upto - own : capacity;
-    __syncthreads();
-    if (threadIdx.x == kScanThreads - 1) carried = before + upto;
+    if (threadIdx.x == kScanThreads - 1) carried = upto;
     __syncthreads();
   }
   if (threadIdx.x == 0) {
@@ -190,7 +124,7 @@ Tensor cache_write(Tensor points, Tensor features, Tensor frame_ids, Tensor coun
 
   lift_kernel<<<static_cast<unsigned>(divide_up(tokens, kLiftThreads / 32)), kLiftThreads, 0, stream>>>(
       source, input<Lift>(lifts), static_cast<float>(min_depth), static_cast<float>(max_depth), output<float4>(lifted),
-      output<uint8_t>(verdicts));
+      output<uint8_t>(verdicts), nullptr, nullptr);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
   for_feature_type(latents.scalar_type(), [&](auto in) {
     using In = decltype(in);
