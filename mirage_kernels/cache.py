@@ -19,7 +19,7 @@ from torch import Tensor
 from . import ops
 from .cameras import Cameras
 from .ops import CARVE_VIEWS, MOST_VIEWS, NEAR, SHARPNESS, STORED_DTYPES, VIEWS_PER_VOXEL, View
-from .reference import BLOCK, DEAD, FLOAT8, REPORT_FIELDS, WRITE_REPORT, dequantise_rows
+from .reference import BLOCK, DEAD, FLOAT8, WRITE_REPORT, dequantise_rows
 from .storage import load_cache, save_cache
 
 WRITE_POLICIES = ("bounded", "append")
@@ -399,7 +399,8 @@ class LatentCache:
         else:
             appended = ops.cache_write(*buffers, self._count, *views_of, **options)
             counts = appended.new_zeros(len(WRITE_REPORT))
-            counts[[WRITE_REPORT.index(name) for name in REPORT_FIELDS]] = appended
+            # Slices: a list of places would be copied to the device, and no graph could capture the write.
+            counts[:1], counts[4:9] = appended[:1], appended[1:]
         if self._votes is not None or self._max_tokens is not None:
             counts[-1] = ops.cache_trim(
                 *(*buffers, self._count),

@@ -18,7 +18,6 @@ from torch import Tensor
 
 VOXEL_LIMIT = 2**20
 BLOCK = 256  # consecutive rows of points that share one box; the kernels' copy is kBlockTokens in csrc/core/frustum.h
-REPORT_FIELDS = ("written", "refused", "masked", "unknown_depth", "out_of_range", "non_finite")
 
 
 # Features of one byte: float8 e4m3 (OCP 8-bit floating point, 1.0; torch.float8_e4m3fn) and one scale a token, a power
@@ -779,7 +778,7 @@ def bounded_write(
             stored = features[slot].float() if scales is None else dequantise_rows(features[slot], scales[slot])
             store_rows(features, scales, slot, (stored * number + rows[chosen].float()) / (number + 1.0))
             frame_ids[slot], votes[slot] = frame, 0
-            looks[slot] = (looks[slot] + 1).clamp(max=MOST_MERGED)
+            looks[slot] = (looks[slot].int() + 1).clamp(max=MOST_MERGED).to(looks.dtype)
             report["merged"] += len(chosen)
         else:
             report["covered"] += covered

@@ -202,15 +202,15 @@ void find_blocks(const float* bounds, index_t live, const Frustum& frustum, cons
                  std::vector<uint32_t>& blocks) {
   blocks.clear();
   for (index_t b = 0; b < divide_up(live, kBlockTokens); ++b) {
-    const float* box = bounds + kBoxSize * b;
-    if (!bounds || voxels.meets(box) || may_see(frustum, box)) blocks.push_back(static_cast<uint32_t>(b));
+    const float* box = bounds ? bounds + kBoxSize * b : nullptr;
+    if (!box || voxels.meets(box) || may_see(frustum, box)) blocks.push_back(static_cast<uint32_t>(b));
   }
 }
 
 struct Move {
   int32_t cell;
   index_t row;
-  float looks;  // averaged in the row so far; 0: it is overwritten
+  float looks;  // averaged in the row so far; -1: it is overwritten
 };
 
 // Decides every cell of a view in order, and writes all but the features. Returns the new number of rows.
@@ -233,7 +233,7 @@ index_t decide(const Held& held, index_t live, const Grid& grid, const Seen& see
         ++report[kRefused];
         continue;
       }
-      moves.push_back({cell, end, 0.0f});
+      moves.push_back({cell, end, -1.0f});
       held.points[end] = token;
       held.frame_ids[end] = frame;
       held.votes[end] = 0;
@@ -258,7 +258,7 @@ index_t decide(const Held& held, index_t live, const Grid& grid, const Seen& see
       ++report[replaces ? kReplaced : kCoveredCount];
       if (!replaces) continue;
       old = token;
-      moves.push_back({cell, row, 0.0f});
+      moves.push_back({cell, row, -1.0f});
     }
     held.frame_ids[row] = frame;
     held.votes[row] = 0;
@@ -284,7 +284,7 @@ void move_rows(const std::vector<Move>& moves, const In* latents, index_t cells,
         const In* row = rows.data() + k * channels;
         Out* to = features + move.row * channels;
         uint8_t* scale = scales ? scales + move.row : nullptr;
-        if (move.looks > 0.0f) {
+        if (move.looks >= 0.0f) {
           load_row(to, scale ? *scale : uint8_t{0}, channels, mean.data());
           for (index_t c = 0; c < channels; ++c) mean[c] = mean_with(mean[c], move.looks, static_cast<float>(row[c]));
           store_row(mean.data(), channels, to, scale);

@@ -303,9 +303,8 @@ __device__ __forceinline__ float settle(const Held& held, index_t row, const flo
   float looks = -1.0f;
   if (merges) {
     const float4 old = held.points[row];
-    const uint8_t next = static_cast<uint8_t>(held.looks[row] + 1);
     looks = static_cast<float>(held.looks[row]);
-    held.looks[row] = min(static_cast<int>(next), kMostMerged);
+    held.looks[row] = min(held.looks[row] + 1, kMostMerged);
     point = make_float4(mean_with(old.x, looks, token.x), mean_with(old.y, looks, token.y),
                         mean_with(old.z, looks, token.z), mean_with(old.w, looks, token.w));
     if (voxel_of(point) != voxel_of(old)) point = old;

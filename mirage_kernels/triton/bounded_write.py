@@ -413,8 +413,7 @@ def write_kernel(
     if looks is not None:
         number = tl.load(numbers + token, inside, other=-1.0)
         merges = stores & (number >= 0.0)
-        # A byte wraps past 255, here as in the definition; nothing ever written comes near.
-        more = tl.minimum((number.to(tl.int32) + 1) & 0xFF, _MOST_MERGED)
+        more = tl.minimum(number.to(tl.int32) + 1, _MOST_MERGED)
         tl.store(looks + slot, tl.where(merges, more, 1).to(tl.uint8), stores)
     else:
         merges = stores
