@@ -79,7 +79,8 @@ def run_generate(options: GenerateOptions, progress: bool = True) -> dict[str, A
     with `resume`.
 
     Returns:
-        frames, size ([H, W]), chunks, tokens, cache_bytes, coverage (mean over chunks after the first), seconds.
+        frames, size ([H, W]), chunks, tokens and cache_bytes (of the memory at the end), coverage (mean over chunks
+        after the first), seconds.
 
     Raises:
         MissingExtraError: a package of the extra `generate` is not installed.

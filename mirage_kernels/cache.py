@@ -4,13 +4,11 @@ Buffers: ``points`` (capacity, 4) float32 x, y, z, footprint; ``features`` (capa
 int32; with float8 features ``scales`` (capacity,) uint8; the bounds of every 256 tokens, by which reads pass over what
 no camera sees; a table of frames' camera centres (F, 3); and the live count, one int64 beside them on the device. The
 read path looks at the count on the device only: it never waits, so a captured read stays valid while the cache grows
-within its buffers. What :meth:`LatentCache.offload` moved to the host is in no buffer: rows here are then fewer than those
-that users count, see ``offload.py``.
+within its buffers.
 """
 
 from __future__ import annotations
 
-import itertools
 import math
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,16 +18,14 @@ from torch import Tensor
 
 from . import ops
 from .cameras import Cameras
-from .offload import Offloaded, Plan, make_plan, make_store, may_touch
 from .ops import CARVE_VIEWS, MOST_VIEWS, NEAR, SHARPNESS, STORED_DTYPES, VIEWS_PER_VOXEL, View
-from .reference import BLOCK, DEAD, FLOAT8, REPORT_FIELDS, WRITE_REPORT, dequantise_rows
+from .reference import BLOCK, DEAD, FLOAT8, WRITE_REPORT, dequantise_rows
 from .storage import load_cache, save_cache
 
 WRITE_POLICIES = ("bounded", "append")
 MERGES = ("keep", "mean")
 SPLATS = ("aligned", "nearest")
 _GROWTH = 1.5
-COARSEST = (32, 32)  # grid of a latent that `offload` takes the margins of, where it is not told
 _FRAMES = 1024  # rows of the table of frames to begin with, 12 KB
 
 
@@ -177,12 +173,11 @@ class LatentCache:
         self._at_most = 0  # bound on the count that the host knows without asking the device
         self._generation = 0
         self._num_frames = 0
-        self._out: Offloaded | None = None
         self._take_buffers(self._new_buffers(capacity or 0))
         self._bounds = self._no_bounds()
         self._frame_centers = torch.empty((_FRAMES, 3), dtype=torch.float32, device=self.device)
 
-    def _new_buffers(self, capacity: int, device: torch.device | None = None) -> dict[str, Tensor]:
+    def _new_buffers(self, capacity: int) -> dict[str, Tensor]:
         """A row a token of each; the names are those of the saved file."""
         shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
             "points": ((capacity, 4), torch.float32),
@@ -195,8 +190,7 @@ class LatentCache:
             shapes["votes"] = ((capacity,), torch.uint8)
             if self._merge == "mean":
                 shapes["looks"] = ((capacity,), torch.uint8)
-        device = device or self.device
-        return {name: torch.empty(size, dtype=kind, device=device) for name, (size, kind) in shapes.items()}
+        return {name: torch.empty(size, dtype=kind, device=self.device) for name, (size, kind) in shapes.items()}
 
     def _take_buffers(self, buffers: dict[str, Tensor]) -> None:
         self._points, self._features, self._frame_ids = (buffers[name] for name in ("points", "features", "frame_ids"))
@@ -204,7 +198,7 @@ class LatentCache:
 
     def _no_bounds(self) -> Tensor:
         """Bounds of blocks without a token, see :func:`mirage_kernels.block_bounds`."""
-        bounds = torch.full((-(-self._room // BLOCK), 6), torch.inf, device=self.device)
+        bounds = torch.full((-(-self.capacity // BLOCK), 6), torch.inf, device=self.device)
         bounds[:, 3:] = -torch.inf
         return bounds
 
@@ -252,8 +246,8 @@ class LatentCache:
 
     @property
     def capacity(self) -> int:
-        """Tokens the cache holds before its buffers must grow, or refuse; those offloaded included."""
-        return self._room + self._num_offloaded
+        """Tokens the buffers hold before they must grow, or refuse."""
+        return self._points.shape[0]
 
     @property
     def generation(self) -> int:
@@ -265,44 +259,26 @@ class LatentCache:
         """Views written so far."""
         return self._num_frames
 
-    # What it holds. These may wait for the device: they need the live count on the host. The tokens themselves are
-    # handed out from the buffers, so all that was offloaded comes back first.
+    # What it holds. These may wait for the device: they need the live count on the host.
 
     def __len__(self) -> int:
-        """Live tokens, wherever they are."""
-        return self.resident + self._num_offloaded
-
-    @property
-    def resident(self) -> int:
-        """Live tokens on the device: all but those that :meth:`offload` moved to the host."""
+        """Live tokens."""
         self._at_most = int(self._count)
         return self._at_most
 
     @property
-    def _num_offloaded(self) -> int:
-        return self._out.tokens if self._out is not None else 0
-
-    @property
-    def _room(self) -> int:
-        """Rows of the buffers."""
-        return self._points.shape[0]
-
-    @property
     def points(self) -> Tensor:
         """(N, 3) float32 world positions of the live tokens, a view of the buffer."""
-        self.fetch()
         return self._points[: len(self), :3]
 
     @property
     def footprints(self) -> Tensor:
         """(N,) float32 world size of a cell at each token, z / fx, a view of the buffer."""
-        self.fetch()
         return self._points[: len(self), 3]
 
     @property
     def features(self) -> Tensor:
         """(N, C) features of the live tokens, a view of the buffer; of a float8 cache their values, a float32 copy."""
-        self.fetch()
         live = len(self)
         if self._scales is not None:
             return dequantise_rows(self._features[:live], self._scales[:live])
@@ -311,7 +287,6 @@ class LatentCache:
     @property
     def frame_ids(self) -> Tensor:
         """(N,) int32: which written view each token came from, counted from 0."""
-        self.fetch()
         return self._frame_ids[: len(self)]
 
     @property
@@ -321,26 +296,15 @@ class LatentCache:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the live tokens, wherever they are, their bounds, and frames."""
-        live = len(self)
-        bounds = -(-live // BLOCK) * self._bounds.element_size() * self._bounds.shape[1]
-        return live * self._token_nbytes + bounds + self.frame_centers.nbytes
-
-    @property
-    def nbytes_offloaded(self) -> int:
-        """Bytes of the tokens that :meth:`offload` moved to the host."""
-        return self._num_offloaded * self._token_nbytes
-
-    @property
-    def _token_nbytes(self) -> int:
-        return sum(buffer.element_size() * math.prod(buffer.shape[1:]) for buffer in self._buffers().values())
+        """Bytes of the live tokens, their bounds, and frames."""
+        per_token = sum(buffer[:1].nbytes if self.capacity else 0 for buffer in self._buffers().values())
+        blocks = -(-len(self) // BLOCK)
+        return len(self) * per_token + self._bounds[:blocks].nbytes + self.frame_centers.nbytes
 
     @property
     def nbytes_allocated(self) -> int:
-        """Bytes of all buffers on the device, the unused part included."""
-        tables = [self._bounds, self._frame_centers, self._count]
-        if self._out is not None:
-            tables += [self._out.before, self._out.shift]
+        """Bytes of all buffers, the unused part included."""
+        tables = self._bounds, self._frame_centers, self._count
         return sum(buffer.nbytes for buffer in (*self._buffers().values(), *tables))
 
     def _buffers(self) -> dict[str, Tensor]:
@@ -362,9 +326,6 @@ class LatentCache:
         max_depth: float = math.inf,
     ) -> WriteReport:
         """Lift the tokens of T views, and keep of the static ones of known depth what the write policy wants.
-
-        While tokens are offloaded, a bounded write waits for the device to bring back first those it depends on: what
-        the views may see, and what may share a voxel with it. One that might evict brings back everything.
 
         Args:
             latents: (T, C, h, w) float32, float16 or bfloat16 on the cache's device.
@@ -412,8 +373,6 @@ class LatentCache:
             raise ValueError(f"latents must be (T, {self._channels}, h, w), got {tuple(latents.shape)}")
         views = latents.shape[0]
         tokens = views * latents.shape[2] * latents.shape[3]
-        if self._out is not None:
-            self._fetch_for_write(arguments[0], arguments[1], arguments[2], (latents.shape[2], latents.shape[3]))
         self._reserve(tokens)
         self._reserve_frames(views)
         depth, intrinsics, cam2world, mask = arguments
@@ -440,11 +399,8 @@ class LatentCache:
         else:
             appended = ops.cache_write(*buffers, self._count, *views_of, **options)
             counts = appended.new_zeros(len(WRITE_REPORT))
-            counts[[WRITE_REPORT.index(name) for name in REPORT_FIELDS]] = appended
-        if self._out is not None and self._votes is not None:
-            # The dead are all on the device: what is off it moves up by those before it.
-            alive = torch.nn.functional.pad((self._votes != DEAD).cumsum(0), (1, 0))
-            self._out = self._out._replace(before=alive[self._out.before])
+            # Slices: a list of places would be copied to the device, and no graph could capture the write.
+            counts[:1], counts[4:9] = appended[:1], appended[1:]
         if self._votes is not None or self._max_tokens is not None:
             counts[-1] = ops.cache_trim(
                 *(*buffers, self._count),
@@ -452,21 +408,21 @@ class LatentCache:
                 looks=self._looks,
                 bounds=self._bounds,
                 scales=self._scales,
-                max_tokens=self._max_tokens if self._out is None else None,  # then there is room for all
+                max_tokens=self._max_tokens,
             )
         self._num_frames += views
-        self._at_most = min(self._at_most + tokens, self._room)
+        self._at_most = min(self._at_most + tokens, self.capacity)
         return WriteReport(counts)
 
     def _reserve(self, tokens: int) -> None:
         """Room for so many more tokens, unless the capacity is fixed. Waits for the device only if it may be full."""
-        if self._fixed_capacity is not None or self._at_most + tokens <= self._room:
+        if self._fixed_capacity is not None or self._at_most + tokens <= self.capacity:
             return
-        live = self.resident
+        live = len(self)
         needed = live + tokens
-        if needed <= self._room:
+        if needed <= self.capacity:
             return
-        grown = self._new_buffers(max(needed, int(self._room * _GROWTH)))
+        grown = self._new_buffers(max(needed, int(self.capacity * _GROWTH)))
         for name, old in self._buffers().items():
             grown[name][:live] = old[:live]
         self._take_buffers(grown)
@@ -494,8 +450,7 @@ class LatentCache:
     ) -> View:
         """What T cameras see of the cache, on a latent grid.
 
-        Never waits for the device, and can be captured in a CUDA graph when the cameras are on the cache's device; but
-        while tokens are offloaded, cameras that are on a GPU are waited for, to bring back first what they may see.
+        Never waits for the device, and can be captured in a CUDA graph when the cameras are on the cache's device.
 
         Args:
             cameras: T views; their intrinsics are resized to the grid.
@@ -519,12 +474,9 @@ class LatentCache:
         ops.check_sharpness(sharpness)
         self._check_cameras(cameras)
         size = ops.check_size(size)
-        cameras = cameras.resized(size)
-        if self._out is not None:
-            self._fetch_for(cameras)
-        cameras = cameras.to(self.device)
+        cameras = cameras.to(self.device).resized(size)
         if splat == "aligned":
-            view = ops.splat_aligned(
+            return ops.splat_aligned(
                 self._points,
                 self._features,
                 self._frame_ids,
@@ -539,20 +491,18 @@ class LatentCache:
                 sharpness=sharpness,
                 dtype=dtype,
             )
-        else:
-            view = ops.splat(
-                self._points,
-                self._features,
-                cameras.intrinsics,
-                cameras.cam2world,
-                size,
-                scales=self._scales,
-                num_points=self._count,
-                bounds=self._bounds,
-                near=near,
-                dtype=dtype,
-            )
-        return view if self._out is None else view._replace(index=self._out.all_rows(view.index))
+        return ops.splat(
+            self._points,
+            self._features,
+            cameras.intrinsics,
+            cameras.cam2world,
+            size,
+            scales=self._scales,
+            num_points=self._count,
+            bounds=self._bounds,
+            near=near,
+            dtype=dtype,
+        )
 
     def view_overlap(
         self, cameras: Cameras, targets: Cameras, size: tuple[int, int], *, voxel_size: float = 0.1, near: float = NEAR
@@ -567,16 +517,12 @@ class LatentCache:
             near: least depth, world units.
 
         Returns:
-            (V,) float32, IoU of voxel sets, see :func:`mirage_kernels.view_overlap`. What is offloaded comes back first
-            where any of the views may see it, as in :meth:`read`.
+            (V,) float32, IoU of voxel sets, see :func:`mirage_kernels.view_overlap`.
         """
         self._check_cameras(cameras)
         self._check_cameras(targets, "targets")
         size = ops.check_size(size)
-        cameras, targets = cameras.resized(size), targets.resized(size)
-        if self._out is not None:
-            self._fetch_for(cameras, targets)
-        cameras, targets = cameras.to(self.device), targets.to(self.device)
+        cameras, targets = (one.to(self.device).resized(size) for one in (cameras, targets))
         return ops.view_overlap(
             self._points,
             cameras.intrinsics,
@@ -590,161 +536,22 @@ class LatentCache:
             near=near,
         )
 
-    def offload(
-        self,
-        cameras_ahead: Cameras,
-        *,
-        size: tuple[int, int] = COARSEST,
-        directory: str | Path | None = None,
-    ) -> None:
-        """Move what none of the cameras ahead may see to the host, and bring back what they may see.
-
-        Whole blocks of 256 tokens go, to pinned memory beside a GPU, to a memory-mapped file beside the CPU, and the
-        buffers shrink by them: `generation` changes when anything moved. Every result stays the same to the last bit,
-        and none of the other calls needs to know: a read or a write that depends on tokens offloaded brings them back
-        itself, which is when it waits for the device. Called with the cameras of the next reads and writes, this moves
-        what they need beforehand, so that they find it there. It waits for the device, and while it copies, old and new
-        buffers take memory together.
-
-        ``points``, ``footprints``, ``features`` and ``frame_ids`` bring everything back; `save` and `to` read
-        it from the host.
-
-        Args:
-            cameras_ahead: of the coming reads and writes, on any device; none at all: everything may go.
-            size: (h, w) of their latent grid, which says how far around the views tokens still count. The default is
-                enough for any grid at least as fine.
-            directory: where a cache on the CPU keeps the file, which has no name and is gone with the cache; default the
-                system's directory of temporary files. It counts when the first tokens leave.
-
-        Raises:
-            TypeError, ValueError: naming the argument, what was expected and what came.
-            OSError, MemoryError, RuntimeError: the directory cannot be written to, the disk is full, memory ran out. The
-                cache is as it was.
-        """
-        self._check_cameras(cameras_ahead, "cameras_ahead")
-        views = cameras_ahead.resized(ops.check_size(size))
-        if directory is not None and not Path(directory).is_dir():
-            raise NotADirectoryError(f"directory must be an existing one, got {str(directory)!r}")
-        camera = views.intrinsics, views.cam2world, views.image_size
-        blocks = self.resident // BLOCK
-        far = ~may_touch(self._bounds[:blocks].cpu(), *camera)
-        if self._votes is not None and blocks > 0:
-            # By its voxel alone a token must tell what it has to do with a write: not one at the border of all there are.
-            tokens = self._points[: blocks * BLOCK].view(blocks, BLOCK, 4)
-            edge, most = tokens[..., 3], tokens[..., :3].abs().amax(2)
-            far &= ((edge > 1e-15) & (edge < 1e15) & (most < 1e5 * edge)).all(1).cpu()
-        come = may_touch(self._out.boxes, *camera).nonzero()[:, 0].tolist() if self._out is not None else []
-        self._move(far.nonzero()[:, 0].tolist(), come, directory)
-
-    def fetch(self) -> None:
-        """Bring back all that :meth:`offload` moved to the host. If memory runs out, the cache is as it was."""
-        if self._out is not None:
-            self._move([], list(range(len(self._out.sizes))))
-
-    def _fetch_for(self, *views: Cameras) -> None:
-        """Bring back what the views, whose image size is the grid, may see or may write to."""
-        for one in views:
-            self._fetch_touched(one.intrinsics, one.cam2world, one.image_size)
-
-    def _fetch_touched(self, intrinsics: Tensor, cam2world: Tensor, size: tuple[int, int]) -> None:
-        if self._out is not None:
-            self._move([], may_touch(self._out.boxes, intrinsics, cam2world, size).nonzero()[:, 0].tolist())
-
-    def _fetch_for_write(self, depth: Tensor, intrinsics: Tensor, cam2world: Tensor, size: tuple[int, int]) -> None:
-        tokens = depth.shape[0] * size[0] * size[1]
-        most = self._max_tokens
-        if most is not None and self._at_most + self._num_offloaded + tokens > most and len(self) + tokens > most:
-            self.fetch()
-        elif self._votes is not None:
-            grid = intrinsics.clone()
-            grid[:, 0] *= size[1] / depth.shape[2]
-            grid[:, 1] *= size[0] / depth.shape[1]
-            self._fetch_touched(grid, cam2world, size)
-
-    def _move(self, go: list[int], come: list[int], directory: str | Path | None = None) -> None:
-        """Blocks of the buffers to the host, runs of tokens from there; the cache is as it was if anything raises."""
-        if not go and not come:
-            return
-        out = self._out
-        if out is None:
-            store = make_store(BLOCK * self._token_nbytes, self.device, directory)
-            nothing = torch.zeros(1, dtype=torch.int64, device=self.device)
-            out = Offloaded(store, [], [], torch.empty(0, 6), nothing[:0], nothing)
-        plan = make_plan(self.resident, out.before.tolist(), out.sizes, set(go), set(come))
-        boxes = self._bounds.cpu()
-        held = self._by_alignment(self._buffers())
-        gone = list[int]()
-        try:
-            for start, stop in plan.goes:
-                gone.append(out.store.put([buffer[start:stop].reshape(-1).view(torch.uint8) for buffer in held.values()]))
-            # Room for more stays what it is, but growing buffers have no more of it than growing gives them.
-            room = self._room - sum(b - a for a, b in plan.goes) + sum(out.sizes[run] for run, _ in plan.comes)
-            if self._fixed_capacity is None:
-                room = min(room, int(plan.rows * _GROWTH))
-            moved = self._gathered(plan, out, room, self.device)
-            bounds = ops.block_bounds(moved["points"], num_points=self._count.new_tensor([plan.rows]))
-            new = iter(zip(gone, (stop - start for start, stop in plan.goes), (boxes[a // BLOCK] for a, _ in plan.goes)))
-            runs = [next(new) if k < 0 else (out.slots[k], out.sizes[k], out.boxes[k]) for k, _ in plan.runs]
-            before = self._count.new_tensor([rows for _, rows in plan.runs])
-            shift = self._count.new_tensor([0, *itertools.accumulate(size for _, size, _ in runs)])
-        except BaseException:
-            out.store.free(gone)
-            raise
-        out.store.free([out.slots[run] for run in come])
-        self._take_buffers(moved)
-        self._bounds = bounds
-        self._count.fill_(plan.rows)
-        self._at_most = plan.rows
-        self._generation += 1
-        slots, sizes, boxes_of = ([run[k] for run in runs] for k in range(3))
-        self._out = Offloaded(out.store, slots, sizes, torch.stack(boxes_of), before, shift) if runs else None
-
-    def _gathered(self, plan: Plan, out: Offloaded, capacity: int, device: torch.device) -> dict[str, Tensor]:
-        """Buffers with the tokens that the plan has on the device."""
-        buffers, held = self._new_buffers(capacity, device), self._buffers()
-        if device != self.device and self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)  # what is on its way to the host is there then
-        for name, buffer in buffers.items():
-            for start, stop, row in plan.stays:
-                buffer[row : row + stop - start] = held[name][start:stop]
-        for run, row in plan.comes:
-            rest, size = out.store.get(out.slots[run]), out.sizes[run]
-            for buffer in self._by_alignment(buffers).values():
-                to = buffer[row : row + size]
-                to.copy_(rest[: to.nbytes].view(to.dtype).view(to.shape), non_blocking=device.type == "cuda")
-                rest = rest[to.nbytes :]
-        return buffers
-
-    @staticmethod
-    def _by_alignment(buffers: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Wide elements first: rows of any number, one buffer after the other, are then aligned."""
-        return dict(sorted(buffers.items(), key=lambda item: -item[1].element_size()))
-
     def clear(self) -> None:
-        """Forget every token and frame; buffers stay where they are, unless tokens are offloaded."""
-        if self._out is not None:
-            if self._fixed_capacity is not None:
-                self._take_buffers(self._new_buffers(self._fixed_capacity))
-                self._bounds = self._no_bounds()
-                self._generation += 1
-            self._out = None
+        """Forget every token and frame; buffers stay where they are."""
         self._count.zero_()
         self._bounds.copy_(self._no_bounds())
         self._at_most = 0
         self._num_frames = 0
 
     def checkpoint(self) -> CacheMark:
-        """A mark for :meth:`rollback`. Waits for the device; unless tokens are only appended, it copies them: to the
-        host while any are offloaded."""
-        tokens, held = len(self), None
-        if self._votes is not None or self._max_tokens is not None:
-            live = self._live(self.device if self._out is None else torch.device("cpu"))
-            held = {name: live[name].clone() if self._out is None else live[name] for name in self._buffers()}
+        """A mark for :meth:`rollback`. Waits for the device; unless tokens are only appended, it copies them."""
+        tokens = len(self)
+        in_place = self._votes is not None or self._max_tokens is not None
+        held = {name: buffer[:tokens].clone() for name, buffer in self._buffers().items()} if in_place else None
         return CacheMark(tokens, self._num_frames, held)
 
     def rollback(self, mark: CacheMark) -> None:
-        """Forget what was written since :meth:`checkpoint` gave `mark`; buffers stay where they are, and what was
-        offloaded comes back.
+        """Forget what was written since :meth:`checkpoint` gave `mark`; buffers stay where they are.
 
         Raises:
             ValueError: `mark` is of another cache, or of before a :meth:`clear`.
@@ -758,7 +565,6 @@ class LatentCache:
                 f"mark must be of this cache, which holds {len(self)} tokens of {self._num_frames} frames,"
                 f" got one of {tokens} tokens of {frames} frames"
             )
-        self.fetch()
         for name, kept in (held or {}).items():
             self._buffers()[name][:tokens] = kept
         self._count.fill_(tokens)
@@ -771,21 +577,14 @@ class LatentCache:
         target = torch.empty(0, device=device).device  # "cuda" means the current one
         if target == self.device:
             return self
-        return self._rebuild(target, self._live(target))
+        return self._rebuild(target, {name: tensor.to(target) for name, tensor in self._live().items()})
 
-    def _live(self, device: torch.device) -> dict[str, Tensor]:
-        """All tokens and frames on a device, views of the buffers where they can be."""
-        if self._out is None:
-            live = {name: buffer[: len(self)].to(device) for name, buffer in self._buffers().items()}
-        else:
-            sizes = self._out.sizes
-            plan = make_plan(self.resident, self._out.before.tolist(), sizes, set(), set(range(len(sizes))))
-            live = self._gathered(plan, self._out, plan.rows, device)
-        return {**live, "frame_centers": self.frame_centers.to(device)}
-
-    def __getstate__(self) -> dict[str, Any]:
-        self.fetch()  # a file without a name cannot be copied
-        return self.__dict__.copy()
+    def _live(self) -> dict[str, Tensor]:
+        live = len(self)
+        return {
+            **{name: buffer[:live] for name, buffer in self._buffers().items()},
+            "frame_centers": self.frame_centers,
+        }
 
     def _rebuild(self, device: torch.device | str, tensors: dict[str, Tensor]) -> LatentCache:
         copy = LatentCache(**{**self.settings, "dtype": self._dtype}, device=device)
@@ -806,7 +605,7 @@ class LatentCache:
 
     def save(self, path: str | Path) -> None:
         """Save as safetensors. Written beside ``path`` and renamed onto it: a crash leaves the old file."""
-        save_cache(path, self._live(torch.device("cpu")), self.settings)
+        save_cache(path, self._live(), self.settings)
 
     @classmethod
     def load(cls, path: str | Path, device: torch.device | str = "cpu") -> LatentCache:

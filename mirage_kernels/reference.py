@@ -18,7 +18,6 @@ from torch import Tensor
 
 VOXEL_LIMIT = 2**20
 BLOCK = 256  # consecutive rows of points that share one box; the kernels' copy is kBlockTokens in csrc/core/frustum.h
-REPORT_FIELDS = ("written", "refused", "masked", "unknown_depth", "out_of_range", "non_finite")
 
 
 # Features of one byte: float8 e4m3 (OCP 8-bit floating point, 1.0; torch.float8_e4m3fn) and one scale a token, a power
@@ -46,7 +45,7 @@ def quantise_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
     significant bits, and below 2^-6 of the scale, at most 1/14336 of the largest magnitude, to multiples of 2^-9 of it.
 
     Args:
-        rows: (N, C) float, finite and at most 448 * 2^119, 2.98e38, in magnitude (:func:`storable`).
+        rows: (N, C) float. What rounds to more than 448 * 2^119, 2.98e38, in magnitude becomes NaN.
 
     Returns:
         (N, C) float8_e4m3fn and (N,) uint8: value = float8 * 2^(scale - 127).
@@ -61,7 +60,10 @@ def quantise_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
     exponent = ((scaled.view(torch.int32) >> 23) & 0xFF).clamp(min=SCALE_BIAS - 6)
     # On multiples of a step, which float8 has all of, so that its own rounding has nothing left to decide.
     rounded = (scaled * _power_of_2(2 * SCALE_BIAS + 3 - exponent)).round() * _power_of_2(exponent - 3)
-    return rounded.to(FLOAT8), scales.to(torch.uint8)
+    fits = rounded.abs() <= FLOAT8_MAX
+    codes = torch.where(fits, rounded, 0.0).to(FLOAT8).view(torch.uint8)
+    codes = torch.where(fits, codes, torch.where(rounded.signbit(), 0xFF, 0x7F)).to(torch.uint8)
+    return codes.view(FLOAT8), scales.to(torch.uint8)
 
 
 def dequantise_rows(features: Tensor, scales: Tensor) -> Tensor:
@@ -776,7 +778,7 @@ def bounded_write(
             stored = features[slot].float() if scales is None else dequantise_rows(features[slot], scales[slot])
             store_rows(features, scales, slot, (stored * number + rows[chosen].float()) / (number + 1.0))
             frame_ids[slot], votes[slot] = frame, 0
-            looks[slot] = (looks[slot] + 1).clamp(max=MOST_MERGED)
+            looks[slot] = (looks[slot].int() + 1).clamp(max=MOST_MERGED).to(looks.dtype)
             report["merged"] += len(chosen)
         else:
             report["covered"] += covered

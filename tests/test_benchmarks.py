@@ -238,7 +238,7 @@ def test_what_float8_costs_on_a_real_room(shared_dir: Path) -> None:
     size = (room.latents.shape[2], room.latents.shape[3])
     errors = []
     for dtype in (torch.float32, torch.bfloat16, torch.float8_e4m3fn):
-        cache = LatentCache(48, dtype=dtype)
+        cache = LatentCache(48, dtype=dtype, write_policy="append")
         cache.write(room.latents, room.written.depth, room.written.cameras)
         scores = [
             fidelity.score(*cache.read(cameras, size, splat=splat, dtype=torch.float32)[:2], true)

@@ -13,7 +13,16 @@ from comparison import assert_equal_bits
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mirage_kernels import Cameras, LatentCache, cache_write, reference, splat, splat_aligned, use_backend
+from mirage_kernels import (
+    Cameras,
+    LatentCache,
+    bounded_write,
+    cache_write,
+    reference,
+    splat,
+    splat_aligned,
+    use_backend,
+)
 
 FLOAT8 = torch.float8_e4m3fn
 LARGEST = 448 * 2.0**119
@@ -112,6 +121,35 @@ def test_how_far_a_value_is_off():
     assert (off <= torch.maximum(rows.abs().double() / 16, step[:, None] / 2)).all()
     assert ((224 < largest / step / 512) & (largest / step / 512 <= 448)).all()
     assert 0.0003 < float((off**2).sum() / (rows**2).sum()) < 0.001
+
+
+def test_rows_too_large_become_nan():
+    """No write stores them, but a mean of two tokens may be one."""
+    rows = torch.tensor([[math.inf, 1e30, 3.4e38], [-3e38, -math.inf, 2.98e38], [math.nan, 0.0, 1.0]])
+    features, scales = reference.quantise_rows(rows)
+    assert scales.tolist() == [246] * 3
+    assert raw(features).tolist() == [[0x7F, 0x00, 0x7F], [0xFE, 0xFF, 0x7E], [0x7F, 0x00, 0x00]]
+
+
+def test_means_past_the_range(kernels):
+    """Halfway to the next merge the sum overflows: the same bits as the definition's even then."""
+    rows = torch.tensor([[2.9e38, 1.0, -2.9e38, 1e37]])
+    results = []
+    for backend, put in ((kernels.name, kernels.put), ("reference", lambda x: x)):
+        latents, depth, *cameras = row_of_tokens(rows)
+        points, _, ids, count = scenes.buffers(5, 4)
+        features, scales = torch.zeros(5, 4, dtype=torch.uint8).view(FLOAT8), torch.zeros(5, dtype=torch.uint8)
+        votes, looks = torch.zeros(2, 5, dtype=torch.uint8)
+        held = [put(x) for x in (points, features, ids, votes, count)]
+        options = {"scales": put(scales), "looks": put(looks)}
+        with use_backend(backend):
+            for frame in range(3):
+                inputs = [put(x) for x in (torch.zeros(9, 3), latents, depth, *cameras)]
+                report = bounded_write(*held, *inputs, first_frame=frame, **options)
+                assert report[0 if frame == 0 else 2] == 1
+        results.append([raw(held[1]), options["scales"].cpu(), options["looks"].cpu()])
+    assert_equal_bits(*results)
+    assert results[0][0][0].tolist()[::2] == [0x7F, 0xFF]
 
 
 def test_rows_of_no_channels():

@@ -165,7 +165,10 @@ def test_float8_features(kernels, name):
     for now, then, given in zip(arguments, before, operator._schema.arguments, strict=True):
         if isinstance(now, torch.Tensor):
             same = torch.equal(*(x.detach().flatten().view(torch.uint8) for x in (now, then)))
-            assert same != (given.alias_info is not None and given.alias_info.is_write), given.name
+            written = given.alias_info is not None and given.alias_info.is_write
+            # What bounded writes change in place depends on what is held: they may leave some of it as it was.
+            assert same or written, given.name
+            assert not same or not written or name in ("bounded_write", "cache_trim"), given.name
 
 
 # ---------------------------------------------------------------------------------------------- gradients

@@ -55,6 +55,14 @@ MIRAGE_HD uint64_t token_voxel(float x, float y, float z, float footprint) {
 
 constexpr uint64_t kNoVoxel = ~0ull;
 
+// How far from a coordinate of a token, at most, another token of its voxel lies; infinite where that may be a voxel on
+// the border.
+MIRAGE_HD float token_voxel_reach(float coordinate, float footprint) {
+  const float magnitude = bits_float(float_bits(coordinate) & 0x7fffffffu);
+  const bool inside = (footprint > 1e-15f) & (footprint < 1e15f) & (magnitude < 1e5f * footprint);
+  return inside ? 2.0f * footprint : bits_float(0x7f800000u);  // an edge is at most 1.42 footprints
+}
+
 // On the surface that a view sees at this depth, within the gate of a read-out.
 MIRAGE_HD bool on_surface(float depth, float surface) {
   return (surface > 0.0f) & (depth <= kGate * surface) & (surface <= kGate * depth);

@@ -25,13 +25,14 @@ MIRAGE_HD float scale_factor(uint8_t scale) { return bits_float(static_cast<uint
 
 MIRAGE_HD float inverse_factor(uint8_t scale) { return bits_float((254u - scale) << 23); }
 
-// A latent over its scale, at most 448, to nearest even.
+// A latent over its scale to nearest even; what rounds to more than 448 becomes NaN.
 MIRAGE_HD uint32_t encode_float8(float scaled) {
   const uint32_t bits = float_bits(scaled), magnitude = bits & 0x7fffffffu;
   const uint32_t normal = ((magnitude + 0x7ffffu + ((magnitude >> 20) & 1u)) >> 20) - (120u << 3);
   // Below 2^-6, multiples of 2^-9: those are what a sum with 2^14 is rounded to.
   const uint32_t small = float_bits(bits_float(magnitude) + 16384.0f) - 0x46800000u;
-  return (magnitude < 0x3c800000u ? small : normal) | ((bits >> 24) & 0x80u);
+  const uint32_t large = normal < 0x7fu ? normal : 0x7fu;
+  return (magnitude < 0x3c800000u ? small : large) | ((bits >> 24) & 0x80u);
 }
 
 MIRAGE_HD float decode_float8(uint32_t code) {

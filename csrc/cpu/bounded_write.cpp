@@ -177,16 +177,16 @@ void look(const Held& held, index_t live, const std::vector<uint32_t>& blocks, s
   }
 }
 
-// The space of the voxels that the tokens of a view come to; nothing past what a key can tell apart.
+// A box around the voxels that the tokens of a view come to.
 struct VoxelBox {
   float low[3] = {kInfinity, kInfinity, kInfinity}, high[3] = {-kInfinity, -kInfinity, -kInfinity};
 
   void add(const LiftedToken& p) {
-    const float at[3] = {p.x, p.y, p.z}, edge = 2.0f * p.footprint;  // and more
+    const float at[3] = {p.x, p.y, p.z};
     for (int j = 0; j < 3; ++j) {
-      const bool told = (p.footprint > 1e-15f) & (p.footprint < 1e15f) & (magnitude_of(at[j]) < 1e5f * edge);
-      low[j] = told ? std::min(low[j], at[j] - edge) : -kInfinity;
-      high[j] = told ? std::max(high[j], at[j] + edge) : kInfinity;
+      const float reach = token_voxel_reach(at[j], p.footprint);
+      low[j] = std::min(low[j], at[j] - reach);
+      high[j] = std::max(high[j], at[j] + reach);
     }
   }
 
@@ -202,15 +202,15 @@ void find_blocks(const float* bounds, index_t live, const Frustum& frustum, cons
                  std::vector<uint32_t>& blocks) {
   blocks.clear();
   for (index_t b = 0; b < divide_up(live, kBlockTokens); ++b) {
-    const float* box = bounds + kBoxSize * b;
-    if (!bounds || voxels.meets(box) || may_see(frustum, box)) blocks.push_back(static_cast<uint32_t>(b));
+    const float* box = bounds ? bounds + kBoxSize * b : nullptr;
+    if (!box || voxels.meets(box) || may_see(frustum, box)) blocks.push_back(static_cast<uint32_t>(b));
   }
 }
 
 struct Move {
   int32_t cell;
   index_t row;
-  float looks;  // averaged in the row so far; 0: it is overwritten
+  float looks;  // averaged in the row so far; -1: it is overwritten
 };
 
 // Decides every cell of a view in order, and writes all but the features. Returns the new number of rows.
@@ -233,7 +233,7 @@ index_t decide(const Held& held, index_t live, const Grid& grid, const Seen& see
         ++report[kRefused];
         continue;
       }
-      moves.push_back({cell, end, 0.0f});
+      moves.push_back({cell, end, -1.0f});
       held.points[end] = token;
       held.frame_ids[end] = frame;
       held.votes[end] = 0;
@@ -258,7 +258,7 @@ index_t decide(const Held& held, index_t live, const Grid& grid, const Seen& see
       ++report[replaces ? kReplaced : kCoveredCount];
       if (!replaces) continue;
       old = token;
-      moves.push_back({cell, row, 0.0f});
+      moves.push_back({cell, row, -1.0f});
     }
     held.frame_ids[row] = frame;
     held.votes[row] = 0;
@@ -284,7 +284,7 @@ void move_rows(const std::vector<Move>& moves, const In* latents, index_t cells,
         const In* row = rows.data() + k * channels;
         Out* to = features + move.row * channels;
         uint8_t* scale = scales ? scales + move.row : nullptr;
-        if (move.looks > 0.0f) {
+        if (move.looks >= 0.0f) {
           load_row(to, scale ? *scale : uint8_t{0}, channels, mean.data());
           for (index_t c = 0; c < channels; ++c) mean[c] = mean_with(mean[c], move.looks, static_cast<float>(row[c]));
           store_row(mean.data(), channels, to, scale);

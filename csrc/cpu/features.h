@@ -38,23 +38,19 @@ inline void for_stored_type(ScalarType dtype, const F& f) {
   for_feature_type(dtype, f);
 }
 
-// The scales that belong to features, null where none do.
-inline const Tensor* checked_scales(const Tensor& features, const std::optional<Tensor>& scales) {
+// The scales that belong to features, contiguous; none where none do.
+inline std::optional<Tensor> checked_scales(const Tensor& features, const std::optional<Tensor>& scales) {
   const bool needed = features.scalar_type() == ScalarType::Float8_e4m3fn;
   STD_TORCH_CHECK(needed == scales.has_value(), "scales must be given with float8_e4m3fn features, and only with them");
-  if (!needed) return nullptr;
-  STD_TORCH_CHECK(scales->is_cpu() && scales->scalar_type() == ScalarType::Byte && scales->dim() == 1 &&
-                      scales->size(0) == features.size(0),
-                  "scales must be one uint8 for each row of features");
-  return &*scales;
+  if (!needed) return std::nullopt;
+  STD_TORCH_CHECK(scales->dim() == 1 && scales->size(0) == features.size(0), "scales must be one a row of features");
+  return checked(*scales, ScalarType::Byte, "scales");
 }
 
 // Calls f with the Features of contiguous tensors.
 template <typename F>
 inline void for_features(const Tensor& features, const std::optional<Tensor>& scales_, const F& f) {
-  const Tensor* given = checked_scales(features, scales_);
-  std::optional<Tensor> scales;
-  if (given != nullptr) scales = as_contiguous(*given);
+  const std::optional<Tensor> scales = checked_scales(features, scales_);
   for_stored_type(features.scalar_type(), [&](auto type) {
     using T = decltype(type);
     f(Features<T>{input<T>(features), scales.has_value() ? input<uint8_t>(*scales) : nullptr, features.size(1)});
