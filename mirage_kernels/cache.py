@@ -4,7 +4,8 @@ Buffers: ``points`` (capacity, 4) float32 x, y, z, footprint; ``features`` (capa
 int32; with float8 features ``scales`` (capacity,) uint8; the bounds of every 256 tokens, by which reads pass over what
 no camera sees; a table of frames' camera centres (F, 3); and the live count, one int64 beside them on the device. The
 read path looks at the count on the device only: it never waits, so a captured read stays valid while the cache grows
-within its buffers.
+within its buffers. What :meth:`LatentCache.offload` moved to the host is in no buffer; the rows of those that stay keep
+their order, see ``offload.py``.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from . import ops
 from .cameras import Cameras
+from .offload import Offloaded, Plan, Run, make_plan, make_store, may_touch, offloaded
 from .ops import CARVE_VIEWS, MOST_VIEWS, NEAR, SHARPNESS, STORED_DTYPES, VIEWS_PER_VOXEL, View
 from .reference import BLOCK, DEAD, FLOAT8, WRITE_REPORT, dequantise_rows
 from .storage import load_cache, save_cache
@@ -26,6 +28,7 @@ WRITE_POLICIES = ("bounded", "append")
 MERGES = ("keep", "mean")
 SPLATS = ("aligned", "nearest")
 _GROWTH = 1.5
+_AHEAD = (32, 32)  # the grid that `offload` takes margins for: finer ones need less
 _FRAMES = 1024  # rows of the table of frames to begin with, 12 KB
 
 
@@ -100,8 +103,13 @@ class CacheMark(NamedTuple):
 
     tokens: int
     frames: int
-    held: dict[str, Tensor] | None
-    """Copies of what a write may change in place; None where it only appends."""
+    held: tuple[dict[str, Tensor], Offloaded | None] | None
+    """Copies of what a write may change in place, and what was offloaded; None where it only appends."""
+
+
+def _by_alignment(buffers: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Wide elements first: rows of any number, one buffer after the other, are then aligned."""
+    return dict(sorted(buffers.items(), key=lambda item: -item[1].element_size()))
 
 
 class LatentCache:
@@ -173,11 +181,12 @@ class LatentCache:
         self._at_most = 0  # bound on the count that the host knows without asking the device
         self._generation = 0
         self._num_frames = 0
+        self._out: Offloaded | None = None
         self._take_buffers(self._new_buffers(capacity or 0))
         self._bounds = self._no_bounds()
         self._frame_centers = torch.empty((_FRAMES, 3), dtype=torch.float32, device=self.device)
 
-    def _new_buffers(self, capacity: int) -> dict[str, Tensor]:
+    def _new_buffers(self, capacity: int, device: torch.device | None = None) -> dict[str, Tensor]:
         """A row a token of each; the names are those of the saved file."""
         shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
             "points": ((capacity, 4), torch.float32),
@@ -190,7 +199,8 @@ class LatentCache:
             shapes["votes"] = ((capacity,), torch.uint8)
             if self._merge == "mean":
                 shapes["looks"] = ((capacity,), torch.uint8)
-        return {name: torch.empty(size, dtype=kind, device=self.device) for name, (size, kind) in shapes.items()}
+        device = device or self.device
+        return {name: torch.empty(size, dtype=kind, device=device) for name, (size, kind) in shapes.items()}
 
     def _take_buffers(self, buffers: dict[str, Tensor]) -> None:
         self._points, self._features, self._frame_ids = (buffers[name] for name in ("points", "features", "frame_ids"))
@@ -198,7 +208,7 @@ class LatentCache:
 
     def _no_bounds(self) -> Tensor:
         """Bounds of blocks without a token, see :func:`mirage_kernels.block_bounds`."""
-        bounds = torch.full((-(-self.capacity // BLOCK), 6), torch.inf, device=self.device)
+        bounds = torch.full((-(-self._room // BLOCK), 6), torch.inf, device=self.device)
         bounds[:, 3:] = -torch.inf
         return bounds
 
@@ -246,7 +256,12 @@ class LatentCache:
 
     @property
     def capacity(self) -> int:
-        """Tokens the buffers hold before they must grow, or refuse."""
+        """Tokens the cache holds before its buffers must grow, or refuse; those offloaded included."""
+        return self._room + self.num_offloaded
+
+    @property
+    def _room(self) -> int:
+        """Rows of the buffers."""
         return self._points.shape[0]
 
     @property
@@ -259,26 +274,44 @@ class LatentCache:
         """Views written so far."""
         return self._num_frames
 
-    # What it holds. These may wait for the device: they need the live count on the host.
+    @property
+    def num_offloaded(self) -> int:
+        """Tokens that :meth:`offload` moved to the host, and that are there still."""
+        return self._out.tokens if self._out is not None else 0
+
+    @property
+    def nbytes_offloaded(self) -> int:
+        """Bytes of the tokens that :meth:`offload` moved to the host."""
+        return self.num_offloaded * self._token_nbytes
+
+    # What it holds. These may wait for the device: they need the live count on the host. Those that hand out rows of
+    # the buffers bring back first what was offloaded.
 
     def __len__(self) -> int:
-        """Live tokens."""
+        """Live tokens, wherever they are."""
+        return self._resident() + self.num_offloaded
+
+    def _resident(self) -> int:
+        """Live tokens on the device."""
         self._at_most = int(self._count)
         return self._at_most
 
     @property
     def points(self) -> Tensor:
         """(N, 3) float32 world positions of the live tokens, a view of the buffer."""
+        self.fetch()
         return self._points[: len(self), :3]
 
     @property
     def footprints(self) -> Tensor:
         """(N,) float32 world size of a cell at each token, z / fx, a view of the buffer."""
+        self.fetch()
         return self._points[: len(self), 3]
 
     @property
     def features(self) -> Tensor:
         """(N, C) features of the live tokens, a view of the buffer; of a float8 cache their values, a float32 copy."""
+        self.fetch()
         live = len(self)
         if self._scales is not None:
             return dequantise_rows(self._features[:live], self._scales[:live])
@@ -287,6 +320,7 @@ class LatentCache:
     @property
     def frame_ids(self) -> Tensor:
         """(N,) int32: which written view each token came from, counted from 0."""
+        self.fetch()
         return self._frame_ids[: len(self)]
 
     @property
@@ -296,15 +330,21 @@ class LatentCache:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the live tokens, their bounds, and frames."""
-        per_token = sum(buffer[:1].nbytes if self.capacity else 0 for buffer in self._buffers().values())
-        blocks = -(-len(self) // BLOCK)
-        return len(self) * per_token + self._bounds[:blocks].nbytes + self.frame_centers.nbytes
+        """Bytes of the live tokens, wherever they are, their bounds, and frames."""
+        live = len(self)
+        bounds = -(-live // BLOCK) * self._bounds.element_size() * self._bounds.shape[1]
+        return live * self._token_nbytes + bounds + self.frame_centers.nbytes
+
+    @property
+    def _token_nbytes(self) -> int:
+        return sum(buffer.element_size() * math.prod(buffer.shape[1:]) for buffer in self._buffers().values())
 
     @property
     def nbytes_allocated(self) -> int:
-        """Bytes of all buffers, the unused part included."""
-        tables = self._bounds, self._frame_centers, self._count
+        """Bytes of all buffers on the device, the unused part included; what is offloaded takes none of them."""
+        tables = [self._bounds, self._frame_centers, self._count]
+        if self._out is not None:
+            tables += [self._out.before, self._out.shift]
         return sum(buffer.nbytes for buffer in (*self._buffers().values(), *tables))
 
     def _buffers(self) -> dict[str, Tensor]:
@@ -326,6 +366,9 @@ class LatentCache:
         max_depth: float = math.inf,
     ) -> WriteReport:
         """Lift the tokens of T views, and keep of the static ones of known depth what the write policy wants.
+
+        While tokens are offloaded, a bounded write waits for the device to bring back first those it depends on: what
+        the views may see, and what may share a voxel with the new. One that may evict brings back everything.
 
         Args:
             latents: (T, C, h, w) float32, float16 or bfloat16 on the cache's device.
@@ -373,6 +416,7 @@ class LatentCache:
             raise ValueError(f"latents must be (T, {self._channels}, h, w), got {tuple(latents.shape)}")
         views = latents.shape[0]
         tokens = views * latents.shape[2] * latents.shape[3]
+        self._fetch_for_write(*arguments[:3], size=(latents.shape[2], latents.shape[3]))
         self._reserve(tokens)
         self._reserve_frames(views)
         depth, intrinsics, cam2world, mask = arguments
@@ -401,6 +445,11 @@ class LatentCache:
             counts = appended.new_zeros(len(WRITE_REPORT))
             # Slices: a list of places would be copied to the device, and no graph could capture the write.
             counts[:1], counts[4:9] = appended[:1], appended[1:]
+        out = self._out
+        if out is not None and self._votes is not None:
+            # The dead are all on the device: what is off it moves up by those before it.
+            alive = torch.nn.functional.pad((self._votes != DEAD).cumsum(0), (1, 0))
+            out = out._replace(before=alive[out.before])
         if self._votes is not None or self._max_tokens is not None:
             counts[-1] = ops.cache_trim(
                 *(*buffers, self._count),
@@ -410,19 +459,20 @@ class LatentCache:
                 scales=self._scales,
                 max_tokens=self._max_tokens,
             )
+        self._out = out
         self._num_frames += views
-        self._at_most = min(self._at_most + tokens, self.capacity)
+        self._at_most = min(self._at_most + tokens, self._room)
         return WriteReport(counts)
 
     def _reserve(self, tokens: int) -> None:
         """Room for so many more tokens, unless the capacity is fixed. Waits for the device only if it may be full."""
-        if self._fixed_capacity is not None or self._at_most + tokens <= self.capacity:
+        if self._fixed_capacity is not None or self._at_most + tokens <= self._room:
             return
-        live = len(self)
+        live = self._resident()
         needed = live + tokens
-        if needed <= self.capacity:
+        if needed <= self._room:
             return
-        grown = self._new_buffers(max(needed, int(self.capacity * _GROWTH)))
+        grown = self._new_buffers(max(needed, int(self._room * _GROWTH)))
         for name, old in self._buffers().items():
             grown[name][:live] = old[:live]
         self._take_buffers(grown)
@@ -450,7 +500,8 @@ class LatentCache:
     ) -> View:
         """What T cameras see of the cache, on a latent grid.
 
-        Never waits for the device, and can be captured in a CUDA graph when the cameras are on the cache's device.
+        Never waits for the device, and can be captured in a CUDA graph when the cameras are on the cache's device. But
+        while tokens are offloaded, what the cameras may see of them is brought back first, for which it waits.
 
         Args:
             cameras: T views; their intrinsics are resized to the grid.
@@ -468,15 +519,18 @@ class LatentCache:
 
         Raises:
             ValueError, TypeError: naming the argument, what was expected and what came.
+            RuntimeError: captured in a CUDA graph while tokens are offloaded.
         """
         if splat not in SPLATS:
             raise ValueError(f"splat must be one of {', '.join(SPLATS)}, got {splat!r}")
         ops.check_sharpness(sharpness)
         self._check_cameras(cameras)
         size = ops.check_size(size)
-        cameras = cameras.to(self.device).resized(size)
+        cameras = cameras.resized(size)
+        self._move(set(), self._touched(cameras))
+        cameras = cameras.to(self.device)
         if splat == "aligned":
-            return ops.splat_aligned(
+            view = ops.splat_aligned(
                 self._points,
                 self._features,
                 self._frame_ids,
@@ -491,18 +545,20 @@ class LatentCache:
                 sharpness=sharpness,
                 dtype=dtype,
             )
-        return ops.splat(
-            self._points,
-            self._features,
-            cameras.intrinsics,
-            cameras.cam2world,
-            size,
-            scales=self._scales,
-            num_points=self._count,
-            bounds=self._bounds,
-            near=near,
-            dtype=dtype,
-        )
+        else:
+            view = ops.splat(
+                self._points,
+                self._features,
+                cameras.intrinsics,
+                cameras.cam2world,
+                size,
+                scales=self._scales,
+                num_points=self._count,
+                bounds=self._bounds,
+                near=near,
+                dtype=dtype,
+            )
+        return view if self._out is None else view._replace(index=self._out.all_rows(view.index))
 
     def view_overlap(
         self, cameras: Cameras, targets: Cameras, size: tuple[int, int], *, voxel_size: float = 0.1, near: float = NEAR
@@ -517,74 +573,238 @@ class LatentCache:
             near: least depth, world units.
 
         Returns:
-            (V,) float32, IoU of voxel sets, see :func:`mirage_kernels.view_overlap`.
+            (V,) float32, IoU of voxel sets, see :func:`mirage_kernels.view_overlap`. Of what is offloaded it brings
+            the positions alone, waits for them, and keeps none.
         """
         self._check_cameras(cameras)
         self._check_cameras(targets, "targets")
         size = ops.check_size(size)
-        cameras, targets = (one.to(self.device).resized(size) for one in (cameras, targets))
+        cameras, targets = cameras.resized(size), targets.resized(size)
+        points, count, bounds = self._points, self._count, self._bounds
+        if self._out is not None:
+            touched = [self._rows(self._out.runs[k])["points"] for k in self._touched(cameras, targets)]
+            brought = (rows.to(self.device, non_blocking=True) for rows in touched)
+            points = torch.cat([points[: self._resident()], *brought])
+            count, bounds = torch.full_like(count, len(points)), ops.block_bounds(points)
+        cameras, targets = cameras.to(self.device), targets.to(self.device)
         return ops.view_overlap(
-            self._points,
+            points,
             cameras.intrinsics,
             cameras.cam2world,
             targets.intrinsics,
             targets.cam2world,
             size,
-            num_points=self._count,
-            bounds=self._bounds,
+            num_points=count,
+            bounds=bounds,
             voxel_size=voxel_size,
             near=near,
         )
 
+    def offload(self, cameras_ahead: Cameras) -> None:
+        """Move to the host what is far from the path ahead, and bring back what is near it.
+
+        Whole blocks of 256 tokens go that none of the cameras may see: to pinned memory beside a GPU, beside the CPU to
+        a memory-mapped file in the system's temporary directory. The buffers shrink by them, and what the cameras may
+        see of earlier ones comes back; ``generation`` changes if anything moved.
+
+        No result changes by a bit, whatever is where: a read or a write that depends on tokens offloaded brings them
+        back itself, at the price of waiting then, and of copying what is on the device. Call this with the cameras of
+        the next reads and writes, and they find what they need. (On latent grids coarser than 32 x 32 they may need a
+        little more than it foresees.) ``points``, ``footprints``, ``features``, ``frame_ids``, and copying by
+        :mod:`copy`, bring back everything; :meth:`save`, :meth:`to` and :meth:`checkpoint` leave it where it is.
+
+        It waits for the device, and while it copies, the old buffers and the new take memory together. The file has no
+        name. It is gone with the cache and its marks, or when all of its tokens are back, and does not shrink before.
+        Where the temporary directory is itself in memory, it frees none: the environment's TMPDIR names another.
+
+        Args:
+            cameras_ahead: T views of the coming reads and writes, on any device; with T = 0 all whole blocks may go.
+
+        Raises:
+            TypeError: `cameras_ahead` is no Cameras.
+            OSError, RuntimeError: the temporary directory cannot be written to, the disk is full, memory ran out. The
+                cache is as it was.
+        """
+        self._check_cameras(cameras_ahead, "cameras_ahead")
+        views = cameras_ahead.resized(_AHEAD)
+        blocks = self._resident() // BLOCK
+        far = ~may_touch(self._bounds[:blocks].cpu(), views.intrinsics, views.cam2world, _AHEAD)
+        if self._votes is not None:
+            # Only tokens that have the voxel they lie in to themselves: the border's hold all that is beyond.
+            tokens = self._points[: blocks * BLOCK].view(blocks, BLOCK, 4)
+            footprint, most = tokens[..., 3], tokens[..., :3].abs().amax(2)
+            far &= ((footprint > 1e-15) & (footprint < 1e15) & (most < 1e5 * footprint)).all(1).cpu()
+        self._move(set(far.nonzero()[:, 0].tolist()), self._touched(views))
+
+    def fetch(self) -> None:
+        """Bring back all that :meth:`offload` moved to the host. If memory runs out, the cache is as it was."""
+        if self._out is not None:
+            self._move(set(), set(range(len(self._out.runs))))
+
+    def _touched(self, *views: Cameras) -> set[int]:
+        """Runs that the views, whose image size is the grid, may see or may write to."""
+        if self._out is None:
+            return set()
+        if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                f"the cache must have all tokens on the device while a CUDA graph is captured, got {self.num_offloaded}"
+                " offloaded: call fetch() first"
+            )
+        boxes = self._out.boxes
+        touched = [may_touch(boxes, one.intrinsics, one.cam2world, one.image_size) for one in views]
+        return set(torch.stack(touched).any(0).nonzero()[:, 0].tolist())
+
+    def _fetch_for_write(self, depth: Tensor, intrinsics: Tensor, cam2world: Tensor, size: tuple[int, int]) -> None:
+        """Bring back what a write depends on; intrinsics in pixels of the depth map."""
+        if self._out is None:
+            return
+        most, tokens = self._max_tokens, depth.shape[0] * size[0] * size[1]
+        if most is not None and len(self) + tokens > most:
+            self.fetch()
+        elif self._votes is not None:
+            views = Cameras._unchecked(intrinsics.double(), cam2world.double(), (depth.shape[1], depth.shape[2]))
+            self._move(set(), self._touched(views.resized(size)))
+
+    def _move(self, go: set[int], come: set[int]) -> None:
+        """Blocks of the buffers to the host, runs from there; the cache is as it was if anything raises."""
+        if not go and not come:
+            return
+        if self._out is None:
+            store, runs, before = make_store(BLOCK * self._token_nbytes, self.device), list[Run](), list[int]()
+        else:
+            store, runs, before = self._out.store, self._out.runs, self._out.before.tolist()
+        plan = make_plan(self._resident(), before, runs, go, come)
+        boxes, held = self._bounds.cpu(), _by_alignment(self._buffers())
+        gone = []
+        for start, stop in plan.goes:
+            slot = store.put([buffer[start:stop].reshape(-1).view(torch.uint8) for buffer in held.values()])
+            gone.append(Run(store, slot, stop - start, boxes[start // BLOCK]))
+        # A fixed capacity holds in all; buffers that grow get no more room to grow than growing gives.
+        room = self._room - sum(run.tokens for run in gone) + sum(run.tokens for run, _ in plan.comes)
+        if self._fixed_capacity is None:
+            room = min(room, int(plan.rows * _GROWTH))
+        moved = self._gathered(plan, room, self.device)
+        count = torch.full_like(self._count, plan.rows)
+        bounds = ops.block_bounds(moved["points"], num_points=count)
+        goes = iter(gone)
+        off = [run or next(goes) for run, _ in plan.off]
+        out = offloaded(store, off, [rows for _, rows in plan.off], self.device)
+        self._count.copy_(count)
+        self._take_buffers(moved)
+        self._bounds, self._out, self._at_most = bounds, out, plan.rows
+        self._generation += 1
+
+    def _gathered(self, plan: Plan, capacity: int, device: torch.device) -> dict[str, Tensor]:
+        """New buffers, with the tokens that the plan has on the device."""
+        buffers = self._new_buffers(capacity, device)
+        for name, held in self._buffers().items():
+            for start, stop, row in plan.stays:
+                buffers[name][row : row + stop - start] = held[start:stop]
+        if plan.comes and device != self.device and self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)  # what is on its way to the host is there then
+        for run, row in plan.comes:
+            for name, rows in self._rows(run).items():
+                buffers[name][row : row + run.tokens].copy_(rows, non_blocking=True)
+        return buffers
+
+    def _rows(self, run: Run) -> dict[str, Tensor]:
+        """A run's rows of each buffer, on the host, to be copied while the run is referred to."""
+        rows, rest = {}, run.store.get(run.slot)
+        for name, buffer in _by_alignment(self._buffers()).items():
+            nbytes = run.tokens * buffer.element_size() * math.prod(buffer.shape[1:])
+            rows[name] = rest[:nbytes].view(buffer.dtype).view(run.tokens, *buffer.shape[1:])
+            rest = rest[nbytes:]
+        return rows
+
+    def _set_room(self, rows: int) -> None:
+        """Buffers of so many rows, which hold nothing yet."""
+        if rows != self._room:
+            self._take_buffers(self._new_buffers(rows))
+            self._bounds = self._no_bounds()
+            self._generation += 1
+
     def clear(self) -> None:
-        """Forget every token and frame; buffers stay where they are."""
+        """Forget every token and frame; buffers stay where they are, unless a part of a fixed capacity is offloaded."""
+        if self._fixed_capacity is not None:
+            self._set_room(self._fixed_capacity)
+        self._out = None
         self._count.zero_()
         self._bounds.copy_(self._no_bounds())
         self._at_most = 0
         self._num_frames = 0
 
     def checkpoint(self) -> CacheMark:
-        """A mark for :meth:`rollback`. Waits for the device; unless tokens are only appended, it copies them."""
-        tokens = len(self)
+        """A mark for :meth:`rollback`. Waits for the device; unless tokens are only appended, copies those on it."""
+        tokens, live = len(self), self._at_most
         in_place = self._votes is not None or self._max_tokens is not None
-        held = {name: buffer[:tokens].clone() for name, buffer in self._buffers().items()} if in_place else None
-        return CacheMark(tokens, self._num_frames, held)
+        held = {name: buffer[:live].clone() for name, buffer in self._buffers().items()} if in_place else None
+        return CacheMark(tokens, self._num_frames, None if held is None else (held, self._out))
 
     def rollback(self, mark: CacheMark) -> None:
-        """Forget what was written since :meth:`checkpoint` gave `mark`; buffers stay where they are.
+        """Forget what was written since :meth:`checkpoint` gave `mark`.
+
+        Buffers stay where they are, unless tokens were offloaded or brought back since. Tokens that were only appended
+        stay where they are now, others are where they were.
 
         Raises:
             ValueError: `mark` is of another cache, or of before a :meth:`clear`.
         """
         tokens, frames, held = mark
-        fits = (
-            tokens <= len(self) if held is None else held.keys() == self._buffers().keys() and tokens <= self.capacity
-        )
+        if held is None:
+            fits = tokens <= len(self)
+        else:
+            most = tokens if self._fixed_capacity is None else self._fixed_capacity
+            fits = held[0].keys() == self._buffers().keys() and tokens <= most
         if not fits or frames > self._num_frames:
             raise ValueError(
                 f"mark must be of this cache, which holds {len(self)} tokens of {self._num_frames} frames,"
                 f" got one of {tokens} tokens of {frames} frames"
             )
-        for name, kept in (held or {}).items():
-            self._buffers()[name][:tokens] = kept
-        self._count.fill_(tokens)
+        if held is None:
+            self._fetch_from(tokens)
+            live = tokens - self.num_offloaded
+        else:
+            kept, out = held
+            live = len(kept["points"])
+            if self._fixed_capacity is not None:
+                self._set_room(self._fixed_capacity - (tokens - live))
+            elif live > self._room:
+                self._set_room(live)
+            for name, rows in kept.items():
+                self._buffers()[name][:live] = rows
+            self._out = out
+        self._count.fill_(live)
         ops.block_bounds(self._points, num_points=self._count, out=self._bounds)
-        self._at_most = tokens
+        self._at_most = live
         self._num_frames = frames
+
+    def _fetch_from(self, tokens: int) -> None:
+        """Bring back every run that has any but the first so many of all tokens."""
+        if self._out is not None:
+            ends = (self._out.before + self._out.shift[1:]).tolist()
+            self._move(set(), {k for k, end in enumerate(ends) if end > tokens})
 
     def to(self, device: torch.device | str) -> LatentCache:
         """The cache on another device: itself where it is there already, else a copy."""
         target = torch.empty(0, device=device).device  # "cuda" means the current one
         if target == self.device:
             return self
-        return self._rebuild(target, {name: tensor.to(target) for name, tensor in self._live().items()})
+        return self._rebuild(target, self._live(target))
 
-    def _live(self) -> dict[str, Tensor]:
-        live = len(self)
-        return {
-            **{name: buffer[:live] for name, buffer in self._buffers().items()},
-            "frame_centers": self.frame_centers,
-        }
+    def _live(self, device: torch.device | None = None) -> dict[str, Tensor]:
+        """All tokens and frames on a device, by default the cache's own; views of the buffers where they can be."""
+        device = device or self.device
+        if self._out is None:
+            live = {name: buffer[: len(self)].to(device) for name, buffer in self._buffers().items()}
+        else:
+            before, runs = self._out.before.tolist(), self._out.runs
+            plan = make_plan(self._resident(), before, runs, set(), set(range(len(runs))))
+            live = self._gathered(plan, plan.rows, device)
+        return {**live, "frame_centers": self.frame_centers.to(device)}
+
+    def __getstate__(self) -> dict[str, Any]:
+        self.fetch()  # what is on the host cannot be copied with it
+        return self.__dict__.copy()
 
     def _rebuild(self, device: torch.device | str, tensors: dict[str, Tensor]) -> LatentCache:
         copy = LatentCache(**{**self.settings, "dtype": self._dtype}, device=device)
@@ -605,7 +825,7 @@ class LatentCache:
 
     def save(self, path: str | Path) -> None:
         """Save as safetensors. Written beside ``path`` and renamed onto it: a crash leaves the old file."""
-        save_cache(path, self._live(), self.settings)
+        save_cache(path, self._live(torch.device("cpu")), self.settings)
 
     @classmethod
     def load(cls, path: str | Path, device: torch.device | str = "cpu") -> LatentCache:
@@ -634,7 +854,8 @@ class LatentCache:
 
     def __repr__(self) -> str:
         dtype = str(self._dtype).removeprefix("torch.")
+        offloaded = f", {self.nbytes_offloaded / 2**20:.1f} MiB of them offloaded" if self._out is not None else ""
         return (
             f"LatentCache({len(self)} tokens of {self._channels} {dtype} channels from {self._num_frames} frames,"
-            f" {self.nbytes / 2**20:.1f} MiB on {self.device}, write_policy={self._write_policy!r})"
+            f" {self.nbytes / 2**20:.1f} MiB on {self.device}{offloaded}, write_policy={self._write_policy!r})"
         )
