@@ -12,8 +12,9 @@ SOURCES := $(wildcard csrc/*.cpp csrc/*/*)
 demo: $(READY)
 	$(BIN)/python -m mirage demo --out $(OUT)
 
+# Two processes, whose threads do not spin while they wait for each other.
 test: $(READY)
-	$(BIN)/python -m pytest
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n 2 --dist worksteal
 
 # Half an hour on two CPU cores: the full-width VAE encoder takes most of it.
 bench: $(READY)

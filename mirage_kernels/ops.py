@@ -642,9 +642,10 @@ def bounded_write(
     - What no token shows is ``written`` while its voxel holds fewer than ``views_per_voxel`` tokens, else ``refused``.
       A voxel's edge is the power of two that is nearest, as a ratio, to the token's footprint: scale-free. Tokens that
       come to one voxel in one view come in the order of a Z-order curve over the grid, as they are stored.
-    - ``carve_views`` > 0: a view sees through a token that projects into a cell of known depth and lies before all the
-      depths of the four cells around it, by more than 5 %. A token that so many views have seen through since a view
-      last saw it in its place is ``carved``: marked dead, for :func:`cache_trim` to remove.
+    - ``carve_views`` > 0: a view sees through a token that projects into a cell whose depth is more than 5 % behind it,
+      where none of the four cells around shows anything within 5 % of its depth: neither by its least depth nor, where
+      that belongs to something more than 5 % before the token, by its own. A token that so many views have seen through
+      since a view last saw it in its place is ``carved``: marked dead, for :func:`cache_trim` to remove.
 
     Every decision is by minima, counts and ranks that no order of threads can change: the same bits on every backend.
 

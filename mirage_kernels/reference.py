@@ -616,7 +616,7 @@ COVERED = 0.2  # a token that fits a cell of the new view with this score, or a 
 SAME_LOOK = 0.05  # so does one that lacks no more than this, wherever in the cell it lies
 FRESH = 0.02  # up to this score the look is the same, and the newer one takes its place
 CLOSER = 1.25  # so does one written from this many times as near
-CARVE_GATE = 1.05  # a view sees through what lies before all it shows around by more than this
+CARVE_GATE = 1.05  # a view sees through what lies before what it shows by more than this
 MOST_MERGED = 16  # looks that a mean remembers, so that it can follow a change
 DEAD = 255  # in the place of votes: carved away
 WRITE_REPORT = (
@@ -663,12 +663,22 @@ def nearest_depth(depth: Tensor, size: tuple[int, int]) -> Tensor:
     return torch.where(real & (pixels > 0) & torch.isfinite(pixels), pixels, torch.inf).amin(-1)
 
 
-def _around(values: Tensor, u: Tensor, v: Tensor) -> Tensor:
-    """The least of the values (h, w) of the four cells whose centres surround (u, v), past the border those at it."""
+def _seen_through(nearest: Tensor, surface: Tensor, u: Tensor, v: Tensor, depths: Tensor) -> Tensor:
+    """Whether a view that shows `surface` (h, w), and nothing nearer than `nearest` in a cell, sees through tokens.
+
+    It shows something clearly behind in the token's own cell, and nothing at its depth in the four cells whose centres
+    surround (u, v), past the border those at it. What a cell shows is its least depth, or its surface where something
+    hangs clearly before the token.
+    """
+    height, width = surface.shape
+    through = depths * CARVE_GATE < surface[v.long(), u.long()]
     column, row = (u - 0.5).floor().long(), (v - 0.5).floor().long()
-    height, width = values.shape
-    corners = [values[(row + i).clamp(0, height - 1), (column + j).clamp(0, width - 1)] for i in (0, 1) for j in (0, 1)]
-    return torch.stack(corners).amin(0)
+    for i, j in ((0, 0), (0, 1), (1, 0), (1, 1)):
+        cell = (row + i).clamp(0, height - 1), (column + j).clamp(0, width - 1)
+        shown = nearest[cell]
+        shown = torch.where(shown * CARVE_GATE < depths, surface[cell], shown)
+        through = through & ((depths * CARVE_GATE < shown) | (shown * CARVE_GATE < depths))
+    return through
 
 
 def bounded_write(
@@ -726,8 +736,7 @@ def bounded_write(
         on_surface = visible & (surface > 0) & (depths <= GATE * surface) & (surface <= GATE * depths)
 
         if nearest is not None:
-            behind = _around(nearest[t], u, v)
-            through = visible & (surface > 0) & (depths * CARVE_GATE < behind) & (behind < torch.inf)
+            through = visible & _seen_through(nearest[t], z[t], u, v, depths)
             voted = torch.where(through, votes[:live].int() + 1, torch.where(on_surface, 0, votes[:live].int()))
             carved = alive & visible & (voted >= carve_views)
             votes[:live] = torch.where(alive, torch.where(carved, DEAD, voted), DEAD).to(votes.dtype)

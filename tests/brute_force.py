@@ -481,8 +481,9 @@ def bounded_write(
                 if carve_views > 0:
                     rows = {min(max(math.floor(at.v - 0.5) + a, 0), height - 1) for a in (0, 1)}
                     columns = {min(max(math.floor(at.u - 0.5) + b, 0), width - 1) for b in (0, 1)}
-                    behind = min(least[r][c] for r in rows for c in columns)
-                    if surface > 0 and 1.05 * at.z < behind < math.inf:
+                    around = [(least[r][c], lifted.depth[t, r, c]) for r in rows for c in columns]
+                    shown = [own if 1.05 * nearest < at.z else nearest for nearest, own in around]
+                    if 1.05 * at.z < surface and all(1.05 * at.z < z or 1.05 * z < at.z for z in shown):
                         token.votes += 1
                     elif close:
                         token.votes = 0

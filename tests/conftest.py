@@ -52,6 +52,11 @@ if triton_interpreted():
 GPU_TARGETS = [("cuda", "cuda"), ("triton", "cuda")]
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    # The longest first, so that the others run beside it.
+    items.sort(key=lambda item: item.name != "test_comparisons_in_the_interpreter")
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     # Here and not in a fixture, so that pytest folds all these skips into one line of its summary.
     if item.get_closest_marker("cuda") and not torch.cuda.is_available():

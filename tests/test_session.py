@@ -130,7 +130,7 @@ def test_nothing_moving_and_no_sky_is_ever_in_the_memory(pipe: MiragePipeline, p
     asked = options(25, depth=depth, static_filter=marked, cache=LatentCache(48, write_policy=policy))
     cache = pipe(**asked, callback_on_chunk_end=lambda _, chunk: written.append(chunk.metrics["written"])).cache
     position = cache.points.double()
-    assert len(cache) > (20 if policy == "append" else 10)
+    assert len(cache) > (20 if policy == "append" else 5)
     assert not (position[:, 2] > 2.9).any()  # nothing on the far wall
     low, high = box[:, 0].amin(0) - 0.02, box[:, 1].amax(0) + 0.02
     assert not ((position > low) & (position < high)).all(1).any()  # nothing where the box flew

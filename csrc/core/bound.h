@@ -83,9 +83,13 @@ MIRAGE_HD int surrounding_cell(float u, float v, int height, int width, int k) {
   return i * width + j;
 }
 
-// Whether a view sees through a token at this depth: all it shows around, from `behind` on, lies clearly behind.
-MIRAGE_HD bool sees_through(float depth, float surface, float behind) {
-  return (surface > 0.0f) & (depth * kCarveGate < behind) & (behind <= 3.402823466e+38f);
+// Whether something the view shows lies clearly behind a token at this depth.
+MIRAGE_HD bool clearly_behind(float shown, float depth) { return depth * kCarveGate < shown; }
+
+// Whether a cell shows nothing at this depth: neither its least depth nor, where that lies clearly before, its surface.
+MIRAGE_HD bool shows_nothing_at(float depth, float nearest, float surface) {
+  const float shown = nearest * kCarveGate < depth ? surface : nearest;
+  return clearly_behind(shown, depth) | (shown * kCarveGate < depth);
 }
 
 MIRAGE_HD float mean_with(float held, float looks, float added) { return (held * looks + added) / (looks + 1.0f); }

@@ -132,11 +132,13 @@ void look_at_group(const Held& held, index_t first, int count, const Reader& rea
 
 // The view's vote on a token that lies in it.
 void vote(const Seen& seen, const Grid& grid, float u, float v, float depth, index_t cell, uint8_t* votes) {
-  float behind = kInfinity;
-  for (int k = 0; k < 4; ++k)
-    behind = std::min(behind, seen.nearest[surrounding_cell(u, v, grid.height, grid.width, k)]);
   const float surface = seen.depths[cell];
-  if (sees_through(depth, surface, behind)) {
+  bool through = clearly_behind(surface, depth);
+  for (int k = 0; k < 4 && through; ++k) {
+    const int around = surrounding_cell(u, v, grid.height, grid.width, k);
+    through = shows_nothing_at(depth, seen.nearest[around], seen.depths[around]);
+  }
+  if (through) {
     *votes += 1;
   } else if (on_surface(depth, surface)) {
     *votes = 0;

@@ -160,15 +160,16 @@ __device__ __forceinline__ void count_in_voxel(const Voxels& voxels, const float
   }
 }
 
-// The least depth of the cells around a projection.
-__device__ __forceinline__ float depth_around(const Seen& seen, const Projected& at, const Grid& grid) {
-  float least = bits_float(kInfinity);
+// Whether a view sees through a token: what its cell shows lies behind, and no cell around shows anything at its depth.
+__device__ __forceinline__ bool sees_through(const Seen& seen, const Projected& at, float surface, const Grid& grid) {
+  if (!clearly_behind(surface, at.z)) return false;
+  bool through = true;
 #pragma unroll
   for (int k = 0; k < 4; ++k) {
-    const float depth = __ldg(seen.nearest + surrounding_cell(at.u, at.v, grid.height, grid.width, k));
-    least = depth < least ? depth : least;
+    const int cell = surrounding_cell(at.u, at.v, grid.height, grid.width, k);
+    through &= shows_nothing_at(at.z, __ldg(seen.nearest + cell), __ldg(seen.depths + cell));
   }
-  return least;
+  return through;
 }
 
 // A held token looks at a view: the view's vote on it, whether its voxel is one that the view comes to, and how well it
@@ -188,7 +189,7 @@ __device__ __forceinline__ bool look(const Held& held, index_t i, const Reader& 
     const float surface = __ldg(seen.depths + cell);
     there = on_surface(at.z, surface);
     if (grid.carve_views > 0) {
-      int voted = sees_through(at.z, surface, depth_around(seen, at, grid)) ? vote + 1 : (there ? 0 : vote);
+      int voted = sees_through(seen, at, surface, grid) ? vote + 1 : (there ? 0 : vote);
       const bool carved = voted >= grid.carve_views;
       if (carved) voted = kDead;
       if (voted != vote) held.votes[i] = static_cast<uint8_t>(voted);

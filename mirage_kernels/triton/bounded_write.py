@@ -29,7 +29,6 @@ _FRESH = tl.constexpr(float32(FRESH))
 _CLOSER = tl.constexpr(float32(CLOSER))
 _CARVE_GATE = tl.constexpr(float32(CARVE_GATE))
 _MOST_MERGED = tl.constexpr(MOST_MERGED)
-_FLOAT_MAX = tl.constexpr(3.4028234663852886e38)
 _PROJECTION = tl.constexpr(PROJECTION_SIZE)
 # As in `splat_aligned`: float bits of the score above, index below; every key is less than this one.
 _NOT_SHOWN = tl.constexpr(0x7F7F7F7F7F7F7F7F)
@@ -102,15 +101,18 @@ def voxel_kernel(lifted, order, voxels, cells, blocks, CELLS: tl.constexpr):
 
 
 @triton.jit
-def depth_around(nearest, u, v, height, width, mask):
-    """The least of the four cells whose centres surround (u, v), past the border those at it."""
+def seen_through(nearest, depths, u, v, depth, surface, height, width, visible):
+    """Whether the surface lies clearly behind, and the four cells around (u, v) show nothing at this depth."""
     left, top = floor_int(u - 0.5), floor_int(v - 0.5)
-    least = tl.full(u.shape, float("inf"), tl.float32)
+    through = visible & (depth * _CARVE_GATE < surface)
     for k in tl.static_range(4):
         column = tl.minimum(tl.maximum(left + k % 2, 0), width - 1)
         row = tl.minimum(tl.maximum(top + k // 2, 0), height - 1)
-        least = tl.minimum(least, tl.load(nearest + row * width + column, mask, other=0.0))
-    return least
+        cell = row * width + column
+        shown = tl.load(nearest + cell, through, other=0.0)
+        shown = tl.where(shown * _CARVE_GATE < depth, tl.load(depths + cell, through, other=0.0), shown)
+        through = through & ((depth * _CARVE_GATE < shown) | (shown * _CARVE_GATE < depth))
+    return through
 
 
 @triton.jit
@@ -164,8 +166,7 @@ def walk_tokens(
     surface = tl.load(depths + cell, visible, other=0.0)
     on_surface = visible & (surface > 0.0) & (depth <= _GATE * surface) & (surface <= _GATE * depth)
     if nearest is not None:
-        behind = depth_around(nearest, u, v, height, width, visible)
-        through = visible & (surface > 0.0) & (depth * _CARVE_GATE < behind) & (behind <= _FLOAT_MAX)
+        through = seen_through(nearest, depths, u, v, depth, surface, height, width, visible)
         alive = carve_tokens(votes, index, held, alive, visible, on_surface, through, carve_views, report)
 
     score = cell_distance(u, v, column, row) + lack
