@@ -689,11 +689,11 @@ def test_cuda_graph(name):
     arguments[0].mul_(1.5)
     graph.replay()
     torch.cuda.synchronize()
-    captured = tuple(x.clone() for x in (captured if isinstance(captured, tuple) else (captured,)))
+    results = lambda found: found if isinstance(found, tuple) else (arguments[-1] if found is None else found,)  # noqa: E731
+    captured = tuple(x.clone() for x in results(captured))
     if name == "cache_write":
         arguments[3].zero_()
-    expected = operator(*arguments)
-    agree(captured, tuple(x.cpu() for x in (expected if isinstance(expected, tuple) else (expected,))))
+    agree(captured, tuple(x.cpu() for x in results(operator(*arguments))))
 
 
 # ---------------------------------------------------------------------------------------------------- without a GPU
@@ -758,16 +758,16 @@ def compile_launch(kernel, arguments: dict, options: dict, capability: int):
     ("name", "kernels"),
     [
         ("back_project", {"lift_kernel", "tokens_kernel"}),
-        ("splat", {"prepare_kernel", "nearest_kernel", "resolve_kernel"}),
+        ("splat", {"prepare_kernel", "cull_kernel", "nearest_kernel", "resolve_kernel"}),
         ("splat_backward", {"backward_kernel"}),
-        ("splat_aligned", {"prepare_kernel", "nearest_kernel", "best_kernel", "read_out_kernel"}),
+        ("splat_aligned", {"prepare_kernel", "cull_kernel", "nearest_kernel", "best_kernel", "read_out_kernel"}),
         ("splat_aligned_backward", {"prepare_kernel", "share_kernel", "gather_kernel"}),
         (
             "cache_write",
             {"lift_kernel", "tokens_kernel", "judge_kernel", "scan_kernel", "append_kernel", "appended_bounds_kernel"},
         ),
         ("block_bounds", {"bounds_kernel"}),
-        ("view_overlap", {"prepare_kernel", "mark_kernel", "count_kernel"}),
+        ("view_overlap", {"prepare_kernel", "cull_kernel", "mark_kernel", "count_kernel"}),
     ],
 )
 @pytest.mark.parametrize("capability", [80, 90])

@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .camera import PROJECTION_SIZE, in_view, load_points, make_projection, project, voxel_key
+from .cull import cull, may_hold
 from .launch import EXACT, cdiv, device_of, float32, implements
 
 # A word marks 31 views and, in its sign bit, the targets: memory stays bounded however many views there are.
@@ -49,10 +50,14 @@ def prepare_kernel(
     tl.store(keys + index, voxel_key(x, y, z, voxel_size), index < points_total)
 
 
-@triton.jit(do_not_specialize=["points_total", "views", "targets"])
+@triton.jit(do_not_specialize=["points_total", "views", "targets", "first", "blocks"])
 def mark_kernel(
     points,
     num_points,
+    masks,
+    target_masks,
+    blocks,
+    first,
     order,
     voxels,
     projections,
@@ -77,12 +82,20 @@ def mark_kernel(
     x, y, z = load_points(points, index, live, POINTS)
     seen = tl.zeros((POINTS,), tl.int32)
     for target in range(targets):
-        u, v, depth = project(target_projections + target * 12, x, y, z)
-        seen |= in_view(u, v, depth, height, width, near).to(tl.int32)
+        sees = True
+        if target_masks is not None:
+            sees = tl.max(may_hold(target_masks, blocks, index, target, live).to(tl.int32), axis=0) > 0
+        if sees:
+            u, v, depth = project(target_projections + target * 12, x, y, z)
+            seen |= in_view(u, v, depth, height, width, near).to(tl.int32)
     word = seen << 31
     for view in range(views):
-        u, v, depth = project(projections + view * 12, x, y, z)
-        word |= in_view(u, v, depth, height, width, near).to(tl.int32) << view
+        sees = True
+        if masks is not None:
+            sees = tl.max(may_hold(masks, blocks, index, first + view, live).to(tl.int32), axis=0) > 0
+        if sees:
+            u, v, depth = project(projections + view * 12, x, y, z)
+            word |= in_view(u, v, depth, height, width, near).to(tl.int32) << view
     tl.atomic_or(marks + voxel, word, live & (word != 0), sem="relaxed")
 
 
@@ -147,12 +160,19 @@ def view_overlap(
         torch.ne(keys[1:], keys[:-1], out=begins[1:])
         voxels = begins.cumsum(0)
         marks = torch.empty(total, dtype=torch.int32, device=points.device)
+        view = height, width, float32(near), 0
+        seen_by_views, _, _, blocks = cull(bounds, points, num_points, projections, *view)
+        seen_by_targets, *_ = cull(bounds, points, num_points, target_projections, *view)
         for first in range(0, views, _WORD_VIEWS):
             here = min(_WORD_VIEWS, views - first)
             marks.zero_()
             mark_kernel[(cdiv(total, _MARK_POINTS),)](
                 points,
                 num_points,
+                seen_by_views,
+                seen_by_targets,
+                blocks,
+                first,
                 order,
                 voxels,
                 projections[first:],
