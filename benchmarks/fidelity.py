@@ -8,11 +8,16 @@ written ones (0, 50, ..), and compared with the latents of the pictures taken th
 - detail: the same over channels 8 and up. 97 % of the energy sits below, so that an error alone rewards blur.
 - energy: |read|^2 / |true|^2 over those channels: 1 is as much texture as there is, 0 is a blur.
 - coverage: part of the cells that are no holes.
+
+Side by side: the published memory, its algorithm in our words, and ours under every write policy and way to read it.
+Then what bounded writes promise: ten laps with noise, an object that is taken away, the time of a read. `--out FOLDER`
+writes fidelity.json, report.md and plots.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import statistics
 import time
@@ -27,7 +32,10 @@ from mirage.codec import PatchCodec
 from mirage.rgbd import RGBDFrames, load_rgbd_folder
 from mirage_kernels import Cameras, LatentCache
 from mirage_kernels.compat import LatentPointCloud
+from mirage_kernels.ops import NEAR
+from mirage_kernels.reference import in_view, make_projection, project_points
 
+from .plots import fidelity_over_tokens
 from .reference_memory import ReferenceMemory
 
 WRITTEN_EVERY, READ_EVERY, HELD_OUT = 10, 50, 5  # in frame numbers
@@ -100,95 +108,296 @@ def median_ms(function: Callable[[], Any], rounds: int) -> float:
     return statistics.median(times[1:]) * 1e3
 
 
+def _frames(room: Room, rows: Any) -> tuple[Tensor, Tensor, Cameras]:
+    return room.latents[rows], room.written.depth[rows], room.written.cameras[rows]
+
+
+def _baseline(latents: Tensor, depth: Tensor, cameras: Cameras) -> ReferenceMemory:
+    memory = ReferenceMemory(CHANNELS)
+    for i in range(len(latents)):
+        memory.write(latents[[i]], depth[[i]], cameras.intrinsics[[i]], cameras.cam2world[[i]])
+    return memory
+
+
+def _read_baseline(
+    memory: ReferenceMemory, cameras: Cameras, size: tuple[int, int], threads: int
+) -> tuple[Tensor, Tensor]:
+    """On more than one thread, cells keep a farther surface by chance: right only on one, fast only on all."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        grid = cameras.resized(size)
+        return memory.read(grid.intrinsics, grid.cam2world, size)
+    finally:
+        torch.set_num_threads(before)
+
+
+POLICIES: dict[str, dict[str, Any]] = {
+    "append": {"write_policy": "append"},
+    "append, float8": {"write_policy": "append", "dtype": torch.float8_e4m3fn},
+    "bounded": {},
+    "bounded, float8": {"dtype": torch.float8_e4m3fn},
+    **{f"bounded, {views} a voxel": {"views_per_voxel": views} for views in (1, 2, 3, 6, 8, 16)},
+    "bounded, no carving": {"carve": False},
+    **{f"mean, {views} a voxel": {"views_per_voxel": views, "merge": "mean"} for views in (1, 2, 4)},
+}
+READS: dict[str, dict[str, Any]] = {
+    "nearest": {"splat": "nearest"},
+    "aligned": {},
+    **{f"aligned, sharpness {value:g}": {"sharpness": value} for value in (0.0, 15.0, 40.0, float("inf"))},
+}
+_EVERY_READ = ("append", "bounded", "mean, 1 a voxel")  # of other policies, the first two ways
+
+
 def measure(room: Room, rounds: int = 5) -> list[dict[str, Any]]:
-    """A row for the published memory (`mirage_kernels.compat`), the baseline, and every way to read the cache.
+    """A row for the published memory (`mirage_kernels.compat`), the baseline, and every policy and way to read it.
 
     Milliseconds are those of 9 held-out views.
     """
     size = (room.latents.shape[2], room.latents.shape[3])
-    cache = LatentCache(CHANNELS)
-    cache.write(room.latents, room.written.depth, room.written.cameras)
-    baseline = ReferenceMemory(CHANNELS)
-    for i in range(len(room.written)):
-        camera = room.written.cameras[[i]]
-        baseline.write(room.latents[[i]], room.written.depth[[i]], camera.intrinsics, camera.cam2world)
-
-    def read_baseline(cameras: Cameras) -> tuple[Tensor, Tensor]:
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)  # on more, cells keep a farther surface by chance
-        try:
-            grid = cameras.resized(size)
-            return baseline.read(grid.intrinsics, grid.cam2world, size)
-        finally:
-            torch.set_num_threads(threads)
-
     frames, matrix = room.written, room.written.cameras.intrinsics[0]
     release = LatentPointCloud.from_geometry(
         frames.depth[0], matrix, frames.cameras.cam2world[0], room.latents[0][:, None], device="cpu"
     )
     rest = len(frames) - 1
     release.update(frames.depth[1:], matrix.expand(rest, 3, 3), frames.cameras.cam2world[1:].float(), room.latents[1:])
+    baseline = _baseline(*_frames(room, slice(None)))
 
     def read_release(cameras: Cameras) -> tuple[Tensor, Tensor]:
         views = [release.project(pose) for pose in cameras.cam2world]
         return torch.stack([latents for latents, _ in views]), torch.stack([mask for _, mask in views])
 
-    def nine_views(function: Reader) -> Callable[[], Any]:
-        return lambda: function(room.truths["held-out"][0][:9])
+    def read_baseline(cameras: Cameras) -> tuple[Tensor, Tensor]:
+        return _read_baseline(baseline, cameras, size, 1)
 
-    def read(**options: Any) -> Reader:
-        return lambda cameras: cache.read(cameras, size, **options)[:2]
+    def read(cache: LatentCache, **options: Any) -> Reader:
+        return lambda cameras: cache.read(cameras, size, dtype=torch.float32, **options)[:2]
 
     points = baseline.points
-    memories: dict[str, tuple[int, int, Reader]] = {
-        "published": (
-            int(release.valid_mask.sum()),
-            release.points_world.nbytes + release.features.nbytes,
-            read_release,
+    bytes_of_release = release.points_world.nbytes + release.features.nbytes
+    memories: list[tuple[str, str, int, int, Reader]] = [
+        ("published", "nearest", int(release.valid_mask.sum()), bytes_of_release, read_release),
+        (
+            "baseline",
+            "nearest",
+            len(points),
+            points.nbytes + baseline.features.nbytes,
+            read_baseline,
         ),
-        "baseline": (len(points), points.nbytes + baseline.features.nbytes, read_baseline),
-        "nearest": (len(cache), cache.nbytes, read(splat="nearest")),
-    }
-    for sharpness in (0.0, 15.0, 30.0, 40.0, float("inf")):
-        memories[f"aligned, sharpness {sharpness:g}"] = (
-            len(cache),
-            cache.nbytes,
-            read(splat="aligned", sharpness=sharpness),
-        )
+    ]
+    for name, options in POLICIES.items():
+        cache = LatentCache(CHANNELS, **options)
+        cache.write(*_frames(room, slice(None)))
+        ways = READS if name in _EVERY_READ else ("nearest", "aligned")
+        memories += [(name, way, len(cache), cache.nbytes, read(cache, **READS[way])) for way in ways]
+
     rows = []
-    for name, (tokens, nbytes, function) in memories.items():
-        row: dict[str, Any] = {"memory": name, "tokens": tokens, "bytes": nbytes}
+    for name, way, tokens, nbytes, function in memories:
+        row: dict[str, Any] = {"memory": name, "read": way, "tokens": tokens, "bytes": nbytes}
         for poses, (cameras, true) in room.truths.items():
             row[poses] = score(*function(cameras), true)._asdict()
-        row["read_ms"] = median_ms(nine_views(function), rounds)
+        nine = room.truths["held-out"][0][:9]
+        row["read_ms"] = median_ms(functools.partial(function, nine), rounds)
         rows.append(row)
     return rows
 
 
+def laps(
+    room: Room, number: int = 10, noise: float = 0.01, jitter: float = 0.005, seed: int = 0
+) -> list[dict[str, Any]]:
+    """Lap after lap over every second written frame, each pixel's depth off by `noise` of it and each pose by `jitter`
+    metres (standard deviations): tokens, and the error at all the poses written, after each."""
+    size = (room.latents.shape[2], room.latents.shape[3])
+    every = range(0, len(room.written), 2)
+    latents, depth, cameras = _frames(room, list(every))
+    generator, cache, rows = torch.Generator().manual_seed(seed), LatentCache(CHANNELS), []
+    for lap in range(1, number + 1):
+        seen = depth * (1 + noise * torch.randn(depth.shape, generator=generator))
+        poses = cameras.cam2world.clone()
+        poses[:, :3, 3] += jitter * torch.randn((len(poses), 3), generator=generator).to(poses)
+        report = cache.write(latents, seen, Cameras(cameras.intrinsics, poses, cameras.image_size))
+        view = cache.read(cameras, size)
+        rows.append({"lap": lap, "tokens": len(cache), **score(view.latents, view.mask, latents)._asdict()})
+        rows[-1]["report"] = report.as_dict()
+    return rows
+
+
+def add_box(depth: Tensor, cameras: Cameras, low: Tensor, high: Tensor) -> Tensor:
+    """Depth maps (T, H, W) with an opaque box, given by two corners (3,), in the scene."""
+    height, width = depth.shape[1:]
+    column, row = torch.arange(width) + 0.5, torch.arange(height)[:, None] + 0.5
+    k, pose = cameras.intrinsics.float(), cameras.cam2world.float()
+    x = (column - k[:, 0, 2, None, None]) / k[:, 0, 0, None, None]
+    y = (row - k[:, 1, 2, None, None]) / k[:, 1, 1, None, None]
+    rays = torch.stack(torch.broadcast_tensors(x, y, torch.ones_like(depth)), -1) @ pose[:, None, :3, :3].transpose(
+        -1, -2
+    )
+    starts = pose[:, None, None, :3, 3]
+    ends = torch.stack([(low - starts) / rays, (high - starts) / rays])
+    near, far = ends.amin(0).amax(-1), ends.amax(0).amin(-1)
+    known = (depth > 0) & torch.isfinite(depth)
+    return torch.where((near < far) & (near > 0) & (~known | (near < depth)), near, depth)
+
+
+def removal(
+    room: Room, objects: int = 8, edge: float = 0.35, gap: float = 0.1, tries: int = 2000, seed: int = 0
+) -> list[dict[str, Any]]:
+    """A box of this edge (metres) hangs in views of the room, at least `gap` of their depth before all that is behind
+    it; then the last three of these views are written again without it. How many of its tokens are left."""
+    latents, depth, cameras = _frames(room, slice(None))
+    projections = make_projection(cameras.intrinsics, cameras.cam2world, torch.float32)
+    generator, rows = torch.Generator().manual_seed(seed), list[dict[str, Any]]()
+    for _ in range(tries):
+        if len(rows) == objects:
+            break
+        t, where = int(torch.randint(len(depth), (), generator=generator)), torch.rand(3, generator=generator)
+        z = 0.9 + float(where[2])
+        pixel = torch.tensor([float(where[0]) * depth.shape[2], float(where[1]) * depth.shape[1], 1.0])
+        ray = torch.linalg.inv(cameras.intrinsics[t].float()) @ pixel
+        centre = cameras.cam2world[t, :3, :3].float() @ (ray * z) + cameras.cam2world[t, :3, 3].float()
+        low, high = centre - edge / 2, centre + edge / 2
+        corners = torch.stack(torch.meshgrid(*torch.stack([low, high], 1), indexing="ij"), -1).view(8, 3)
+        inside = [
+            view
+            for view, projection in enumerate(projections)
+            if in_view(*project_points(corners, projection), (depth.shape[1], depth.shape[2]), NEAR).all()
+        ]
+        if len(inside) < 3:
+            continue
+        with_box = add_box(depth[inside], cameras[inside], low, high)
+        behind = depth[inside]
+        changed = with_box != behind
+        known = (behind > 0) & torch.isfinite(behind)
+        blocked = changed & known & (behind < (1 + gap) * (with_box + edge))
+        hidden = changed.flatten(1).sum(1)
+        unknown = (changed & ~known).flatten(1).sum(1)
+        usable = (hidden > 1500) & (unknown < 0.02 * hidden) & ~blocked.flatten(1).any(1)
+        views = [view for view, fits in zip(inside, usable.tolist(), strict=True) if fits]
+        with_box = with_box[usable]
+        if len(views) < 3:
+            continue
+        cache = LatentCache(CHANNELS)
+        cache.write(latents[views], with_box, cameras[views])
+
+        def of_box(cache: LatentCache, low: Tensor = low, high: Tensor = high) -> int:
+            reach = cache.footprints[:, None]
+            return int(((cache.points > low - reach) & (cache.points < high + reach)).all(1).sum())
+
+        held = of_box(cache)
+        for view in views[-3:]:
+            cache.write(latents[[view]], depth[[view]], cameras[[view]])
+        rows.append({"views": len(views), "held": held, "left": of_box(cache)})
+    return rows
+
+
+def static_loss(room: Room) -> dict[str, Any]:
+    """What is carved of the room itself, in which nothing moves, while all its frames are written."""
+    written = LatentCache(CHANNELS).write(*_frames(room, slice(None)))
+    return {"written": written.written, "carved": written.carved}
+
+
+def speed(folder: str | Path, rounds: int = 9) -> list[dict[str, Any]]:
+    """Milliseconds of 9 views of every frame of the folder: the reference algorithm on its own cache, and ours.
+
+    The reference runs on one thread, where it is right, and on all, where it is not; rounds take turns.
+    """
+    frames = load_rgbd_folder(folder)
+    latents = PatchCodec.fit(frames.images, CHANNELS, PATCH).encode(frames.images)
+    size = (latents.shape[2], latents.shape[3])
+    baseline = _baseline(latents, frames.depth, frames.cameras)
+    cache = LatentCache(CHANNELS)
+    cache.write(latents, frames.depth, frames.cameras)
+    nine = frames.cameras[list(range(0, len(frames), max(len(frames) // 9, 1)))[:9]]
+    threads = torch.get_num_threads()
+    ways: dict[str, tuple[int, Callable[[], Any]]] = {
+        "reference, 1 thread": (len(baseline.points), lambda: _read_baseline(baseline, nine, size, 1)),
+        f"reference, {threads} threads": (len(baseline.points), lambda: _read_baseline(baseline, nine, size, threads)),
+        "bounded, nearest": (len(cache), lambda: cache.read(nine, size, splat="nearest")),
+        "bounded, aligned": (len(cache), lambda: cache.read(nine, size)),
+    }
+    times: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(rounds + 1):
+        for name, (_, function) in ways.items():
+            times[name].append(median_ms(function, 3))
+    return [
+        {"memory": name, "tokens": tokens, "read_ms": statistics.median(times[name][1:])}
+        for name, (tokens, _) in ways.items()
+    ]
+
+
 def table(rows: list[dict[str, Any]]) -> str:
-    """The rows in Markdown."""
-    head = "| memory | tokens | MiB | held-out error | detail | energy | coverage |"
-    lines = [f"{head} written-pose error | detail | energy | coverage | 9 views, ms |", "|---|" + "---:|" * 11]
+    """The rows of :func:`measure` in Markdown."""
+    head = "| memory | read | tokens | x baseline | MiB | bytes a token | held-out error | detail | energy | coverage |"
+    lines = [f"{head} written-pose error | detail | energy | coverage | 9 views, ms |", "|---|---|" + "---:|" * 13]
+    base = next(row["tokens"] for row in rows if row["memory"] == "baseline")
     for row in rows:
         figures = [
             f"{row[poses][name]:.3f}" if name in ("error", "coverage") else f"{row[poses][name]:.2f}"
             for poses in ("held-out", "written")
             for name in Score._fields
         ]
-        start = [row["memory"], f"{row['tokens']:,}", f"{row['bytes'] / 2**20:.1f}"]
+        tokens, nbytes = row["tokens"], row["bytes"]
+        start = [row["memory"], row["read"], f"{tokens:,}", f"{tokens / base:.3f}"]
+        start += [f"{nbytes / 2**20:.1f}", f"{nbytes / tokens:.1f}"]
         lines.append(f"| {' | '.join([*start, *figures, format(row['read_ms'], '.2f')])} |")
     return "\n".join(lines)
+
+
+def report(results: dict[str, list[dict[str, Any]]]) -> str:
+    """All that was measured, in Markdown."""
+    first, fifth, tenth = (results["laps"][k] for k in (0, len(results["laps"]) // 2 - 1, -1))
+    static = results["static"][0]
+    gone = [1 - row["left"] / row["held"] for row in results["removal"]]
+    slow = min(row["read_ms"] for row in results["speed"][:2])
+    lines = [
+        "# Fidelity",
+        "",
+        "Made by `python -m benchmarks.fidelity`; what the columns are is said there.",
+        "",
+        table(results["fidelity"]),
+        "",
+        f"**Laps.** {len(results['laps'])} noisy laps over every second written frame: {first['tokens']:,} tokens"
+        f" after the first, {fifth['tokens']:,} after the middle one, {tenth['tokens']:,} after the last"
+        f" ({tenth['tokens'] / fifth['tokens']:.3f} x and {tenth['tokens'] / first['tokens']:.3f} x);"
+        f" written-pose error {first['error']:.3f} after the first, {tenth['error']:.3f} after the last.",
+        "",
+        f"**Removal.** {len(gone)} boxes taken away, three views of each place later: of their tokens are gone"
+        f" {', '.join(f'{share:.1%}' for share in gone)}."
+        f" Of the room itself, {static['carved'] / static['written']:.2%}.",
+        "",
+        "**Time** of 9 views, every frame of the folder written:",
+        "",
+        "| memory | tokens | ms | faster than the faster reference |",
+        "|---|---:|---:|---:|",
+        *(
+            f"| {row['memory']} | {row['tokens']:,} | {row['read_ms']:.2f} | {slow / row['read_ms']:.1f} x |"
+            for row in results["speed"]
+        ),
+    ]
+    return "\n".join(lines) + "\n"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rgbd", required=True, help="RGB-D folder: frame-NNNNNN.color.jpg, .depth.png, .pose.txt")
-    parser.add_argument("--out", help="also write the rows to this JSON file")
+    parser.add_argument("--out", help="also write fidelity.json, report.md and plots into this folder")
     arguments = parser.parse_args()
-    rows = measure(load_room(arguments.rgbd))
-    print(table(rows))
+    room = load_room(arguments.rgbd)
+    results = {
+        "fidelity": measure(room),
+        "laps": laps(room),
+        "removal": removal(room),
+        "static": [static_loss(room)],
+        "speed": speed(arguments.rgbd),
+    }
+    text = report(results)
+    print(text)
     if arguments.out:
-        Path(arguments.out).write_text(json.dumps(rows, indent=1) + "\n")
+        folder = Path(arguments.out)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "fidelity.json").write_text(json.dumps(results, indent=1) + "\n")
+        (folder / "report.md").write_text(text)
+        fidelity_over_tokens(results["fidelity"], folder)
 
 
 if __name__ == "__main__":

@@ -50,7 +50,7 @@ def tokens(size: Size, device: torch.device) -> Tokens:
 def latent_cache(size: Size, device: torch.device, dtype: torch.dtype, room: int = 0) -> LatentCache:
     """A cache that holds the scene's tokens, with room for so many more."""
     points, features = tokens(size, device)
-    cache = LatentCache(scenes.CHANNELS, dtype=dtype, device=device, capacity=size.tokens + room)
+    cache = LatentCache(scenes.CHANNELS, dtype=dtype, device=device, capacity=size.tokens + room, write_policy="append")
     ids = torch.arange(size.frames, dtype=torch.int32, device=device).repeat_interleave(size.grid[0] * size.grid[1])
     centers = scenes.stored_cameras(size).centers.float().to(device)
     cache._fill({"points": points, "features": features, "frame_ids": ids, "frame_centers": centers})

@@ -159,7 +159,7 @@ class KernelPixelMemory:
 
     def __init__(self, splat: str = "nearest", device: torch.device | str = "cpu", capacity: int | None = None) -> None:
         self.splat = splat
-        self.cache = LatentCache(4, dtype=torch.float32, device=device, capacity=capacity)
+        self.cache = LatentCache(4, dtype=torch.float32, device=device, capacity=capacity, write_policy="append")
         self._rows = torch.empty(0)  # colours and the unused channel, kept from write to write
 
     def __len__(self) -> int:

@@ -46,6 +46,42 @@ def _save(figure: Any, path: Path) -> None:
     figure.savefig(path, metadata={"Date": None})
 
 
+def fidelity_over_tokens(rows: list[dict[str, Any]], folder: Path) -> None:
+    """``fidelity.svg``: errors, energy, coverage and time of each memory of `benchmarks.fidelity`, over its tokens."""
+    pyplot = _pyplot()
+    figure, panels = pyplot.subplots(2, 4, figsize=(15, 7))
+    shown = [
+        ("held-out", "error"),
+        ("held-out", "detail"),
+        ("held-out", "energy"),
+        ("held-out", "coverage"),
+        ("written", "error"),
+        ("written", "detail"),
+        ("written", "energy"),
+        (None, "read_ms"),
+    ]
+    families = {
+        "published": "#7570b3",
+        "baseline": "#d95f02",
+        "append": "#1b7837",
+        "bounded": "#2166ac",
+        "mean": "#b2182b",
+    }
+    for axes, (poses, name) in zip(panels.flat, shown, strict=True):
+        for family, colour in families.items():
+            for read, marker in (("nearest", "x"), ("aligned", "o")):
+                chosen = [row for row in rows if row["memory"].split(",")[0] == family and row["read"] == read]
+                points = sorted((row["tokens"], row[poses][name] if poses else row[name]) for row in chosen)
+                if points:
+                    axes.plot(*zip(*points, strict=True), ":", marker=marker, color=colour, label=f"{family}, {read}")
+        axes.set(xscale="log", xlabel="tokens", title=f"{poses}, {name}" if poses else "9 views, ms")
+        if poses is None:
+            axes.set(yscale="log")
+    panels.flat[0].legend(fontsize=7)
+    _save(figure, folder / "fidelity.svg")
+    pyplot.close(figure)
+
+
 def time_over_tokens(rows: list[Row], folder: Path) -> None:
     pyplot = _pyplot()
     series: dict[str, list[tuple[float, float]]] = {}

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from mirage_kernels import LatentCache
-from mirage_kernels.storage import VERSION, read_metadata
+from mirage_kernels.storage import format_version, read_metadata
 
 from . import __version__
-from .extras import MissingExtraError
+from .extras import MissingExtraError, import_extra
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -42,6 +42,7 @@ def make_parser() -> argparse.ArgumentParser:
     demo.set_defaults(run=demo_command)
 
     _add_generate(commands)
+    _add_train(commands)
 
     info = commands.add_parser("info", help="describe a saved cache")
     info.add_argument("cache", type=Path, metavar="cache.safetensors")
@@ -57,7 +58,7 @@ def _add_generate(commands: Any) -> None:
         description="Without an image, the left view of scikit-image's stereo pair with its true depth is taken.",
     )
     add = parser.add_argument
-    add("--model", required=True, help="folder or hub id of a Wan2.2 or Mirage pipeline, or tiny-random")
+    add("--model", required=True, help="folder or hub id of a Wan2.2 or Mirage pipeline, mirage-tiny, or tiny-random")
     add("--adapter", metavar="DIR_OR_ID_OR_FILE", help="memory adapter; a file is one of the published release")
     add("--lora", metavar="FILE", help="LoRA of the transformer")
     add("--image", type=Path, metavar="FILE", help="the first frame")
@@ -93,6 +94,27 @@ def _add_generate(commands: Any) -> None:
     parser.set_defaults(run=generate_command)
 
 
+def _add_train(commands: Any) -> None:
+    train = commands.add_parser(
+        "train",
+        help="train the memory adapter, LoRA, or a small model, as a YAML file says",
+        description="Goes on with the run in the file's `out`, if there is one. On several GPUs under"
+        " `accelerate launch -m mirage train FILE`.",
+    )
+    train.set_defaults(run=train_command)
+    prepare = commands.add_parser(
+        "prepare",
+        help="encode the clips of a training file once",
+        description="Clips that are in DIR already are left alone. A source of kind `packed` reads them.",
+    )
+    prepare.add_argument("--out", type=Path, metavar="DIR", required=True, help="where to write")
+    prepare.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    prepare.set_defaults(run=prepare_command)
+    for parser in (train, prepare):
+        parser.add_argument("config", type=Path, metavar="FILE.yaml")
+        parser.add_argument("overrides", nargs="*", metavar="key=value", help="in place of the file's, data.frames=33")
+
+
 def _parse_size(text: str) -> tuple[int, int]:
     try:
         height, width = map(int, text.lower().split("x"))
@@ -109,6 +131,39 @@ def generate_command(options: argparse.Namespace) -> int:
     asked = GenerateOptions(**given)
     print(format_report(asked, run_generate(asked)))
     return 0
+
+
+def train_command(options: argparse.Namespace) -> int:
+    """Train a stage, print what became of it."""
+    _import_for_training()
+    from .training.config import load_config
+    from .training.loop import train
+
+    config = load_config(options.config, options.overrides)
+    report = train(config)
+    loss = "" if report["loss"] is None else f", loss {report['loss']:.4g}"
+    if saved := ", ".join(report["saved"]):  # of several processes, one
+        print(f"{report['steps']} steps{loss}, {report['seconds']:.0f} s; {saved} in {config.out}")
+    return 0
+
+
+def prepare_command(options: argparse.Namespace) -> int:
+    """Encode clips, print how many, and which were broken."""
+    _import_for_training()
+    from .training.config import load_config
+    from .training.data import list_broken
+    from .training.prepare import prepare
+
+    report = prepare(load_config(options.config, options.overrides), options.out, options.device)
+    for name, reason in report["broken"].items():
+        print(f"skipped {list_broken({name: reason})}", file=sys.stderr)
+    print(f"{report['written']} clips written to {options.out}, {report['present']} were there already")
+    return 0
+
+
+def _import_for_training() -> None:
+    for module in ("diffusers", "transformers", "accelerate", "peft", "yaml", "tqdm", "ftfy"):
+        import_extra(module, "train")
 
 
 def demo_command(options: argparse.Namespace) -> int:
@@ -156,7 +211,7 @@ def describe_cache(path: Path) -> dict[str, Any]:
     return {
         "file": str(path),
         "file_bytes": path.stat().st_size,
-        "version": VERSION,
+        "version": int(format_version(settings)),
         "tokens": len(cache),
         "channels": cache.channels,
         "dtype": settings.pop("dtype"),

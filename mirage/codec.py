@@ -71,7 +71,7 @@ class PatchCodec:
 
         stride = next((s for s in _STRIDES if len(images) * patches_per_image(s) <= _MAX_PATCHES), _STRIDES[-1])
         views = -(-len(images) * patches_per_image(stride) // _MAX_PATCHES)
-        with _one_thread():
+        with one_thread():
             total = torch.zeros(size, dtype=torch.float64, device=images.device)
             moment = torch.zeros(size, size, dtype=torch.float64, device=images.device)
             count = 0
@@ -137,7 +137,7 @@ def _check_images(images: Tensor) -> None:
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
+def one_thread() -> Iterator[None]:
     """One thread for what runs on the CPU: the same bits at any thread count, and no slower.
 
     The eigenvectors of a 768x768 matrix take thousands of steps too short to share: 0.15 s with one thread,

@@ -25,10 +25,10 @@ from .session import METRICS_LINES, VIDEO
 from .trajectories import TRAJECTORIES, load_npz, load_trajectory, make_trajectory, save_npz
 
 CONTACT, TRAJECTORY, PATH = "contact.png", "trajectory.npz", "trajectory.json"
-TINY_RANDOM = "tiny-random"
+TINY_RANDOM, MIRAGE_TINY = "tiny-random", "mirage-tiny"
 
 _PICTURES = 12
-_TINY_ROWS = 4  # frames of 128 rows, which a laptop makes in a few seconds a chunk
+_TINY_ROWS = {TINY_RANDOM: 4, MIRAGE_TINY: 3}  # times 32: a few seconds a chunk on a laptop, or as it was trained
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -79,7 +79,8 @@ def run_generate(options: GenerateOptions, progress: bool = True) -> dict[str, A
     with `resume`.
 
     Returns:
-        frames, size ([H, W]), chunks, tokens, cache_bytes, coverage (mean over chunks after the first), seconds.
+        frames, size ([H, W]), chunks, tokens and cache_bytes (of the memory at the end), coverage (mean over chunks
+        after the first), seconds.
 
     Raises:
         MissingExtraError: a package of the extra `generate` is not installed.
@@ -93,8 +94,9 @@ def run_generate(options: GenerateOptions, progress: bool = True) -> dict[str, A
     cameras = _load_cameras(options, start)
     pipeline = load_pipeline(options)
     height, width = options.size or (None, None)
-    if options.size is None and options.model == TINY_RANDOM:
-        height, width = 32 * _TINY_ROWS, 32 * max(round(_TINY_ROWS * start.image.width / start.image.height), 1)
+    if options.size is None and options.model in _TINY_ROWS:
+        rows = _TINY_ROWS[options.model]
+        height, width = 32 * rows, 32 * max(round(rows * start.image.width / start.image.height), 1)
     total = math.ceil((options.frames - 1) / (options.chunk_frames - 1)) * options.steps
     with import_extra("tqdm", "generate").tqdm(total=total, disable=not progress, leave=False) as bar:
 
@@ -172,6 +174,10 @@ def load_pipeline(options: GenerateOptions) -> Any:
         pipeline = tiny_random_pipeline()
         if dtype != torch.float32:
             pipeline.to(dtype)
+    elif options.model == MIRAGE_TINY:
+        from .tiny import mirage_tiny_pipeline
+
+        pipeline = mirage_tiny_pipeline(dtype)
     else:
         pipeline = MiragePipeline.from_pretrained(options.model, dtype=dtype)
     if options.adapter is not None:

@@ -35,6 +35,7 @@ from mirage_kernels.cache import SPLATS
 from .adapter import MirageMemoryAdapter
 from .checkpoints import load_lora
 from .chunks import CHUNK_FRAMES, STRIDE, check_num_frames
+from .conditioning import CleanFrames, make_memory_context, make_scores
 from .depth import DepthEstimator, GivenDepth, make_depth_estimator
 from .extras import import_extra
 from .latent_depth import LatentDepth
@@ -198,6 +199,11 @@ class MiragePipeline(DiffusionPipeline, WanLoraLoaderMixin):
     # diffusers' properties.
 
     @property
+    def text_length(self) -> int:
+        """Tokens of a prompt's embedding: 512 as of the Wan pipelines, or fewer where the tokenizer says so."""
+        return min(512, self.tokenizer.model_max_length)
+
+    @property
     def guidance_scale(self) -> float:
         return self._guidance_scale
 
@@ -310,7 +316,7 @@ class MiragePipeline(DiffusionPipeline, WanLoraLoaderMixin):
         negative_prompt: str | None = None,
         prompt_embeds: Tensor | None = None,
         negative_prompt_embeds: Tensor | None = None,
-        max_sequence_length: int = 512,
+        max_sequence_length: int | None = None,
         num_inference_steps: int = 20,
         sigmas: Sequence[float] | str | None = "published",
         guidance_scale: float = 1.0,
@@ -341,7 +347,7 @@ class MiragePipeline(DiffusionPipeline, WanLoraLoaderMixin):
             num_frames: of the whole video, where it is known: to check `depth` and `depth_estimator` against.
             height, width: of the frames, multiples of 32; default the image's, rounded down.
             negative_prompt, prompt_embeds, negative_prompt_embeds, max_sequence_length: as of the Wan pipelines;
-                embeddings are (1, L, D).
+                embeddings are (1, L, D). L is by default :attr:`text_length`.
             num_inference_steps: denoising steps of a chunk.
             sigmas: noise levels before the scheduler's shift; "published" are :func:`published_sigmas`; None are the
                 scheduler's own, as in diffusers' Wan pipelines.
@@ -443,7 +449,7 @@ class MiragePipeline(DiffusionPipeline, WanLoraLoaderMixin):
             "depth_estimator": None if sources.estimator is None else type(sources.estimator).__name__,
             "static_filter": static_filter if isinstance(static_filter, str) else type(static_filter).__name__,
             "seed": generator.initial_seed() if seeded else None,
-            **{name: _fingerprint(model) for name, model in self.components.items()},
+            **{name: fingerprint(model) for name, model in self.components.items()},
         }
         store = RunStore(run_dir, record, resume)
         try:
@@ -456,7 +462,7 @@ class MiragePipeline(DiffusionPipeline, WanLoraLoaderMixin):
                 do_classifier_free_guidance=self.do_classifier_free_guidance,
                 prompt_embeds=prompt_embeds,
                 negative_prompt_embeds=negative_prompt_embeds,
-                max_sequence_length=max_sequence_length,
+                max_sequence_length=self.text_length if max_sequence_length is None else max_sequence_length,
                 device=device,
             )
             dtype = self.transformer.dtype
@@ -494,22 +500,13 @@ class MiragePipeline(DiffusionPipeline, WanLoraLoaderMixin):
             visible: (F, h, w) bool.
         """
         latents = readout.movedim(0, 1)[None].to(self._execution_device, torch.float32)
-        if self.memory_adapter.conditioning == "mask":
-            extra = visible[None, None].to(latents)
-        else:
-            extra = self._score_latents(*latents.shape[2:]).to(latents)
-        return torch.cat([latents, extra], dim=1)
+        scores = self._score_latents(*latents.shape[2:]) if self.memory_adapter.conditioning == "scores" else None
+        return make_memory_context(latents, visible[None], scores)
 
     def _score_latents(self, frames: int, height: int, width: int) -> Tensor:
-        """(1, C, F, h, w) latents of an all-ones video: the published score channels, which depend on the shape alone.
-
-        The VAE is causal: those of fewer frames are the first ones of those of more.
-        """
         known = self._scores.get((height, width))
         if known is None or known.shape[2] < frames:
-            ratio = self.vae_scale_factor_spatial
-            ones = torch.ones(1, 3, STRIDE * (frames - 1) + 1, height * ratio, width * ratio)
-            known = encode_frames(self.vae, ones)
+            known = make_scores(self.vae, frames, height, width)
             self._scores = {(height, width): known}
         return known[:, :, :frames]
 
@@ -549,13 +546,11 @@ class MiragePipeline(DiffusionPipeline, WanLoraLoaderMixin):
 
         def as_video(frames: Tensor | None) -> Tensor:
             """(1, C, F, h, w) float32, without frames for None."""
-            if frames is None:
-                return first[:, :, :0]
+            frames = first_latent[:0] if frames is None else frames
             return frames.movedim(0, 1)[None].to(device, torch.float32)
 
-        first = first_latent.movedim(0, 1)[None].to(device, torch.float32)
-        before, after = as_video(references), as_video(preceding)
-        num_before = before.shape[2]
+        first = as_video(first_latent)
+        clean = CleanFrames(first, as_video(references), as_video(preceding))
         memory_context = None
         if self.memory_adapter is not None:
             memory_context = self.make_memory_context(readout, visible).to(dtype)
@@ -570,8 +565,7 @@ class MiragePipeline(DiffusionPipeline, WanLoraLoaderMixin):
 
         shape = (1, first.shape[1], num_latents, *first.shape[3:])
         latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
-        denoised = torch.zeros(num_before + num_latents + after.shape[2], device=device)  # 1 per frame that is
-        denoised[num_before + 1 : num_before + num_latents] = 1.0
+        denoised = clean.denoised(num_latents)
         with self.progress_bar(total=len(timesteps)) as progress_bar:
             for i, t in enumerate(timesteps):
                 if self.interrupt:
@@ -579,9 +573,9 @@ class MiragePipeline(DiffusionPipeline, WanLoraLoaderMixin):
                 self._current_timestep = t
                 predict = partial(
                     self.transformer,
-                    hidden_states=torch.cat([before, first, latents[:, :, 1:], after], dim=2).to(dtype),
+                    hidden_states=clean.around(latents).to(dtype),
                     timestep=(denoised * t)[None],
-                    num_reference_frames=num_before,
+                    num_reference_frames=clean.references.shape[2],
                     memory_adapter=self.memory_adapter,
                     memory_context=memory_context,
                     memory_scale=settings.memory_scale,
@@ -593,7 +587,7 @@ class MiragePipeline(DiffusionPipeline, WanLoraLoaderMixin):
                     with self.transformer.cache_context("uncond"):
                         unconditional = predict(encoder_hidden_states=negative_prompt_embeds)[0]
                     flow = unconditional + settings.guidance_scale * (flow - unconditional)
-                flow = flow[:, :, num_before : num_before + num_latents]
+                flow = clean.target(flow, num_latents)
                 latents = self.scheduler.step(flow, t, latents, return_dict=False)[0]
 
                 if callback_on_step_end is not None:
@@ -704,7 +698,7 @@ def _describe_depth(depth: GivenDepth, image_size: tuple[int, int]) -> str:
     return f"{depth.num_frames} frames {_digest(_bytes(depth(None, camera, [0])))}"
 
 
-def _fingerprint(component: Any) -> str | None:
+def fingerprint(component: Any) -> str | None:
     """A word that changes with a component's class, dtype, shapes and weights (the first few of each tensor), wherever
     it was loaded from."""
     if component is None:

@@ -22,9 +22,11 @@ import torch
 from torch import Tensor
 
 from mirage_kernels import Cameras, LatentCache, View
+from mirage_kernels.cache import CacheMark
 from mirage_kernels.storage import replace_file
 
 from .chunks import CHUNK_FRAMES, STRIDE, Chunk, check_num_frames, plan_chunks
+from .conditioning import choose_references
 from .depth import DepthEstimator, GivenDepth, align_depth
 from .figures import join_videos, save_video
 from .latent_depth import LatentDepth
@@ -106,7 +108,8 @@ class MirageChunk:
         view: what the memory showed at these cameras before the chunk.
         depth: (F, H', W') float32, world units, as written.
         static: (F, H', W') bool, what the static filter kept.
-        metrics: figures of the chunk, plain JSON values.
+        metrics: figures of the chunk, plain JSON values; `tokens` and `cache_bytes` are of the memory after it,
+            `written` is what became of the chunk's tokens, see :class:`~mirage_kernels.cache.WriteReport`.
     """
 
     index: int
@@ -163,6 +166,7 @@ class MirageSession:
         self._callbacks = callbacks
         self._decoder = StreamingDecoder(pipeline.vae)
         self._seeded_with: _Seed | None = None
+        self._mark: CacheMark | None = None  # of the memory, before what a step under way writes
         if store.chunks:
             self.cache = LatentCache.load(store.newest(CACHE), device=cache.device)
             store.load_random(generator)
@@ -257,11 +261,12 @@ class MirageSession:
         self._depth.check(chunk.keyframes)
         if chunk.index == 0 and self._seeded_with is not None and not _same(self._seeded.camera, cameras[0]):
             raise ValueError("cameras[0] must be the camera that seed() was given, got another")
-        seeded, memory = self._seeded_with, self.cache.checkpoint()
+        seeded, self._mark = self._seeded_with, None
         random, decoder = self._generator.get_state(), self._decoder.snapshot()
         made = None
         try:
             if chunk.index == 0 and self._seeded_with is None:
+                self._mark_memory()
                 self.seed(cameras[0])
             made = self._generate(chunk, new_views)
         finally:
@@ -269,8 +274,10 @@ class MirageSession:
             if not self._store.count_chunk(chunk, new_views):
                 self._generator.set_state(random)
                 self._decoder.restore(decoder)
-                self.cache.rollback(memory)
+                if self._mark is not None:
+                    self.cache.rollback(self._mark)
                 self._seeded_with = seeded
+            self._mark = None
         return made
 
     @torch.no_grad()
@@ -398,6 +405,7 @@ class MirageSession:
                     metrics["frames_sha256"] = _digest(made.frames)
                 store.save_random(draft, self._generator)
             first = 1 if chunk.index == 0 else 0  # frame 0 was written by seed()
+            self._mark_memory()
             with self._timed(seconds, "write"):
                 report = self.cache.write(
                     made.latents[first:].to(self.cache.device),
@@ -418,6 +426,11 @@ class MirageSession:
             metrics["seconds"] = seconds | {"save": time.perf_counter() - began - seconds["write"]}
             store.finish_chunk(chunk, draft, metrics)
 
+    def _mark_memory(self) -> None:
+        """Before the first write of a step, and no sooner: a mark may hold a copy of the memory."""
+        if self._mark is None:
+            self._mark = self.cache.checkpoint()
+
     # The parts of it.
 
     @property
@@ -433,14 +446,17 @@ class MirageSession:
     def _choose_references(self, targets: Cameras) -> tuple[list[int], list[float]]:
         """Latent frames that see most of what the targets see, best first, and their overlaps (IoU of voxel sets)."""
         settings = self._settings
-        if not self.num_chunks or not settings.max_reference_frames:
+        if not self.num_chunks:
             return [], []
-        overlaps = self.cache.view_overlap(
-            self._past(), targets, self.latent_size, voxel_size=settings.reference_voxel_size
-        ).cpu()
-        best = overlaps.argsort(descending=True, stable=True)[: settings.max_reference_frames].tolist()
-        chosen = [frame for frame in best if overlaps[frame] >= settings.reference_threshold]
-        return chosen, [overlaps[frame].item() for frame in chosen]
+        return choose_references(
+            self.cache,
+            self._past(),
+            targets,
+            self.latent_size,
+            settings.max_reference_frames,
+            settings.reference_threshold,
+            settings.reference_voxel_size,
+        )
 
     def _with_preceding(self, shown: Tensor, preceding: list[int], name: str) -> Tensor:
         """What the memory shows at the targets, and after it what it showed at the preceding frames."""

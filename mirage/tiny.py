@@ -1,19 +1,34 @@
-"""`tiny_random_pipeline`: every part of a :class:`~mirage.pipeline.MiragePipeline`, real code and random weights, small
-enough for a laptop CPU. Its videos mean nothing; it shows that the whole path runs."""
+"""Pipelines small enough for a laptop CPU.
+
+`tiny_random_pipeline`: every part of a :class:`~mirage.pipeline.MiragePipeline`, real code and random weights. Its
+videos mean nothing; it shows that the whole path runs. `mirage-tiny` is trained on synthetic rooms: `make tiny` trains
+it by the files in configs/tiny, and `python -m mirage.tiny RUNS` puts its parts together in this package.
+"""
 
 from __future__ import annotations
+
+import sys
+from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKLWan, UniPCMultistepScheduler
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
+from mirage_kernels.storage import replace_file
+
 from .adapter import MirageMemoryAdapter
+from .checkpoints import load_lora
 from .latent_depth import LatentDepth
 from .pipeline import MiragePipeline
 from .transformer import MirageTransformer3DModel
 
 CHANNELS = 48
+LORA = "lora.safetensors"
+FOLDER = Path(__file__).parent / "mirage-tiny"
+TEXT_LENGTH = 96  # as of configs/tiny
+
+_MOST_BYTES = 40_000_000
 
 
 def tiny_random_pipeline(
@@ -76,6 +91,52 @@ def tiny_random_pipeline(
     return pipeline
 
 
+def mirage_tiny_pipeline(dtype: torch.dtype = torch.float32, folder: Path = FOLDER) -> MiragePipeline:
+    """The trained tiny model, its LoRA loaded.
+
+    Raises:
+        FileNotFoundError: it is not in this installation.
+    """
+    if not (folder / LORA).is_file():
+        raise FileNotFoundError(f"{folder}: mirage-tiny is not in this installation: `make tiny` trains it")
+    pipeline = MiragePipeline.from_pretrained(folder, dtype=dtype)
+    load_lora(pipeline.transformer, folder / LORA)
+    return pipeline
+
+
+def assemble_mirage_tiny(runs: Path, folder: Path = FOLDER) -> int:
+    """Put together what configs/tiny has trained into `runs`, in bfloat16.
+
+    Returns:
+        Its bytes.
+
+    Raises:
+        OSError, ValueError: a part is missing, the parts do not belong together, or they are too large to ship.
+    """
+    base = tiny_random_pipeline(with_memory=False, with_depth=False)
+    base.tokenizer.model_max_length = TEXT_LENGTH
+    pipeline = MiragePipeline(
+        tokenizer=base.tokenizer,
+        text_encoder=base.text_encoder,
+        vae=AutoencoderKLWan.from_pretrained(runs / "vae-video" / "vae"),
+        scheduler=base.scheduler,
+        transformer=MirageTransformer3DModel.from_pretrained(runs / "backbone" / "transformer"),
+        memory_adapter=MirageMemoryAdapter.from_pretrained(runs / "lora" / "memory_adapter"),
+        latent_depth=LatentDepth.from_pretrained(runs / "lora" / "latent_depth"),
+    )
+    content = (runs / "lora" / LORA).read_bytes()
+    pipeline.to(torch.bfloat16).save_pretrained(folder)
+
+    def write(draft: str) -> None:
+        Path(draft).write_bytes(content)
+
+    replace_file(folder / LORA, write)
+    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    if size > _MOST_BYTES:
+        raise ValueError(f"{folder}: must be at most {_MOST_BYTES:,} bytes to ship, got {size:,}")
+    return size
+
+
 def _byte_tokenizer() -> PreTrainedTokenizerFast:
     """One token per byte, made here: nothing to download."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -87,3 +148,7 @@ def _byte_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=512
     )
+
+
+if __name__ == "__main__":
+    print(f"{assemble_mirage_tiny(Path(sys.argv[1])):,} bytes in {FOLDER}")

@@ -6,7 +6,18 @@ from . import registration as _registration
 from .backends import available_backends, find_backends, use_backend
 from .cache import LatentCache, WriteReport
 from .cameras import Cameras
-from .ops import BackProjection, View, back_project, block_bounds, cache_write, splat, splat_aligned, view_overlap
+from .ops import (
+    BackProjection,
+    View,
+    back_project,
+    block_bounds,
+    bounded_write,
+    cache_trim,
+    cache_write,
+    splat,
+    splat_aligned,
+    view_overlap,
+)
 from .version import __version__
 
 find_backends()
@@ -22,6 +33,8 @@ __all__ = [
     "available_backends",
     "back_project",
     "block_bounds",
+    "bounded_write",
+    "cache_trim",
     "cache_write",
     "splat",
     "splat_aligned",

@@ -81,7 +81,9 @@ class LatentPointCloud:
         self._first_points = points_world.float()
         self._first_features = features.float()
         self._first_valid = valid_mask.to(device=points_world.device, dtype=torch.bool)
-        self._cache = LatentCache(features.shape[1], dtype=torch.float32, device=points_world.device)
+        self._cache = LatentCache(
+            features.shape[1], dtype=torch.float32, device=points_world.device, write_policy="append"
+        )
         kept = self._first_points[self._first_valid]
         self._cache._fill(
             {

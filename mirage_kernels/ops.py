@@ -7,19 +7,24 @@ a NaN depth writes or shows nothing there, and never reads or writes out of boun
 
 from __future__ import annotations
 
+import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import reference
 from .backends import choose_backend
+from .reference import FLOAT8
 from .schemas import private_operator
 
 NEAR = 0.05
 SHARPNESS = 30.0
+VIEWS_PER_VOXEL, MOST_VIEWS = 4, 64
+CARVE_VIEWS = 2
 FEATURE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+STORED_DTYPES = (*FEATURE_DTYPES, FLOAT8)  # of features; the last with a scale a token, and not of latents
 DEPTH_SAMPLINGS = ("median", "bilinear")
 
 
@@ -70,6 +75,11 @@ def _require_float(name: str, value: Tensor, expected: str, dtypes: tuple[torch.
 def _require_device(name: str, value: Tensor, device: torch.device, like: str) -> None:
     if value.device != device:
         raise ValueError(f"{name} must be on {device} like {like}, got {value.device}")
+
+
+def _require_contiguous(name: str, value: Tensor) -> None:
+    if not value.is_contiguous():
+        raise ValueError(f"{name} must be contiguous, it is written in place, got strides {value.stride()}")
 
 
 def check_size(size: object, name: str = "size") -> tuple[int, int]:
@@ -149,17 +159,21 @@ def _check_points(points: Tensor, num_points: Tensor | None, differentiable: boo
     return points if differentiable else _plain(points)
 
 
-def _check_features(features: Tensor, points: Tensor, dtype: torch.dtype | None) -> torch.dtype:
-    """The dtype of the latents, after checks of the features and of that."""
+def _check_features(features: Tensor, scales: Tensor | None, points: Tensor, dtype: torch.dtype | None) -> torch.dtype:
+    """The dtype of the latents, after checks of the features, of their scales, and of that."""
     _require_tensor("features", features, "(N, C) float")
     _require(features.dim() == 2, "features", "(N, C) float", features)
     if features.shape[0] != points.shape[0]:
         raise ValueError(f"features must be (N, C) with the N of points, {points.shape[0]}, got {_describe(features)}")
-    _require_float("features", features, "(N, C) float", (torch.float64, *FEATURE_DTYPES))
+    _require_float("features", features, "(N, C) float", (torch.float64, *STORED_DTYPES))
     _require_device("features", features, points.device, "points")
-    dtype = features.dtype if dtype is None else dtype
+    _check_scales(features, scales, points.device, "points")
+    if dtype is None:
+        dtype = torch.bfloat16 if features.dtype == FLOAT8 else features.dtype
     if dtype not in (torch.float64, *FEATURE_DTYPES):
         raise TypeError(f"dtype must be float32, float16, bfloat16 or float64, got {dtype}")
+    if features.dtype == FLOAT8 and features.requires_grad and torch.is_grad_enabled():
+        raise ValueError("features must not require a gradient in float8_e4m3fn: rounded to that, they have none")
     return dtype
 
 
@@ -175,6 +189,18 @@ def _check_bounds(bounds: Tensor | None, points: Tensor, name: str = "bounds", i
     if in_place and not bounds.is_contiguous():
         raise ValueError(f"{name} must be contiguous, it is written in place, got strides {bounds.stride()}")
     return _plain(bounds)
+
+
+def _check_scales(features: Tensor, scales: Tensor | None, device: torch.device, like: str) -> None:
+    if features.dtype != FLOAT8:
+        if scales is not None:
+            raise ValueError(f"scales must be None but for float8_e4m3fn features, got {_describe(scales)}")
+        return
+    expected = f"({features.shape[0]},) uint8, one for each row of float8_e4m3fn features"
+    _require_tensor("scales", scales, expected)
+    assert scales is not None
+    _require(scales.shape == features.shape[:1] and scales.dtype == torch.uint8, "scales", expected, scales)
+    _require_device("scales", scales, device, like)
 
 
 def _check_near(near: float) -> float:
@@ -244,6 +270,7 @@ def splat(
     cam2world: Tensor,
     size: tuple[int, int],
     *,
+    scales: Tensor | None = None,
     num_points: Tensor | None = None,
     bounds: Tensor | None = None,
     near: float = NEAR,
@@ -259,18 +286,21 @@ def splat(
     Args:
         points: (N, 4) float32: x, y, z, footprint in world units (float64 is computed by the definition). Points with a
             NaN or Inf coordinate are seen by no camera.
-        features: (N, C) float32, float16 or bfloat16 (float64 by the definition).
+        features: (N, C) float32, float16, bfloat16 or float8_e4m3fn (float64 by the definition).
         intrinsics: (T, 3, 3) float, in cells of the target grid (``Cameras.resized(size)``).
         cam2world: (T, 4, 4) float, OpenCV axes.
         size: (h, w) of the target grid.
+        scales: (N,) uint8, with float8_e4m3fn features and only with them: a feature's value is
+            float8 * 2^(scale - 127), as :func:`cache_write` stores it.
         num_points: one int64 on the device of ``points``, read there: only so many first rows are live.
         bounds: (ceil(N / 256), 6) float32, as of :func:`block_bounds`: the promise that the live points of rows 256 b
             to 256 b + 255 lie within bounds[b]. What no camera sees is then passed over by blocks; no result changes.
         near: least depth, in world units.
-        dtype: of the latents; default that of ``features``.
+        dtype: of the latents, any of these but float8_e4m3fn; default that of ``features``, bfloat16 for float8_e4m3fn.
 
     Returns:
-        :class:`View`. ``latents`` carries a gradient to ``features``, deterministic too; nothing else does.
+        :class:`View`. ``latents`` carries a gradient to ``features``, deterministic too; nothing else does, and
+        float8_e4m3fn features may not ask for one.
 
     Raises:
         ValueError, TypeError: naming the argument, what was expected and what came.
@@ -278,16 +308,16 @@ def splat(
     height, width = check_size(size)
     points = _check_points(points, num_points)
     bounds = _check_bounds(bounds, points)
-    dtype = _check_features(features, points, dtype)
+    dtype = _check_features(features, scales, points, dtype)
     intrinsics, cam2world = _check_cameras(intrinsics, cam2world, points.device, "points")
     near = _check_near(near)
     working = torch.float64 if torch.float64 in (points.dtype, features.dtype, dtype) else torch.float32
     backend = choose_backend(points.device, working)
     if backend == "reference":
         size = (height, width)
-        return View(*reference.splat(points, features, num_points, intrinsics, cam2world, size, near, dtype))
+        return View(*reference.splat(points, features, num_points, intrinsics, cam2world, size, near, dtype, scales))
     operator = private_operator("splat", _family(backend))
-    arguments = (points, features, num_points, intrinsics, cam2world, height, width, near, dtype, bounds)
+    arguments = (points, features, num_points, intrinsics, cam2world, height, width, near, dtype, bounds, scales)
     if torch.compiler.is_compiling() or (features.requires_grad and torch.is_grad_enabled()):
         return View(*operator(*arguments))
     # Reads in inference skip the autograd layer, which is Python: half of the 36 microseconds of an empty call.
@@ -311,6 +341,7 @@ def splat_aligned(
     cam2world: Tensor,
     size: tuple[int, int],
     *,
+    scales: Tensor | None = None,
     num_points: Tensor | None = None,
     bounds: Tensor | None = None,
     near: float = NEAR,
@@ -340,23 +371,25 @@ def splat_aligned(
     Args:
         points: (N, 4) float32: x, y, z, footprint in world units (float64 is computed by the definition). Points with a
             NaN or Inf coordinate are seen by no camera; a footprint that is NaN or not positive counts as the least r.
-        features: (N, C) float32, float16 or bfloat16 (float64 by the definition).
+        features: (N, C) float32, float16, bfloat16 or float8_e4m3fn (float64 by the definition).
         frame_ids: (N,) int32, the row of ``frame_centers`` that wrote each token; unknown where there is no such row.
         frame_centers: (F, 3) float32, centres of the writing cameras in world units.
         intrinsics: (T, 3, 3) float, in cells of the target grid (``Cameras.resized(size)``).
         cam2world: (T, 4, 4) float, OpenCV axes.
         size: (h, w) of the target grid.
+        scales: (N,) uint8, with float8_e4m3fn features and only with them: a feature's value is
+            float8 * 2^(scale - 127), as :func:`cache_write` stores it.
         num_points: one int64 on the device of ``points``, read there: only so many first rows are live.
         bounds: (ceil(N / 256), 6) float32, as of :func:`block_bounds`: the promise that the live points of rows 256 b
             to 256 b + 255 lie within bounds[b]. What no camera sees is then passed over by blocks; no result changes.
         near: least depth, in world units.
         sharpness: how much better a fit must be to count for more; a number >= 0, or infinity.
-        dtype: of the latents; default that of ``features``.
+        dtype: of the latents, any of these but float8_e4m3fn; default that of ``features``, bfloat16 for float8_e4m3fn.
 
     Returns:
         :class:`View`. ``depth`` and ``index`` are those of the best fit. ``latents`` carries gradients to ``features``
         and, with the choice of tokens held fixed, to ``points``; they are deterministic too, equal on every backend up
-        to rounding. Nothing else carries one.
+        to rounding. Nothing else carries one, and float8_e4m3fn features may not ask for one.
 
     Raises:
         ValueError, TypeError: naming the argument, what was expected and what came.
@@ -364,7 +397,7 @@ def splat_aligned(
     height, width = check_size(size)
     points = _check_points(points, num_points, differentiable=True)
     bounds = _check_bounds(bounds, points)
-    dtype = _check_features(features, points, dtype)
+    dtype = _check_features(features, scales, points, dtype)
     for name, value, shape, kind in (
         ("frame_ids", frame_ids, (points.shape[0],), torch.int32),
         ("frame_centers", frame_centers, None, torch.float32),
@@ -381,9 +414,9 @@ def splat_aligned(
     backend = choose_backend(points.device, working)
     tensors = (points, features, num_points, frame_ids, frame_centers, intrinsics, cam2world)
     if backend == "reference":
-        return View(*reference.splat_aligned(*tensors, (height, width), near, sharpness, dtype))
+        return View(*reference.splat_aligned(*tensors, (height, width), near, sharpness, dtype, scales))
     operator = private_operator("splat_aligned", _family(backend))
-    arguments = (*tensors, height, width, near, sharpness, dtype, bounds)
+    arguments = (*tensors, height, width, near, sharpness, dtype, bounds, scales)
     wanted = (features.requires_grad or points.requires_grad) and torch.is_grad_enabled()
     if torch.compiler.is_compiling() or wanted:
         return View(*operator(*arguments)[:4])
@@ -421,6 +454,48 @@ def check_write_inputs(
     return depth, intrinsics, cam2world, mask
 
 
+def _check_buffers(
+    points: Tensor,
+    features: Tensor,
+    frame_ids: Tensor,
+    count: Tensor,
+    channels: int | None,
+    device: torch.device | None,
+    scales: Tensor | None,
+    **bytes_per_token: Tensor | None,
+) -> None:
+    """Buffers of a cache, written in place; ``channels`` and ``device`` are those of what is written into them."""
+    points = _check_points(points, None)
+    capacity = points.shape[0]
+    like = "points" if device is None else "latents"
+    device = points.device if device is None else device
+    for name, buffer in (("features", features), ("frame_ids", frame_ids), ("count", count), *bytes_per_token.items()):
+        if buffer is not None or name not in ("votes", "looks"):
+            _require_tensor(name, buffer, "written in place")
+    rows = features.shape[1:] if channels is None and features.dim() == 2 else (channels or 0,)
+    buffers: list[tuple[str, Tensor, tuple[int, ...], tuple[torch.dtype, ...]]] = [
+        ("points", points, (capacity, 4), (torch.float32,)),
+        ("features", features, (capacity, *rows), STORED_DTYPES),
+        ("frame_ids", frame_ids, (capacity,), (torch.int32,)),
+        ("count", count, tuple(count.shape), (torch.int64,)),
+    ]
+    buffers += [(name, kept, (capacity,), (torch.uint8,)) for name, kept in bytes_per_token.items() if kept is not None]
+    for name, buffer, shape, dtypes in buffers:
+        kinds = " or ".join(str(kind).removeprefix("torch.") for kind in dtypes)
+        _require(tuple(buffer.shape) == shape and buffer.dtype in dtypes, name, f"{shape} {kinds}", buffer)
+        _require_device(name, buffer, device, like)
+        _require_contiguous(name, buffer)
+    _require(count.numel() == 1, "count", "one int64", count)
+    _check_scales(features, scales, device, like)
+    if scales is not None:
+        _require_contiguous("scales", scales)
+
+
+def _check_first_frame(first_frame: int, views: int) -> None:
+    if not 0 <= first_frame or first_frame + views >= 2**31:
+        raise ValueError(f"first_frame must be an int >= 0 with room for {views} frames in int32, got {first_frame!r}")
+
+
 def cache_write(
     points: Tensor,
     features: Tensor,
@@ -431,6 +506,7 @@ def cache_write(
     intrinsics: Tensor,
     cam2world: Tensor,
     *,
+    scales: Tensor | None = None,
     mask: Tensor | None = None,
     bounds: Tensor | None = None,
     first_frame: int = 0,
@@ -446,13 +522,16 @@ def cache_write(
 
     Args:
         points: (capacity, 4) float32, written in place: x, y, z, footprint.
-        features: (capacity, C) float32, float16 or bfloat16, written in place.
+        features: (capacity, C) float32, float16, bfloat16 or float8_e4m3fn, written in place.
         frame_ids: (capacity,) int32, written in place: ``first_frame`` + t.
         count: one int64, the live tokens on entry and on return.
         latents: (T, C, h, w) float32, float16 or bfloat16.
         depth: (T, H, W) float, as in :func:`back_project`.
         intrinsics: (T, 3, 3) float, in pixels of the depth map.
         cam2world: (T, 4, 4) float.
+        scales: (capacity,) uint8, written in place, with float8_e4m3fn features and only with them: a token is scaled
+            by a power of two, so that its largest magnitude is within float8's 448 and none saturates
+            (``reference.quantise_rows`` is the rule); one above 448 * 2^119, 2.98e38, counts as not finite.
         mask: (T, H', W') bool, True = static.
         bounds: (ceil(capacity / 256), 6) float32, written in place: :func:`block_bounds` of the blocks appended to.
         first_frame: frame id of view 0.
@@ -470,33 +549,16 @@ def cache_write(
     depth, intrinsics, cam2world, mask = check_write_inputs(
         latents, depth, intrinsics, cam2world, mask, depth_sampling, min_depth, max_depth
     )
-    views = latents.shape[0]
-    points = _check_points(points, None)
-    capacity = points.shape[0]
-    for name, buffer in (("features", features), ("frame_ids", frame_ids), ("count", count)):
-        _require_tensor(name, buffer, "written in place")
-    buffers: tuple[tuple[str, Tensor, tuple[int, ...], tuple[torch.dtype, ...]], ...] = (
-        ("points", points, (capacity, 4), (torch.float32,)),
-        ("features", features, (capacity, latents.shape[1]), FEATURE_DTYPES),
-        ("frame_ids", frame_ids, (capacity,), (torch.int32,)),
-        ("count", count, tuple(count.shape), (torch.int64,)),
-    )
-    for name, buffer, shape, dtypes in buffers:
-        kinds = " or ".join(str(kind).removeprefix("torch.") for kind in dtypes)
-        _require(tuple(buffer.shape) == shape and buffer.dtype in dtypes, name, f"{shape} {kinds}", buffer)
-        _require_device(name, buffer, latents.device, "latents")
-        if not buffer.is_contiguous():
-            raise ValueError(f"{name} must be contiguous, it is written in place, got strides {buffer.stride()}")
-    _require(count.numel() == 1, "count", "one int64", count)
+    _check_buffers(points, features, frame_ids, count, latents.shape[1], latents.device, scales)
+    _check_first_frame(first_frame, latents.shape[0])
+    points = _plain(points)
     bounds = _check_bounds(bounds, points, in_place=True)
-    if not 0 <= first_frame or first_frame + views >= 2**31:
-        raise ValueError(f"first_frame must be an int >= 0 with room for {views} frames in int32, got {first_frame!r}")
     arguments = (points, _plain(features), frame_ids, count, _plain(latents), depth, intrinsics, cam2world, mask)
     backend = choose_backend(latents.device, torch.float32)
     if backend == "reference":
-        return reference.cache_write(*arguments, first_frame, depth_sampling, min_depth, max_depth, bounds)
+        return reference.cache_write(*arguments, first_frame, depth_sampling, min_depth, max_depth, bounds, scales)
     operator = private_operator("cache_write", _family(backend))
-    return operator(*arguments, first_frame, depth_sampling == "bilinear", min_depth, max_depth, bounds)
+    return operator(*arguments, first_frame, depth_sampling == "bilinear", min_depth, max_depth, bounds, scales)
 
 
 def block_bounds(points: Tensor, *, num_points: Tensor | None = None, out: Tensor | None = None) -> Tensor:
@@ -528,6 +590,160 @@ def block_bounds(points: Tensor, *, num_points: Tensor | None = None, out: Tenso
     else:
         private_operator("block_bounds", _family(backend))(points, num_points, _plain(out))
     return out
+
+
+def check_count(name: str, value: Any, least: int, most: int) -> int:
+    """An int in [least, most]."""
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+        raise ValueError(f"{name} must be an int from {least} to {most}, got {value!r}")
+    return value
+
+
+@functools.lru_cache(maxsize=16)
+def _order(size: tuple[int, int], device: torch.device) -> Tensor:
+    return reference.z_order(size).to(device)
+
+
+def bounded_write(
+    points: Tensor,
+    features: Tensor,
+    frame_ids: Tensor,
+    votes: Tensor,
+    count: Tensor,
+    frame_centers: Tensor,
+    latents: Tensor,
+    depth: Tensor,
+    intrinsics: Tensor,
+    cam2world: Tensor,
+    *,
+    looks: Tensor | None = None,
+    bounds: Tensor | None = None,
+    scales: Tensor | None = None,
+    mask: Tensor | None = None,
+    first_frame: int = 0,
+    depth_sampling: str = "median",
+    min_depth: float = 0.0,
+    max_depth: float = math.inf,
+    near: float = NEAR,
+    views_per_voxel: int = VIEWS_PER_VOXEL,
+    carve_views: int = CARVE_VIEWS,
+) -> Tensor:
+    """Lift the tokens of T views and write what the buffers do not show yet, in place.
+
+    Tokens are judged as by :func:`cache_write`. Then view after view, so that writing T views at once or one by one is
+    the same:
+
+    - An older token that projects into a cell of the view, within 10 % of the depth seen there, *shows* what the new
+      token of that cell does when it fits the cell with a score of at most 0.2 (the score of :func:`splat_aligned`), or
+      lacks at most 0.05 in scale and viewing ray, wherever in the cell it lies. The best of those is kept, and the new
+      token is not written (``covered``); but the new one takes its place (``replaced``) where it is the same look (a
+      score of at most 0.02), or one from 1.25 times as near or nearer. Given ``looks``, the two are averaged instead
+      (``merged``), as the mean of up to 16 looks; the position moves only within its voxel.
+    - What no token shows is ``written`` while its voxel holds fewer than ``views_per_voxel`` tokens, else ``refused``.
+      A voxel's edge is the power of two that is nearest, as a ratio, to the token's footprint: scale-free. Tokens that
+      come to one voxel in one view come in the order of a Z-order curve over the grid, as they are stored.
+    - ``carve_views`` > 0: a view sees through a token that projects into a cell of known depth and lies before all the
+      depths of the four cells around it, by more than 5 %. A token that so many views have seen through since a view
+      last saw it in its place is ``carved``: marked dead, for :func:`cache_trim` to remove.
+
+    Every decision is by minima, counts and ranks that no order of threads can change: the same bits on every backend.
+
+    Args:
+        points: (capacity, 4) float32, written in place: x, y, z, footprint.
+        features: (capacity, C) float32, float16, bfloat16 or float8_e4m3fn, written in place.
+        frame_ids: (capacity,) int32, written in place: the view that wrote a token last.
+        votes: (capacity,) uint8, written in place: views that saw through a token; 255 marks a dead one.
+        count: one int64, the rows in use on entry and on return, dead ones included.
+        frame_centers: (F, 3) float32, camera centres by frame id, those of these views included.
+        latents: (T, C, h, w) float32, float16 or bfloat16.
+        depth: (T, H, W) float, as in :func:`back_project`.
+        intrinsics: (T, 3, 3) float, in pixels of the depth map.
+        cam2world: (T, 4, 4) float.
+        looks: (capacity,) uint8, written in place: looks averaged in each token. None keeps tokens as they were seen.
+        bounds: (ceil(capacity / 256), 6) float32, as of :func:`block_bounds`, written in place: what is far from the
+            views is then passed over; no result changes.
+        scales: (capacity,) uint8, written in place, with float8_e4m3fn features and only with them, as in
+            :func:`cache_write`.
+        mask: (T, H', W') bool, True = static.
+        first_frame: frame id of view 0.
+        depth_sampling: ``"median"`` or ``"bilinear"``, as in :func:`back_project`.
+        min_depth, max_depth: range of token depths kept, world units.
+        near: tokens nearer to a view than this, in world units, are not in it.
+        views_per_voxel: tokens that a voxel holds at most, 1 to 64.
+        carve_views: views that must see through a token, up to 254; 0 carves nothing.
+
+    Returns:
+        (11,) int64 on the device: written, replaced, merged, covered, refused, masked, unknown_depth, out_of_range,
+        non_finite, of the new tokens, each counted once; carved and evicted (0), of those held before.
+
+    Raises:
+        ValueError, TypeError: naming the argument, what was expected and what came; nothing has been written then.
+    """
+    depth, intrinsics, cam2world, mask = check_write_inputs(
+        latents, depth, intrinsics, cam2world, mask, depth_sampling, min_depth, max_depth
+    )
+    _require_tensor("votes", votes, "written in place")
+    _check_buffers(
+        points, features, frame_ids, count, latents.shape[1], latents.device, scales, votes=votes, looks=looks
+    )
+    _check_first_frame(first_frame, latents.shape[0])
+    _require_tensor("frame_centers", frame_centers, "(F, 3) float32")
+    expected = f"(F, 3) float32, at least {first_frame + latents.shape[0]} rows"
+    fits = frame_centers.dim() == 2 and frame_centers.shape[1] == 3
+    enough = fits and frame_centers.shape[0] >= first_frame + latents.shape[0]
+    _require(enough and frame_centers.dtype == torch.float32, "frame_centers", expected, frame_centers)
+    _require_device("frame_centers", frame_centers, latents.device, "latents")
+    check_count("views_per_voxel", views_per_voxel, 1, MOST_VIEWS)
+    check_count("carve_views", carve_views, 0, reference.DEAD - 1)
+    near = _check_near(near)
+    order = _order((latents.shape[2], latents.shape[3]), latents.device)
+    held = (_plain(points), _plain(features), frame_ids, votes, looks, count, _plain(frame_centers))
+    inputs = (_plain(latents), depth, intrinsics, cam2world, mask, order, first_frame)
+    bounds = _check_bounds(bounds, points, in_place=True)
+    rest = (min_depth, max_depth, near, views_per_voxel, carve_views, bounds, scales)
+    backend = choose_backend(latents.device, torch.float32)
+    if backend == "reference":
+        return reference.bounded_write(*held, *inputs, depth_sampling, *rest)
+    operator = private_operator("bounded_write", _family(backend))
+    return operator(*held, *inputs, depth_sampling == "bilinear", *rest)
+
+
+def cache_trim(
+    points: Tensor,
+    features: Tensor,
+    frame_ids: Tensor,
+    count: Tensor,
+    *,
+    votes: Tensor | None = None,
+    looks: Tensor | None = None,
+    bounds: Tensor | None = None,
+    scales: Tensor | None = None,
+    max_tokens: int | None = None,
+) -> Tensor:
+    """Remove dead tokens, and the oldest of what is too many; the others move together, in order, in place.
+
+    Evicted first: what was written, replaced or merged by the earliest view (the least frame id); within a view, the
+    lowest row.
+
+    Args:
+        points, features, frame_ids, count, votes, looks, bounds, scales: as in :func:`bounded_write`; without ``votes``
+            none is dead.
+        max_tokens: how many may stay, >= 0; None: any number.
+
+    Returns:
+        One int64 on the device: the tokens evicted, dead ones not counted.
+
+    Raises:
+        ValueError, TypeError: naming the argument, what was expected and what came; nothing has changed then.
+    """
+    _check_buffers(points, features, frame_ids, count, None, None, scales, votes=votes, looks=looks)
+    most = 2**62 if max_tokens is None else check_count("max_tokens", max_tokens, 0, 2**62)
+    bounds = _check_bounds(bounds, points, in_place=True)
+    arguments = (_plain(points), _plain(features), frame_ids, votes, looks, count, most, bounds, scales)
+    backend = choose_backend(points.device, torch.float32)
+    if backend == "reference":
+        return reference.cache_trim(*arguments)
+    return private_operator("cache_trim", _family(backend))(*arguments)
 
 
 def view_overlap(

@@ -18,7 +18,76 @@ from torch import Tensor
 
 VOXEL_LIMIT = 2**20
 BLOCK = 256  # consecutive rows of points that share one box; the kernels' copy is kBlockTokens in csrc/core/frustum.h
-REPORT_FIELDS = ("written", "refused", "masked", "unknown_depth", "out_of_range", "non_finite")
+
+
+# Features of one byte: float8 e4m3 (OCP 8-bit floating point, 1.0; torch.float8_e4m3fn) and one scale a token, a power
+# of two stored as its biased exponent in a byte, like the E8M0 scales of the OCP Microscaling formats, 1.0.
+FLOAT8 = torch.float8_e4m3fn
+FLOAT8_MAX = 448.0
+SCALE_BIAS = 127
+# From here up no value is a subnormal float32, and a latent that is one is no more than half a step.
+LEAST_SCALE = 11
+# The greatest at which 448 is a finite float32: 2^119.
+GREATEST_SCALE = 246
+LARGEST_QUANTISED = FLOAT8_MAX * 2.0 ** (GREATEST_SCALE - SCALE_BIAS)
+
+
+def _power_of_2(biased_exponent: Tensor) -> Tensor:
+    """2^(biased_exponent - 127) in float32, from integers in [0, 255]: 0 gives 0, 255 Inf."""
+    return (biased_exponent.int() << 23).view(torch.float32)
+
+
+def quantise_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Latents of tokens as float8 e4m3 and a scale each.
+
+    The scale is the least at which the token's largest magnitude is no more than 448, so above 224, but for the limits
+    [11, 246]: nothing saturates. A token of zeros has the least. Values are rounded to nearest even: to four
+    significant bits, and below 2^-6 of the scale, at most 1/14336 of the largest magnitude, to multiples of 2^-9 of it.
+
+    Args:
+        rows: (N, C) float. What rounds to more than 448 * 2^119, 2.98e38, in magnitude becomes NaN.
+
+    Returns:
+        (N, C) float8_e4m3fn and (N,) uint8: value = float8 * 2^(scale - 127).
+    """
+    rows = rows.to(torch.float32)
+    largest = rows.abs().amax(1) if rows.shape[1] > 0 else rows.new_zeros(rows.shape[0])
+    # largest / 448 = mantissa / 1.75 * 2^(exponent - 8): a mantissa above 1.75 carries into the exponent.
+    bits = largest.view(torch.int32).long()
+    scales = (((bits + 0x1FFFFF) >> 23) - 8).clamp(LEAST_SCALE, GREATEST_SCALE)
+    # Exact, but for what is far below half a step.
+    scaled = rows * _power_of_2(2 * SCALE_BIAS - scales)[:, None]
+    exponent = ((scaled.view(torch.int32) >> 23) & 0xFF).clamp(min=SCALE_BIAS - 6)
+    # On multiples of a step, which float8 has all of, so that its own rounding has nothing left to decide.
+    rounded = (scaled * _power_of_2(2 * SCALE_BIAS + 3 - exponent)).round() * _power_of_2(exponent - 3)
+    fits = rounded.abs() <= FLOAT8_MAX
+    codes = torch.where(fits, rounded, 0.0).to(FLOAT8).view(torch.uint8)
+    codes = torch.where(fits, codes, torch.where(rounded.signbit(), 0xFF, 0x7F)).to(torch.uint8)
+    return codes.view(FLOAT8), scales.to(torch.uint8)
+
+
+def dequantise_rows(features: Tensor, scales: Tensor) -> Tensor:
+    """(N, C) float32 values of float8 features: float8 * 2^(scale - 127), one float32 product.
+
+    Exact, and no subnormal, at every scale that :func:`quantise_rows` gives; exact in bfloat16 as well.
+    """
+    return features.to(torch.float32) * _power_of_2(scales)[:, None]
+
+
+def store_rows(features: Tensor, scales: Tensor | None, where: slice | Tensor, rows: Tensor) -> None:
+    """Write latents of tokens (M, C) as the features, and scales if there are any, of the rows ``where``."""
+    if scales is None:
+        features[where] = rows.to(features.dtype)
+    else:
+        quantised, scales[where] = quantise_rows(rows)
+        features.view(torch.uint8)[where] = quantised.view(torch.uint8)
+
+
+def storable(latents: Tensor, dtype: torch.dtype) -> Tensor:
+    """True where a latent is finite once stored in ``dtype``: one of float32 may be too large for the others."""
+    if dtype == FLOAT8:
+        return latents.to(torch.float32).abs() <= LARGEST_QUANTISED  # fails for NaN
+    return torch.isfinite(latents.to(dtype))
 
 
 def make_projection(intrinsics: Tensor, cam2world: Tensor, dtype: torch.dtype) -> Tensor:
@@ -184,12 +253,15 @@ def splat(
     size: tuple[int, int],
     near: float,
     dtype: torch.dtype,
+    scales: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Definition of :func:`mirage_kernels.splat`: latents, mask, depth, index.
 
     Per view: the smallest z in each cell, then the lowest index among the points that have it. Differentiable to
     ``features``.
     """
+    if scales is not None:
+        features = dequantise_rows(features, scales)
     height, width = size
     cells, count = height * width, points.shape[0]
     number = torch.arange(count, device=points.device)
@@ -423,12 +495,15 @@ def splat_aligned(
     near: float,
     sharpness: float,
     dtype: torch.dtype,
+    scales: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Definition of :func:`mirage_kernels.splat_aligned`: latents, mask, depth, index.
 
     Which tokens a cell blends is decided without gradients. Given them, the read-out is a differentiable function of
     features and points, written as such below: the gradients are what follows from it.
     """
+    if scales is not None:
+        features = dequantise_rows(features, scales)
     (height, width), views = size, cam2world.shape[0]
     cells = height * width
     projections = make_projection(intrinsics, cam2world, points.dtype)
@@ -469,6 +544,34 @@ def splat_aligned(
     return latents, mask, depth[..., 0].reshape(shape).contiguous(), best
 
 
+def _judge(
+    latents: Tensor,
+    depth: Tensor,
+    intrinsics: Tensor,
+    cam2world: Tensor,
+    mask: Tensor | None,
+    dtype: torch.dtype,
+    depth_sampling: str,
+    min_depth: float,
+    max_depth: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What T views give to write, for features stored as ``dtype``.
+
+    Returns:
+        Lifted tokens (T, h, w, 4); their depths (T, h, w), 0 where unknown; which of them are worth keeping (T, h, w);
+        and how many are not: (4,) masked, of unknown depth, out of range, not finite.
+    """
+    size = (latents.shape[2], latents.shape[3])
+    z, known = _token_depth(depth, size, depth_sampling)
+    lifted = _lift(depth, z, intrinsics, cam2world)
+    static = torch.ones_like(known) if mask is None else pool_mask(mask, size)
+    in_range = (z >= min_depth) & (z <= max_depth)
+    finite = torch.isfinite(lifted).all(-1) & storable(latents, dtype).all(1)
+    rejected = [~static, static & ~known, static & known & ~in_range, static & known & in_range & ~finite]
+    keep = static & known & in_range & finite
+    return lifted, torch.where(known, z, 0.0), keep, torch.stack([one.sum() for one in rejected])
+
+
 def cache_write(
     points: Tensor,
     features: Tensor,
@@ -484,16 +587,12 @@ def cache_write(
     min_depth: float,
     max_depth: float,
     bounds: Tensor | None = None,
+    scales: Tensor | None = None,
 ) -> Tensor:
     """Definition of :func:`mirage_kernels.cache_write`: appends in token order, returns the six report counts."""
-    size = (latents.shape[2], latents.shape[3])
-    z, known = _token_depth(depth, size, depth_sampling)
-    lifted = _lift(depth, z, intrinsics, cam2world)
-    static = torch.ones_like(known) if mask is None else pool_mask(mask, size)
-    in_range = (z >= min_depth) & (z <= max_depth)
-    # As they will be stored: a float32 latent can be too large for float16.
-    finite = torch.isfinite(lifted).all(-1) & torch.isfinite(latents.to(features.dtype)).all(1)
-    keep = static & known & in_range & finite
+    lifted, _, keep, rejected = _judge(
+        latents, depth, intrinsics, cam2world, mask, features.dtype, depth_sampling, min_depth, max_depth
+    )
 
     start, capacity = int(count), points.shape[0]
     rows = latents.permute(0, 2, 3, 1)[keep]
@@ -502,22 +601,231 @@ def cache_write(
     frames = torch.arange(first_frame, first_frame + latents.shape[0], device=keep.device)[:, None, None]
     if fits > 0:
         points[start : start + fits] = lifted[keep][:fits].to(points.dtype)
-        features[start : start + fits] = rows[:fits].to(features.dtype)
+        store_rows(features, scales, slice(start, start + fits), rows[:fits])
         frame_ids[start : start + fits] = frames.expand_as(keep)[keep][:fits].to(frame_ids.dtype)
     count += fits
     if bounds is not None and fits > 0:
         first, end = start // BLOCK, start + fits
         block_bounds(points[first * BLOCK : end], None, bounds[first : (end - 1) // BLOCK + 1])
-    return torch.stack(
-        [
-            torch.tensor(fits, device=keep.device),
-            torch.tensor(rows.shape[0] - fits, device=keep.device),
-            (~static).sum(),
-            (static & ~known).sum(),
-            (static & known & ~in_range).sum(),
-            (static & known & in_range & ~finite).sum(),
-        ]
+    return torch.cat([torch.tensor([fits, rows.shape[0] - fits], device=keep.device), rejected])
+
+
+# What `bounded_write` and `cache_trim` decide by, measured on a real room (benchmarks/fidelity.py). The kernels' copies
+# of these numbers are in csrc/core/bound.h and triton/bounded_write.py.
+COVERED = 0.2  # a token that fits a cell of the new view with this score, or a better one, shows what is there
+SAME_LOOK = 0.05  # so does one that lacks no more than this, wherever in the cell it lies
+FRESH = 0.02  # up to this score the look is the same, and the newer one takes its place
+CLOSER = 1.25  # so does one written from this many times as near
+CARVE_GATE = 1.05  # a view sees through what lies before all it shows around by more than this
+MOST_MERGED = 16  # looks that a mean remembers, so that it can follow a change
+DEAD = 255  # in the place of votes: carved away
+WRITE_REPORT = (
+    "written",
+    "replaced",
+    "merged",
+    "covered",
+    "refused",
+    "masked",
+    "unknown_depth",
+    "out_of_range",
+    "non_finite",
+    "carved",
+    "evicted",
+)
+
+
+def z_order(size: tuple[int, int]) -> Tensor:
+    """(h w,) int32: the cells of a grid along a Z-order curve, so that neighbours in the order are so in the grid."""
+    cell = torch.arange(size[0] * size[1])
+    row, column, code = cell // size[1], cell % size[1], torch.zeros_like(cell)
+    for bit in range(16):
+        code |= ((column >> bit & 1) << 2 * bit) | ((row >> bit & 1) << 2 * bit + 1)
+    return code.argsort().int()
+
+
+def token_voxels(points: Tensor) -> Tensor:
+    """(N,) int64: the voxel of each token (N, 4). Its edge is the power of two nearest to the footprint, as a ratio.
+
+    7 bits of level, held to [-62, 62]; 19 bits an axis, what lies outside shares the border voxels.
+    """
+    # The exponent, and one more where the rest is past the square root of two.
+    bits = points[:, 3].float().view(torch.int32)
+    level = ((bits >> 23 & 0xFF) - 127 + ((bits & 0x7FFFFF) > 0x3504F3).int()).clamp(-62, 62)
+    inverse = ((127 - level) << 23).view(torch.float32).to(points.dtype)
+    scaled = (points[:, :3] * inverse[:, None]).floor().nan_to_num(nan=-(2.0**18)).clamp(-(2**18), 2**18 - 1)
+    x, y, z = (scaled.long() + 2**18).unbind(-1)
+    return ((level.long() + 62) << 57) | (x << 38) | (y << 19) | z
+
+
+def nearest_depth(depth: Tensor, size: tuple[int, int]) -> Tensor:
+    """(T, H, W) to (T, h, w): the least valid depth of each cell, infinite where there is none."""
+    pixels, real = _gather_cells(depth, size)
+    return torch.where(real & (pixels > 0) & torch.isfinite(pixels), pixels, torch.inf).amin(-1)
+
+
+def _around(values: Tensor, u: Tensor, v: Tensor) -> Tensor:
+    """The least of the values (h, w) of the four cells whose centres surround (u, v), past the border those at it."""
+    column, row = (u - 0.5).floor().long(), (v - 0.5).floor().long()
+    height, width = values.shape
+    corners = [values[(row + i).clamp(0, height - 1), (column + j).clamp(0, width - 1)] for i in (0, 1) for j in (0, 1)]
+    return torch.stack(corners).amin(0)
+
+
+def bounded_write(
+    points: Tensor,
+    features: Tensor,
+    frame_ids: Tensor,
+    votes: Tensor,
+    looks: Tensor | None,
+    count: Tensor,
+    frame_centers: Tensor,
+    latents: Tensor,
+    depth: Tensor,
+    intrinsics: Tensor,
+    cam2world: Tensor,
+    mask: Tensor | None,
+    order: Tensor,
+    first_frame: int,
+    depth_sampling: str,
+    min_depth: float,
+    max_depth: float,
+    near: float,
+    views_per_voxel: int,
+    carve_views: int,
+    bounds: Tensor | None = None,
+    scales: Tensor | None = None,
+) -> Tensor:
+    """Definition of :func:`mirage_kernels.bounded_write`: view after view, in place; returns the report."""
+    size = (latents.shape[2], latents.shape[3])
+    height, width = size
+    cells, capacity = height * width, points.shape[0]
+    lifted, z, keep, rejected = _judge(
+        latents, depth, intrinsics, cam2world, mask, features.dtype, depth_sampling, min_depth, max_depth
     )
+    nearest = nearest_depth(depth, size) if carve_views > 0 else None
+    grid = intrinsics.clone()
+    grid[:, 0] *= width / depth.shape[2]
+    grid[:, 1] *= height / depth.shape[1]
+    projections = make_projection(grid, cam2world, torch.float32)
+    focals, readers = grid[:, 0, 0].float(), cam2world[:, :3, 3].float()
+    place = torch.empty(cells, dtype=torch.int64, device=order.device)  # of each cell in the order
+    place[order.long()] = torch.arange(cells, device=order.device)
+    report = dict.fromkeys(WRITE_REPORT, 0)
+
+    for t in range(latents.shape[0]):
+        live = int(count)
+        old, new, worth = points[:live], lifted[t].view(cells, 4), keep[t].flatten()
+        rows = latents[t].permute(1, 2, 0).reshape(cells, -1)
+        writers = _writers(frame_ids[:live], frame_centers, torch.float32)
+        u, v, depths, _, lack = _fit(old, writers, projections[t], focals[t], readers[t])
+        alive = votes[:live] != DEAD
+        visible = alive & in_view(u, v, depths, size, near)
+        u, v = torch.where(visible, u, 0.0), torch.where(visible, v, 0.0)
+        cell = v.long() * width + u.long()
+        surface = z[t].flatten()[cell]
+        on_surface = visible & (surface > 0) & (depths <= GATE * surface) & (surface <= GATE * depths)
+
+        if nearest is not None:
+            behind = _around(nearest[t], u, v)
+            through = visible & (surface > 0) & (depths * CARVE_GATE < behind) & (behind < torch.inf)
+            voted = torch.where(through, votes[:live].int() + 1, torch.where(on_surface, 0, votes[:live].int()))
+            carved = alive & visible & (voted >= carve_views)
+            votes[:live] = torch.where(alive, torch.where(carved, DEAD, voted), DEAD).to(votes.dtype)
+            report["carved"] += int(carved.sum())
+            alive = alive & ~carved
+
+        # The token that shows best what each cell does: the least score, then the lowest index.
+        score = _distance(u, v, cell % width, cell // width) + lack
+        shows = alive & on_surface & worth[cell] & ((score <= COVERED) | (lack <= SAME_LOOK))
+        least = score.new_full((cells,), torch.inf).scatter_reduce(
+            0, cell, torch.where(shows, score, torch.inf), "amin"
+        )
+        number = torch.arange(live, device=cell.device)
+        best = number.new_full((cells,), live).scatter_reduce(
+            0, cell, torch.where(shows & (score == least[cell]), number, live), "amin"
+        )
+        shown = worth & (best < live)
+        held = torch.cat([old, old.new_zeros(1, 4)])[best]
+
+        # Whether a voxel has room for what would come to it, first come, first served.
+        voxels = token_voxels(new)
+        replaces = shown & ((least <= FRESH) | (held[:, 3] >= CLOSER * new[:, 3])) & (looks is None)
+        moves = replaces & (token_voxels(held) != voxels)
+        comes = (worth & ~shown) | moves
+        has_room = torch.zeros_like(comes)
+        at = comes.nonzero()[:, 0]
+        at = at[place[at].argsort()]
+        taken, order_of = token_voxels(old[alive]).sort().values, voxels[at].argsort(stable=True)
+        sought = voxels[at][order_of]
+        before = torch.searchsorted(taken, sought, right=True) - torch.searchsorted(taken, sought)
+        before = before + torch.arange(len(at), device=at.device) - torch.searchsorted(sought, sought)
+        has_room[at[order_of]] = before < views_per_voxel
+
+        frame = first_frame + t
+        chosen = (replaces & (has_room | ~moves)).nonzero()[:, 0]
+        slot = best[chosen]
+        points[slot], frame_ids[slot], votes[slot] = new[chosen], frame, 0
+        store_rows(features, scales, slot, rows[chosen])
+        report["replaced"] += len(chosen)
+        covered = int(shown.sum()) - len(chosen)
+        if looks is not None:
+            chosen = shown.nonzero()[:, 0]
+            slot = best[chosen]
+            number = looks[slot].float()[:, None]
+            mean = (points[slot] * number + new[chosen]) / (number + 1.0)
+            stays = token_voxels(mean) == token_voxels(points[slot])
+            points[slot] = torch.where(stays[:, None], mean, points[slot])
+            stored = features[slot].float() if scales is None else dequantise_rows(features[slot], scales[slot])
+            store_rows(features, scales, slot, (stored * number + rows[chosen].float()) / (number + 1.0))
+            frame_ids[slot], votes[slot] = frame, 0
+            looks[slot] = (looks[slot].int() + 1).clamp(max=MOST_MERGED).to(looks.dtype)
+            report["merged"] += len(chosen)
+        else:
+            report["covered"] += covered
+
+        added = (worth & ~shown & has_room).nonzero()[:, 0]
+        added = added[place[added].argsort()][: max(capacity - live, 0)]
+        end = live + len(added)
+        points[live:end], frame_ids[live:end], votes[live:end] = new[added], frame, 0
+        store_rows(features, scales, slice(live, end), rows[added])
+        if looks is not None:
+            looks[live:end] = 1
+        count += len(added)
+        report["written"] += len(added)
+        report["refused"] += int((worth & ~shown).sum()) - len(added)
+
+    if bounds is not None:
+        block_bounds(points, count, bounds)
+    report.update(zip(("masked", "unknown_depth", "out_of_range", "non_finite"), rejected.tolist(), strict=True))
+    return torch.tensor(list(report.values()), device=points.device)
+
+
+def cache_trim(
+    points: Tensor,
+    features: Tensor,
+    frame_ids: Tensor,
+    votes: Tensor | None,
+    looks: Tensor | None,
+    count: Tensor,
+    max_tokens: int,
+    bounds: Tensor | None = None,
+    scales: Tensor | None = None,
+) -> Tensor:
+    """Definition of :func:`mirage_kernels.cache_trim`: survivors move together, in order; returns how many went."""
+    live = int(count)
+    alive = torch.ones(live, dtype=torch.bool, device=points.device) if votes is None else votes[:live] != DEAD
+    held = alive.nonzero()[:, 0]
+    excess = max(len(held) - max_tokens, 0)
+    oldest = frame_ids[held].argsort(stable=True)
+    survivors = held[oldest[excess:]].sort().values
+    words = features.view(torch.uint8) if features.dtype == FLOAT8 else features  # which PyTorch can index
+    for buffer in (points, words, frame_ids, votes, looks, scales):
+        if buffer is not None:
+            buffer[: len(survivors)] = buffer[survivors]
+    count.fill_(len(survivors))
+    if bounds is not None:
+        block_bounds(points, count, bounds)
+    return torch.tensor(excess, device=points.device)
 
 
 def block_bounds(points: Tensor, num_points: Tensor | None, bounds: Tensor) -> None:

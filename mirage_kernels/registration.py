@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .reference import FITS
+from .reference import FITS, WRITE_REPORT
 from .schemas import FAMILIES, NAMESPACE, private_operator
 
 
@@ -33,6 +33,7 @@ def _fake_splat(
     near: float,
     dtype: torch.dtype,
     bounds: Tensor | None = None,
+    scales: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     shape = (cam2world.shape[0], height, width)
     return (
@@ -61,6 +62,7 @@ def _fake_splat_aligned(
     sharpness: float,
     dtype: torch.dtype,
     bounds: Tensor | None = None,
+    scales: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     seen = _fake_splat(points, features, num_points, intrinsics, cam2world, height, width, near, dtype)
     return (*seen, features.new_empty((cam2world.shape[0], height, width, FITS), dtype=torch.int64))
@@ -77,14 +79,26 @@ def _fake_splat_aligned_backward(
     keys: Tensor,
     sharpness: float,
     of_points: bool,
+    scales: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(features, memory_format=torch.contiguous_format), points.new_empty(
-        (points.shape[0] if of_points else 0, 4), dtype=torch.float32
+    count = points.shape[0]
+    return (
+        # Features with scales have no gradient.
+        features.new_empty((count if scales is None else 0, features.shape[1])),
+        points.new_empty((count if of_points else 0, 4), dtype=torch.float32),
     )
 
 
 def _fake_cache_write(points: Tensor, *args: Any) -> Tensor:
     return points.new_empty((6,), dtype=torch.int64)
+
+
+def _fake_bounded_write(points: Tensor, *args: Any) -> Tensor:
+    return points.new_empty((len(WRITE_REPORT),), dtype=torch.int64)
+
+
+def _fake_cache_trim(points: Tensor, *args: Any) -> Tensor:
+    return points.new_empty((), dtype=torch.int64)
 
 
 def _fake_block_bounds(*args: Any) -> None:
@@ -112,15 +126,15 @@ def _splat_backward(family: str) -> Any:
         if ctx.needs_input_grad[1]:
             operator = private_operator("splat_backward", family)
             grad = operator(grad_latents.contiguous(), index, ctx.num_points, ctx.dtype)
-        return (None, grad, *([None] * 8))
+        return (None, grad, *([None] * (len(ctx.needs_input_grad) - 2)))
 
     return backward
 
 
 def _setup_splat_aligned_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    points, features, _, frame_ids, frame_centers, intrinsics, cam2world, _, _, _, ctx.sharpness, *_ = inputs
+    points, features, _, frame_ids, frame_centers, intrinsics, cam2world, _, _, _, ctx.sharpness, _, _, scales = inputs
     _, mask, depth, index, keys = output
-    ctx.save_for_backward(points, features, frame_ids, frame_centers, intrinsics, cam2world, keys)
+    ctx.save_for_backward(points, features, frame_ids, frame_centers, intrinsics, cam2world, keys, scales)
     ctx.mark_non_differentiable(mask, depth, index, keys)
 
 
@@ -130,12 +144,13 @@ def _splat_aligned_backward(family: str) -> Any:
         grad_points = grad_features = None
         if of_points or of_features:
             operator = private_operator("splat_aligned_backward", family)
-            gradients = operator(grad_latents.contiguous(), *ctx.saved_tensors, ctx.sharpness, of_points)
+            *tensors, scales = ctx.saved_tensors
+            gradients = operator(grad_latents.contiguous(), *tensors, ctx.sharpness, of_points, scales)
             grad_features, grad_points = (
                 gradient if needed else None
                 for gradient, needed in zip(gradients, (of_features, of_points), strict=True)
             )
-        return (grad_points, grad_features, *([None] * 11))
+        return (grad_points, grad_features, *([None] * (len(ctx.needs_input_grad) - 2)))
 
     return backward
 
@@ -147,6 +162,8 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "splat_aligned": _fake_splat_aligned,
     "splat_aligned_backward": _fake_splat_aligned_backward,
     "cache_write": _fake_cache_write,
+    "bounded_write": _fake_bounded_write,
+    "cache_trim": _fake_cache_trim,
     "block_bounds": _fake_block_bounds,
     "view_overlap": _fake_view_overlap,
 }

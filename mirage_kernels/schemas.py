@@ -18,25 +18,35 @@ SCHEMAS = {
     ),
     "splat": (
         "(Tensor points, Tensor features, Tensor? num_points, Tensor intrinsics, Tensor cam2world,"
-        " SymInt height, SymInt width, float near, ScalarType dtype, Tensor? bounds=None)"
+        " SymInt height, SymInt width, float near, ScalarType dtype, Tensor? bounds=None, Tensor? scales=None)"
         " -> (Tensor latents, Tensor mask, Tensor depth, Tensor index)"
     ),
     "splat_backward": "(Tensor grad_latents, Tensor index, SymInt num_points, ScalarType dtype) -> Tensor",
     "splat_aligned": (
         "(Tensor points, Tensor features, Tensor? num_points, Tensor frame_ids, Tensor frame_centers,"
         " Tensor intrinsics, Tensor cam2world, SymInt height, SymInt width, float near, float sharpness,"
-        " ScalarType dtype, Tensor? bounds=None)"
+        " ScalarType dtype, Tensor? bounds=None, Tensor? scales=None)"
         " -> (Tensor latents, Tensor mask, Tensor depth, Tensor index, Tensor keys)"
     ),
     "splat_aligned_backward": (
         "(Tensor grad_latents, Tensor points, Tensor features, Tensor frame_ids, Tensor frame_centers,"
-        " Tensor intrinsics, Tensor cam2world, Tensor keys, float sharpness, bool of_points)"
-        " -> (Tensor grad_features, Tensor grad_points)"
+        " Tensor intrinsics, Tensor cam2world, Tensor keys, float sharpness, bool of_points,"
+        " Tensor? scales=None) -> (Tensor grad_features, Tensor grad_points)"
     ),
     "cache_write": (
         "(Tensor(a!) points, Tensor(b!) features, Tensor(c!) frame_ids, Tensor(d!) count, Tensor latents, Tensor depth,"
         " Tensor intrinsics, Tensor cam2world, Tensor? mask, int first_frame, bool bilinear,"
-        " float min_depth, float max_depth, Tensor(e!)? bounds=None) -> Tensor"
+        " float min_depth, float max_depth, Tensor(e!)? bounds=None, Tensor(f!)? scales=None) -> Tensor"
+    ),
+    "bounded_write": (
+        "(Tensor(a!) points, Tensor(b!) features, Tensor(c!) frame_ids, Tensor(d!) votes, Tensor(e!)? looks,"
+        " Tensor(f!) count, Tensor frame_centers, Tensor latents, Tensor depth, Tensor intrinsics, Tensor cam2world,"
+        " Tensor? mask, Tensor order, int first_frame, bool bilinear, float min_depth, float max_depth, float near,"
+        " int views_per_voxel, int carve_views, Tensor(g!)? bounds=None, Tensor(h!)? scales=None) -> Tensor"
+    ),
+    "cache_trim": (
+        "(Tensor(a!) points, Tensor(b!) features, Tensor(c!) frame_ids, Tensor(d!)? votes, Tensor(e!)? looks,"
+        " Tensor(f!) count, int max_tokens, Tensor(g!)? bounds=None, Tensor(h!)? scales=None) -> Tensor"
     ),
     "block_bounds": "(Tensor points, Tensor? num_points, Tensor(a!) bounds) -> ()",
     "view_overlap": (

@@ -8,7 +8,7 @@ much of that is allowed.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -396,3 +396,173 @@ def view_overlap(
         union = seen | target
         overlaps.append(len(seen & target) / len(union) if union else 0.0)
     return overlaps
+
+
+class Token:
+    """A held token of a bounded cache."""
+
+    def __init__(self, point: list[float], latent: list[float], frame: int) -> None:
+        self.point, self.latent, self.frame = point, latent, frame
+        self.votes, self.looks = 0, 1
+
+
+def token_voxel(point: list[float]) -> tuple[int, int, int, int]:
+    level = math.floor(math.log2(point[3]) + 0.5)
+    return level, *(math.floor(value / 2.0**level) for value in point[:3])
+
+
+def z_code(row: int, column: int) -> int:
+    return int("".join(b + a for a, b in zip(f"{column:016b}", f"{row:016b}", strict=True)), 2)
+
+
+def bounded_write(
+    held: list[Token],
+    frame_centers: np.ndarray,
+    latents: np.ndarray,
+    depth: np.ndarray,
+    intrinsics: np.ndarray,
+    cam2world: np.ndarray,
+    capacity: int,
+    mask: np.ndarray | None = None,
+    first_frame: int = 0,
+    min_depth: float = 0.0,
+    max_depth: float = math.inf,
+    views_per_voxel: int = 4,
+    carve_views: int = 2,
+    merge: bool = False,
+) -> dict[str, int]:
+    """Writes into ``held``; carved tokens leave it at the end. Returns the report."""
+    of_tokens = ("written", "replaced", "merged", "covered", "refused")
+    report = dict.fromkeys(
+        (*of_tokens, "masked", "unknown_depth", "out_of_range", "non_finite", "carved", "evicted"), 0
+    )
+    views, _, height, width = latents.shape
+    size = (height, width)
+    lifted = back_project(depth, intrinsics, cam2world, size, mask)
+    dead: set[Token] = set()
+    cells = sorted(((i, j) for i in range(height) for j in range(width)), key=lambda cell: z_code(*cell))
+    for t in range(views):
+        grid = intrinsics[t].astype(float).copy()
+        grid[0] *= width / depth.shape[2]
+        grid[1] *= height / depth.shape[1]
+        eye = [float(cam2world[t, axis, 3]) for axis in range(3)]
+        least = [[math.inf] * width for _ in range(height)]
+        for r in range(depth.shape[1]):
+            for c in range(depth.shape[2]):
+                if known(float(depth[t, r, c])):
+                    i, j = cell_of_pixel(r, depth.shape[1], height), cell_of_pixel(c, depth.shape[2], width)
+                    least[i][j] = min(least[i][j], float(depth[t, r, c]))
+
+        worth = {}
+        for i, j in cells:
+            z = lifted.depth[t, i, j]
+            if not lifted.static[t, i, j]:
+                report["masked"] += 1
+            elif z <= 0:
+                report["unknown_depth"] += 1
+            elif not min_depth <= z <= max_depth:
+                report["out_of_range"] += 1
+            elif not lifted.finite[t, i, j] or not all(math.isfinite(float(x)) for x in latents[t, :, i, j]):
+                report["non_finite"] += 1
+            else:
+                worth[i, j] = [float(value) for value in lifted.points[t, i, j]]
+
+        best: dict[tuple[int, int], tuple[float, int]] = {}
+        taken: dict[tuple[int, int, int, int], int] = {}
+        for k, token in enumerate(held):
+            if token in dead:
+                continue
+            at = project(np.array(token.point), grid, cam2world[t])
+            visible = inside(at, size, NEAR)
+            if visible:
+                i, j = math.floor(at.v), math.floor(at.u)
+                surface = lifted.depth[t, i, j]
+                close = surface > 0 and at.z <= 1.1 * surface and surface <= 1.1 * at.z
+                if carve_views > 0:
+                    rows = {min(max(math.floor(at.v - 0.5) + a, 0), height - 1) for a in (0, 1)}
+                    columns = {min(max(math.floor(at.u - 0.5) + b, 0), width - 1) for b in (0, 1)}
+                    behind = min(least[r][c] for r in rows for c in columns)
+                    if surface > 0 and 1.05 * at.z < behind < math.inf:
+                        token.votes += 1
+                    elif close:
+                        token.votes = 0
+                    if token.votes >= carve_views:
+                        dead.add(token)
+                        report["carved"] += 1
+                        continue
+                if close and (i, j) in worth:
+                    ratio = min(max(token.point[3] * float(grid[0, 0]) / at.z, 1 / 16), 16.0)
+                    writer = [float(value) for value in frame_centers[token.frame]]
+                    one, two = ([p - c for p, c in zip(token.point, end, strict=False)] for end in (writer, eye))
+                    turn = 1 - sum(a * b for a, b in zip(one, two, strict=True)) / math.hypot(*one) / math.hypot(*two)
+                    lack = (ratio - 1) ** 2 / ratio + 16 * max(turn, 0.0)
+                    score = (at.u - j - 0.5) ** 2 + (at.v - i - 0.5) ** 2 + lack
+                    if score <= 0.2 or lack <= 0.05:
+                        best[i, j] = min(best.get((i, j), (math.inf, 0)), (score, k))
+            voxel_here = token_voxel(token.point)
+            taken[voxel_here] = taken.get(voxel_here, 0) + 1
+
+        def enters(voxel_here: tuple[int, int, int, int], taken: dict[Any, int] = taken) -> bool:
+            if taken.get(voxel_here, 0) >= views_per_voxel:
+                return False
+            taken[voxel_here] = taken.get(voxel_here, 0) + 1
+            return True
+
+        added = []
+        for cell, point in ((cell, worth[cell]) for cell in cells if cell in worth):
+            latent = [float(value) for value in latents[t, :, cell[0], cell[1]]]
+            if cell not in best:
+                if enters(token_voxel(point)) and len(held) + len(added) < capacity:
+                    added.append(Token(point, latent, first_frame + t))
+                    report["written"] += 1
+                else:
+                    report["refused"] += 1
+                continue
+            score, k = best[cell]
+            token = held[k]
+            if merge:
+                n = token.looks
+                mean = [(a * n + b) / (n + 1) for a, b in zip(token.point, point, strict=True)]
+                if token_voxel(mean) == token_voxel(token.point):
+                    token.point = mean
+                token.latent = [(a * n + b) / (n + 1) for a, b in zip(token.latent, latent, strict=True)]
+                token.looks = min(n + 1, 16)
+                report["merged"] += 1
+            elif (score <= 0.02 or token.point[3] >= 1.25 * point[3]) and (
+                token_voxel(token.point) == token_voxel(point) or enters(token_voxel(point))
+            ):
+                token.point, token.latent = point, latent
+                report["replaced"] += 1
+            else:
+                report["covered"] += 1
+                continue
+            token.frame, token.votes = first_frame + t, 0
+        held += added
+    held[:] = [token for token in held if token not in dead]
+    return report
+
+
+def float8_values() -> np.ndarray:
+    """(256,) float64: what each float8 e4m3 code stands for, by the OCP specification; 0x7f and 0xff are NaN."""
+    values = []
+    for code in range(256):
+        exponent, mantissa = (code >> 3) & 15, code & 7
+        value = mantissa / 8 * 2.0**-6 if exponent == 0 else (1 + mantissa / 8) * 2.0 ** (exponent - 7)
+        value = math.nan if code & 127 == 127 else value
+        values.append(math.copysign(value, -1 if code & 128 else 1))
+    return np.array(values)
+
+
+def quantise(row: np.ndarray) -> tuple[list[int], int]:
+    """float8 codes and scale of a token: the least scale that saturates nothing, then the nearest codes, ties even."""
+    values = [float(value) for value in row]
+    largest = max((abs(value) for value in values), default=0.0)
+    scale = next(s for s in range(11, 247) if largest <= 448 * 2.0 ** (s - 127))
+    finite = float8_values()[:127]
+    codes = []
+    for value in values:
+        distance = np.abs(finite - abs(value) * 2.0 ** (127 - scale))
+        nearest = np.flatnonzero(distance == distance.min())
+        best = next((code for code in nearest if code % 2 == 0), nearest[0])
+        codes.append(int(best) + (128 if math.copysign(1, value) < 0 else 0))
+    return codes, scale

@@ -8,6 +8,7 @@ from torch import Tensor
 
 UNKNOWN = (0.0, -1.5, float("nan"), float("inf"), float("-inf"))
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+STORED = (*DTYPES, torch.float8_e4m3fn)  # of features in a cache
 
 
 def poses(rng: np.random.Generator, views: int, angle: float = 0.15, rigid: bool = False) -> Tensor:

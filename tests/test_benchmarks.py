@@ -10,10 +10,10 @@ from unittest import mock
 import pytest
 import torch
 
-from benchmarks import drop_in, goals, memories, plots, report, tables, timing
+from benchmarks import drop_in, fidelity, goals, memories, plots, report, tables, timing
 from benchmarks import scenes as rooms
 from benchmarks.reference_memory import ReferenceMemory
-from mirage_kernels import Cameras
+from mirage_kernels import Cameras, LatentCache
 
 ROW_KEYS = ["group", "name", "variant", "size", "median_s", "p20_s", "p80_s", "bytes", "floor_s"]
 
@@ -230,3 +230,22 @@ def test_plots_are_drawn(tmp_path: Path) -> None:
     plots.main([str(tmp_path)])
     for name in ("time", "growth", "roofline"):
         assert (tmp_path / f"{name}.svg").stat().st_size > 1000
+
+
+def test_what_float8_costs_on_a_real_room(shared_dir: Path) -> None:
+    """At most 2 % of the errors of the protocol, read either way; bfloat16 costs nothing to speak of."""
+    room = fidelity.load_room(shared_dir / "data/rgbd-room")
+    size = (room.latents.shape[2], room.latents.shape[3])
+    errors = []
+    for dtype in (torch.float32, torch.bfloat16, torch.float8_e4m3fn):
+        cache = LatentCache(48, dtype=dtype, write_policy="append")
+        cache.write(room.latents, room.written.depth, room.written.cameras)
+        scores = [
+            fidelity.score(*cache.read(cameras, size, splat=splat, dtype=torch.float32)[:2], true)
+            for cameras, true in room.truths.values()
+            for splat in ("nearest", "aligned")
+        ]
+        errors.append(torch.tensor([value for score in scores for value in (score.error, score.detail)]))
+    assert (errors[0] > 0.1).all() and len(cache) > 60_000 and cache.nbytes < 80 * len(cache)
+    assert (errors[1] <= 1.001 * errors[0]).all()
+    assert (errors[2] <= 1.02 * errors[0]).all() and (errors[2] != errors[0]).all()

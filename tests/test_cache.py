@@ -17,10 +17,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import mirage_kernels.storage
-from mirage_kernels import Cameras, LatentCache, cache_write, splat_aligned
+from mirage_kernels import Cameras, LatentCache, bounded_write, cache_trim, cache_write, splat_aligned
 
 GRID = (5, 7)
 IMAGE = (25, 35)
+
+
+def append(*args, **options):
+    """A cache that keeps every token written; bounded ones have tests of their own below."""
+    return LatentCache(*args, **{"write_policy": "append", **options})
 
 
 def frames(seed=0, views=2, channels=4, unknown=0.2, dtype=torch.float32, grid=GRID, image_size=IMAGE):
@@ -52,9 +57,14 @@ def state(cache):
     return [*contents(cache), torch.tensor([len(cache), cache.generation, cache.capacity, cache.num_frames])]
 
 
+def latent_dtype(stored):
+    """The dtype of latents for a cache: there are none in float8."""
+    return torch.bfloat16 if stored.itemsize == 1 else stored
+
+
 def filled(dtype=torch.float32, device="cpu", views=2, **options):
-    cache = LatentCache(channels=4, dtype=dtype, device=device, **options)
-    cache.write(*[x.to(device) for x in frames(views=views, dtype=dtype)])
+    cache = append(channels=4, dtype=dtype, device=device, **options)
+    cache.write(*[x.to(device) for x in frames(views=views, dtype=latent_dtype(dtype))])
     assert len(cache) > 20
     return cache
 
@@ -66,7 +76,7 @@ def filled(dtype=torch.float32, device="cpu", views=2, **options):
 @pytest.mark.parametrize("masked", [False, True])
 def test_a_write_is_cache_write(backend, stored, masked):
     """Two writes into a growing cache hold what the operator writes into buffers of its own, and what it reports."""
-    cache = LatentCache(channels=4, dtype=stored, device=backend.device)
+    cache = append(channels=4, dtype=stored, device=backend.device)
     buffers = before = scenes.buffers(200, 4, stored)
     for seed, first_frame in ((1, 0), (2, 2)):
         latents, depth, cameras, mask = frames(seed)
@@ -85,7 +95,12 @@ def test_a_write_is_cache_write(backend, stored, masked):
         )
         buffers = [x.cpu() for x in own]
         assert_same_write(buffers, counts.cpu(), before, *arguments, mask=mask, first_frame=first_frame, **options)
-        assert report.counts.tolist() == counts.tolist() and report.written > 0 and report.unknown_depth > 0
+        kept = ("written", "refused", "masked", "unknown_depth", "out_of_range", "non_finite")
+        assert (
+            [getattr(report, name) for name in kept] == counts.tolist()
+            and report.written > 0
+            and report.unknown_depth > 0
+        )
         assert report.as_dict() == {name: getattr(report, name) for name in report.as_dict()}
         assert (report.masked > 0) == masked and report.refused == 0 and report.out_of_range > 0
         assert sum(report.as_dict().values()) == 70 and f"written={report.written}" in repr(report)
@@ -98,7 +113,7 @@ def test_a_write_is_cache_write(backend, stored, masked):
 
 def test_keywords_and_positions():
     latents, depth, cameras, mask = frames(3)
-    one, other = LatentCache(channels=4), LatentCache(4)
+    one, other = append(channels=4), append(4)
     one.write(latents, depth, cameras, mask=mask)
     other.write(latents, depth, cameras, mask)
     assert len(one) > 20
@@ -108,7 +123,7 @@ def test_keywords_and_positions():
 def test_nan_latents_are_never_stored(backend):
     latents, *rest = frames(4, unknown=0.0)
     latents.nan_to_num_(0.5)
-    cache = LatentCache(channels=4, device=backend.device)
+    cache = append(channels=4, device=backend.device)
     assert cache.write(*put(backend, (latents, *rest))).non_finite == 0
     for bad in (math.nan, math.inf, -math.inf):
         spoilt = latents.clone()
@@ -118,7 +133,7 @@ def test_nan_latents_are_never_stored(backend):
 
 
 def test_frame_centers_are_the_camera_centers():
-    cache = LatentCache(channels=4)
+    cache = append(channels=4)
     centers = []
     for seed in range(5):
         arguments = frames(seed, views=30)
@@ -130,7 +145,7 @@ def test_frame_centers_are_the_camera_centers():
 
 def test_cameras_of_another_image_size_are_resized_to_the_depth():
     latents, depth, cameras, mask = frames(5)
-    one, other = LatentCache(channels=4), LatentCache(channels=4)
+    one, other = append(channels=4), append(channels=4)
     one.write(latents, depth, cameras, mask)
     other.write(latents, depth, cameras.resized((250, 140)), mask)
     assert len(one) == len(other) > 20
@@ -149,15 +164,16 @@ def test_a_write_of_no_views():
 # ---------------------------------------------------------------------------------------------- reading
 
 
-@pytest.mark.parametrize("stored", scenes.DTYPES)
+@pytest.mark.parametrize("stored", scenes.STORED)
 @pytest.mark.parametrize("out", [None, torch.float32, torch.bfloat16])
 def test_a_read_is_the_brute_force(backend, stored, out):
-    cache = LatentCache(channels=4, dtype=stored, device=backend.device)
+    cache = append(channels=4, dtype=stored, device=backend.device)
     for seed in (7, 8):
         cache.write(*put(backend, frames(seed)))
     _, _, cameras, _ = frames(9, views=3)
     view = cache.read(cameras.to(backend.device), size=(6, 9), splat="nearest", dtype=out)
-    assert view.latents.dtype == (out or stored) and view.latents.device.type == backend.device.type
+    out = out or latent_dtype(stored)
+    assert view.latents.dtype == out and view.latents.device.type == backend.device.type
     points = torch.cat([cache.points, cache.footprints[:, None]], 1).cpu()
     grid = cameras.resized((6, 9))
     assert_same_view(
@@ -172,11 +188,11 @@ def test_a_read_is_the_brute_force(backend, stored, out):
     )
 
 
-@pytest.mark.parametrize("stored", scenes.DTYPES)
+@pytest.mark.parametrize("stored", scenes.STORED)
 @pytest.mark.parametrize("options", [{}, {"splat": "aligned"}, {"sharpness": 0.0, "dtype": torch.float32}])
 def test_an_aligned_read_is_the_operator(backend, stored, options):
     """By default, with the frames that wrote each token, and no others after clearing."""
-    cache = LatentCache(channels=4, dtype=stored, device=backend.device)
+    cache = append(channels=4, dtype=stored, device=backend.device)
     cache.write(*put(backend, frames(6)))
     cache.clear()
     for seed in (7, 8):
@@ -192,7 +208,7 @@ def test_an_aligned_read_is_the_operator(backend, stored, options):
         grid.intrinsics,
         grid.cam2world,
         (6, 9),
-        **{name: value for name, value in options.items() if name != "splat"},
+        **{"dtype": latent_dtype(stored), **{name: value for name, value in options.items() if name != "splat"}},
     )
     assert view.mask.sum() > 60 and int(cache.frame_ids.max()) == len(cache.frame_centers) - 1
     assert_equal_bits(view, expected)
@@ -201,7 +217,7 @@ def test_an_aligned_read_is_the_operator(backend, stored, options):
 @pytest.mark.parametrize("splat", ["nearest", "aligned"])
 def test_the_table_of_frames_grows(splat):
     """Past its 1,024 rows it moves, which captured reads are told; what was written by then is read as before."""
-    cache = LatentCache(channels=1, capacity=4000)
+    cache = append(channels=1, capacity=4000)
     depth = torch.full((600, 1, 1), 2.0)
     camera = Cameras(torch.tensor([[1.0, 0, 0.5], [0, 1, 0.5], [0, 0, 1]]), torch.eye(4).repeat(600, 1, 1), (1, 1))
     before = cache.generation
@@ -218,7 +234,7 @@ def test_what_was_written_is_read_back(backend):
     """The camera that wrote sees its own latents, exactly, wherever depth was known and the token static."""
     latents, depth, cameras, mask = frames(10, views=1, unknown=0.4)
     latents.nan_to_num_(0.5)
-    cache = LatentCache(channels=4, device=backend.device)
+    cache = append(channels=4, device=backend.device)
     report = cache.write(*put(backend, (latents, depth, cameras, mask)))
     view = cache.read(cameras.to(backend.device), size=GRID)
     assert 10 < report.written == int(view.mask.sum()) < 35
@@ -238,7 +254,7 @@ def test_reading_an_empty_cache(backend, views):
     cameras = frames(11, views=3)[2][:views].to(backend.device)
     arguments = put(backend, frames(11))
     for options in ({}, {"capacity": 70}):
-        cache = LatentCache(channels=4, dtype=torch.float16, device=backend.device, **options)
+        cache = append(channels=4, dtype=torch.float16, device=backend.device, **options)
         assert len(cache) == 0 and cache.nbytes == 0 and cache.points.shape == (0, 3) and cache.features.shape == (0, 4)
         view = cache.read(cameras, size=GRID)
         assert view.latents.shape == (views, 4, *GRID) and view.latents.dtype == torch.float16
@@ -257,12 +273,12 @@ def test_reading_does_not_write():
 
 
 def test_view_overlap(backend):
-    cache = LatentCache(channels=4, device=backend.device)
+    cache = append(channels=4, device=backend.device)
     cache.write(*put(backend, frames(12, views=3)))
     cameras = frames(12, views=3)[2].to(backend.device)
     overlap = cache.view_overlap(cameras, cameras[1:2], GRID)
     assert overlap.shape == (3,) and overlap[1] == 1 and (overlap > 0).all() and (overlap[[0, 2]] < 1).all()
-    assert LatentCache(channels=4, device=backend.device).view_overlap(cameras, cameras, GRID).tolist() == [0, 0, 0]
+    assert append(channels=4, device=backend.device).view_overlap(cameras, cameras, GRID).tolist() == [0, 0, 0]
 
 
 # ---------------------------------------------------------------------------------------------- growing
@@ -270,7 +286,7 @@ def test_view_overlap(backend):
 
 def test_growth_is_geometric_and_keeps_everything():
     """Far fewer moves than writes; each bumps the generation; nothing written before changes."""
-    cache = LatentCache(channels=4)
+    cache = append(channels=4)
     generations, capacities, parts = [], [], []
     for seed in range(60):
         live = len(cache)
@@ -288,7 +304,7 @@ def test_growth_is_geometric_and_keeps_everything():
 
 
 def test_a_fixed_capacity_never_moves():
-    cache, buffers = LatentCache(channels=4, capacity=150), []
+    cache, buffers = append(channels=4, capacity=150), []
     total = refused = 0
     for seed in range(6):
         report = cache.write(*frames(seed))
@@ -298,7 +314,7 @@ def test_a_fixed_capacity_never_moves():
     assert all(x == buffers[0] for x in buffers)
     assert total == cache.capacity == 150 and refused > 0 and cache.generation == 0
     # What fitted is what a growing cache holds first.
-    growing = LatentCache(channels=4)
+    growing = append(channels=4)
     reports = [growing.write(*frames(seed)) for seed in range(6)]
     assert sum(report.written for report in reports) == total + refused == len(growing)
     expected = [x[:150] for x in contents(growing)[:4]]
@@ -309,7 +325,7 @@ def test_a_fixed_capacity_never_moves():
 
 
 def test_no_capacity_at_all():
-    cache = LatentCache(channels=4, capacity=0)
+    cache = append(channels=4, capacity=0)
     report = cache.write(*frames(13))
     assert report.written == 0 and report.refused > 20 and len(cache) == 0
     assert not cache.read(frames(13)[2], GRID).mask.any()
@@ -320,7 +336,7 @@ def test_writes_in_any_portions(seed, splits):
     """However a video is cut into writes, the cache is the same."""
     total = sum(splits)
     latents, depth, cameras, mask = frames(seed, views=total)
-    whole, parts = LatentCache(channels=4), LatentCache(channels=4)
+    whole, parts = append(channels=4), append(channels=4)
     whole.write(latents, depth, cameras, mask)
     start = 0
     for views in splits:
@@ -335,13 +351,13 @@ def test_writes_in_any_portions(seed, splits):
 # ---------------------------------------------------------------------------------------------- what it says of itself
 
 
-@pytest.mark.parametrize("dtype", scenes.DTYPES)
+@pytest.mark.parametrize("dtype", scenes.STORED)
 def test_sizes_in_bytes(dtype):
-    cache = LatentCache(channels=4, dtype=dtype, capacity=100)
-    per_token = 16 + 4 * dtype.itemsize + 4
+    cache = append(channels=4, dtype=dtype, capacity=100)
+    per_token = 16 + 4 * dtype.itemsize + 4 + (dtype.itemsize == 1)
     empty = cache.nbytes_allocated
     assert cache.nbytes == 0 and 100 * per_token <= empty <= 100 * per_token + 24 + 1024 * 12 + 64
-    cache.write(*frames(14, dtype=dtype))
+    cache.write(*frames(14, dtype=latent_dtype(dtype)))
     live = len(cache)
     assert 20 < live < 100
     assert live * per_token <= cache.nbytes <= live * per_token + 24 + 2 * 12
@@ -413,16 +429,21 @@ def test_to_a_gpu_and_back():
         ({"channels": 0}, ValueError, "channels must be a positive int, got 0"),
         ({"channels": 4.0}, (ValueError, TypeError), r"channels must be a positive int, got 4\.0"),
         ({"channels": True}, (ValueError, TypeError), "channels must be a positive int, got True"),
-        ({"dtype": torch.float64}, TypeError, r"dtype must be float32, float16 or bfloat16, got torch\.float64"),
-        ({"dtype": torch.int8}, TypeError, r"dtype must be float32, float16 or bfloat16, got torch\.int8"),
+        ({"dtype": torch.float64}, TypeError, r"dtype must be float32, .* or float8_e4m3fn, got torch\.float64"),
+        ({"dtype": torch.int8}, TypeError, r"dtype must be float32, .* or float8_e4m3fn, got torch\.int8"),
         ({"capacity": -1}, ValueError, "capacity must be None or an int >= 0, got -1"),
         ({"capacity": 1e6}, (ValueError, TypeError), "capacity must be None or an int >= 0, got 1000000"),
-        ({"write_policy": "keep"}, ValueError, "write_policy must be one of append, got 'keep'"),
+        ({"views_per_voxel": 0}, ValueError, "views_per_voxel must be an int from 1 to 64, got 0"),
+        ({"carve_views": 0}, ValueError, "carve_views must be an int from 1 to 254, got 0"),
+        ({"carve": 1}, TypeError, "carve must be a bool, got 1"),
+        ({"merge": "sum"}, ValueError, "merge must be one of keep, mean, got 'sum'"),
+        ({"max_tokens": -1}, ValueError, "max_tokens must be an int from 0 to .*, got -1"),
+        ({"write_policy": "keep"}, ValueError, "write_policy must be one of bounded, append, got 'keep'"),
     ],
 )
 def test_refused_settings(options, kind, message):
     with pytest.raises(kind, match=message):
-        LatentCache(**{"channels": 4, **options})
+        append(**{"channels": 4, **options})
 
 
 REFUSED_WRITES = [
@@ -500,7 +521,7 @@ def test_refused_overlap():
 # ---------------------------------------------------------------------------------------------- files
 
 
-@pytest.mark.parametrize("dtype", scenes.DTYPES)
+@pytest.mark.parametrize("dtype", scenes.STORED)
 @pytest.mark.parametrize("capacity", [None, 100])
 def test_round_trip(tmp_path, dtype, capacity):
     """Bit for bit, with the settings; a loaded cache goes on as the one it was."""
@@ -512,7 +533,7 @@ def test_round_trip(tmp_path, dtype, capacity):
     assert len(again) == len(cache) and again.num_frames == cache.num_frames == 2
     cameras = frames(1)[2]
     assert_equal_bits(again.read(cameras, GRID), cache.read(cameras, GRID))
-    reports = [one.write(*frames(16, dtype=dtype)).as_dict() for one in (cache, again)]
+    reports = [one.write(*frames(16, dtype=latent_dtype(dtype))).as_dict() for one in (cache, again)]
     assert reports[0] == reports[1] and (reports[0]["refused"] > 0) == (capacity is not None)
     assert_equal_bits(contents(again), contents(cache))
     assert again.frame_ids.unique().tolist()[:3] == [0, 1, 2]
@@ -525,7 +546,7 @@ def test_round_trip_of_special_values(tmp_path):
     latents.nan_to_num_(0.5)
     info = torch.finfo(torch.float32)
     latents[0, :, 0, 0] = torch.tensor([-0.0, info.tiny / 4, info.max, info.min])
-    cache = LatentCache(channels=4)
+    cache = append(channels=4)
     cache.write(latents, depth, cameras)
     assert cache.features[0].tolist() == latents[0, :, 0, 0].tolist()
     cache.save(tmp_path / "x.safetensors")
@@ -534,7 +555,7 @@ def test_round_trip_of_special_values(tmp_path):
 
 @pytest.mark.parametrize("capacity", [None, 0, 9])
 def test_round_trip_of_an_empty_cache(tmp_path, capacity):
-    cache = LatentCache(channels=4, dtype=torch.float16, capacity=capacity)
+    cache = append(channels=4, dtype=torch.float16, capacity=capacity)
     cache.save(tmp_path / "x.safetensors")
     again = LatentCache.load(tmp_path / "x.safetensors")
     assert len(again) == 0 and again.channels == 4 and again.dtype == torch.float16
@@ -559,7 +580,8 @@ def test_a_saved_file_is_plain_safetensors(tmp_path):
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     assert metadata["version"] == "1"
     settings = json.loads(metadata["settings"])
-    assert settings == {"channels": 4, "dtype": "bfloat16", "write_policy": "append", "capacity": 5000}
+    bounded = {"views_per_voxel": 4, "merge": "keep", "carve": True, "carve_views": 2, "max_tokens": None}
+    assert settings == {"channels": 4, "dtype": "bfloat16", "write_policy": "append", "capacity": 5000, **bounded}
     assert {name: tuple(x.shape) for name, x in tensors.items()} == {
         "points": (len(cache), 4),
         "features": (len(cache), 4),
@@ -570,9 +592,22 @@ def test_a_saved_file_is_plain_safetensors(tmp_path):
     assert path.stat().st_size < 10_000 and as_array(tensors["points"]).any()
 
 
-def rewrite(path, spoil):
+def test_a_saved_float8_file_is_plain_safetensors(tmp_path):
+    """Of a version of its own, so that a release which knows no scales refuses it."""
+    cache, path = filled(torch.float8_e4m3fn), tmp_path / "room.safetensors"
+    cache.save(path)
+    with safetensors.safe_open(path, "pt") as file:
+        metadata = file.metadata()
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    assert metadata["version"] == "2" and json.loads(metadata["settings"])["dtype"] == "float8_e4m3fn"
+    assert tensors["features"].dtype == torch.float8_e4m3fn and tensors["scales"].shape == (len(cache),)
+    values = tensors["features"].float() * 2.0 ** (tensors["scales"].float() - 127)[:, None]
+    assert_equal_bits([values], [cache.features])
+
+
+def rewrite(path, spoil, dtype=torch.float32):
     """A saved cache with its tensors and metadata changed by ``spoil(tensors, metadata)``."""
-    filled().save(path)
+    filled(dtype).save(path)
     with safetensors.safe_open(path, "pt") as file:
         tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
     metadata = spoil(tensors, metadata) or metadata
@@ -589,7 +624,7 @@ def settings_with(**changes):
 @pytest.mark.parametrize(
     "spoil, message",
     [
-        pytest.param(lambda t, m: {**m, "version": "2"}, "version '2' is unknown.*reads version 1", id="later"),
+        pytest.param(lambda t, m: {**m, "version": "3"}, "version '3' is unknown.*reads versions 1, 2", id="later"),
         pytest.param(lambda t, m: {**m, "version": "one"}, "version 'one' is unknown", id="no number"),
         pytest.param(lambda t, m: {k: v for k, v in m.items() if k != "version"}, "version None is unknown", id="none"),
         pytest.param(lambda t, m: {"format": "pt"}, "not a saved LatentCache", id="other safetensors"),
@@ -616,6 +651,8 @@ def settings_with(**changes):
         pytest.param(settings_with(channels=5), "must be", id="other channels"),
         pytest.param(settings_with(channels="4"), "channels|features", id="channels no number"),
         pytest.param(settings_with(dtype="float64"), "dtype|features", id="dtype not stored"),
+        pytest.param(settings_with(dtype="float8_e4m3fn"), "one of float32, .* in version 1", id="float8 in 1"),
+        pytest.param(settings_with(write_policy="bounded"), "one of append in version 1", id="bounded in 1"),
         pytest.param(settings_with(dtype="nonsense"), "dtype|features", id="no dtype"),
         pytest.param(settings_with(dtype=None), "dtype", id="dtype null"),
         pytest.param(settings_with(capacity=3), "points must fit the saved capacity, 3", id="capacity too small"),
@@ -628,6 +665,28 @@ def test_files_that_are_no_cache(tmp_path, spoil, message):
     rewrite(path, lambda tensors, metadata: None)
     assert len(LatentCache.load(path)) > 20
     rewrite(path, spoil)
+    with pytest.raises(ValueError, match=message) as caught:
+        LatentCache.load(path)
+    assert "room.safetensors" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "spoil, message",
+    [
+        (lambda t, m: t.pop("scales") is None or None, "must hold points, .*, scales, missing scales"),
+        (lambda t, m: t.update(scales=t["scales"][:5].clone()), r"scales must be \(\d+,\) torch.uint8, got \(5,\)"),
+        (lambda t, m: t.update(scales=t["scales"].int()), r"scales must be .*uint8, got .*int32"),
+        (lambda t, m: t["scales"][-1:].fill_(10) is None or None, r"scales must be in \[11, 246\], got 10 to 1\d\d"),
+        (lambda t, m: t["scales"][:1].fill_(247) is None or None, r"scales must be in \[11, 246\], got 1\d\d to 247"),
+        (lambda t, m: t.update(features=t["features"].view(torch.uint8)), "features must be .*float8.*, got .*uint8"),
+        (settings_with(channels=5), "features must be"),
+    ],
+)
+def test_float8_files_that_are_no_cache(tmp_path, spoil, message):
+    path = tmp_path / "room.safetensors"
+    rewrite(path, lambda tensors, metadata: None, torch.float8_e4m3fn)
+    assert len(LatentCache.load(path)) > 20
+    rewrite(path, spoil, torch.float8_e4m3fn)
     with pytest.raises(ValueError, match=message) as caught:
         LatentCache.load(path)
     assert "room.safetensors" in str(caught.value)
@@ -759,11 +818,11 @@ def test_rollback_forgets_what_was_written_since_the_checkpoint(backend):
     cameras = Cameras(scenes.intrinsics(rng, 2, (32, 48)), scenes.poses(rng, 2), (32, 48)).to(backend.device)
     latents = torch.from_numpy(rng.standard_normal((2, 8, 4, 6))).float().to(backend.device)
     depth = torch.full((2, 32, 48), 2.0, device=backend.device)
-    cache, never = (LatentCache(8, device=backend.device) for _ in range(2))
+    cache, never = (append(8, device=backend.device) for _ in range(2))
     cache.write(latents, depth, cameras)
     never.write(latents, depth, cameras)
     mark = cache.checkpoint()
-    assert mark == (48, 2)
+    assert mark == (48, 2, None)
     cache.write(latents + 1, depth * 2, cameras)  # grows, and moves the buffers
     cache.rollback(mark)
     assert len(cache) == 48 and cache.num_frames == 2 and cache.nbytes == never.nbytes
@@ -773,5 +832,119 @@ def test_rollback_forgets_what_was_written_since_the_checkpoint(backend):
         one.write(latents * 3, depth, cameras)
     assert torch.equal(cache.features, never.features) and torch.equal(cache.frame_ids, never.frame_ids)
     cache.clear()
-    with pytest.raises(ValueError, match=r"mark must be of this cache, .* 0 tokens of 0 frames, got \(48, 2\)"):
+    with pytest.raises(
+        ValueError, match=r"mark must be of this cache, .* 0 tokens of 0 frames, got one of 48 tokens of 2 frames"
+    ):
         cache.rollback(mark)
+
+
+# ---------------------------------------------------------------------------------------------- bounded writes
+
+BOUNDED = [{}, {"merge": "mean", "views_per_voxel": 1}, {"max_tokens": 40}, {"carve": False, "views_per_voxel": 2}]
+
+
+def laps(cache, seeds=(1, 2, 1)):
+    return [cache.write(*[x.to(cache.device) for x in frames(seed, unknown=0.1)]) for seed in seeds]
+
+
+def test_bounded_is_the_default_and_does_not_grow_with_laps(backend):
+    cache = LatentCache(4, device=backend.device)
+    assert cache.write_policy == "bounded"
+    once = laps(cache, (1, 2))
+    live = len(cache)
+    again = [laps(cache, (1, 2)) for _ in range(4)]
+    assert once[0].written > 20 and len(cache) <= 1.1 * live
+    for report in once + [one for lap in again for one in lap]:
+        counts = report.as_dict()
+        assert sum(counts.values()) - counts["carved"] - counts["evicted"] == 70
+        assert f"covered={report.covered}" in repr(report)
+    assert again[-1][0].replaced > 20
+    assert sum(report.written - report.carved for report in (*once, *(one for lap in again for one in lap))) == len(
+        cache
+    )
+
+
+@pytest.mark.parametrize("options", BOUNDED)
+def test_a_bounded_cache_is_what_the_operators_write(backend, options):
+    cache = LatentCache(4, device=backend.device, **options)
+    points, features, frame_ids, count = (backend.put(x) for x in scenes.buffers(300, 4))
+    votes, centers = (torch.zeros(300, dtype=torch.uint8), torch.zeros(6, 3))
+    votes, centers = backend.put(votes), backend.put(centers)
+    looks = backend.put(torch.zeros(300, dtype=torch.uint8)) if options.get("merge") == "mean" else None
+    chosen = {"views_per_voxel": options.get("views_per_voxel", 4), "carve_views": 2 * options.get("carve", True)}
+    for k, seed in enumerate((1, 2, 1)):
+        latents, depth, cameras, mask = put(backend, frames(seed, unknown=0.1))
+        report = cache.write(latents, depth, cameras, mask)
+        centers[2 * k : 2 * k + 2] = cameras.cam2world[:, :3, 3].float()
+        buffers = points, features, frame_ids, votes, count, centers
+        views = latents, depth, cameras.intrinsics, cameras.cam2world
+        counts = bounded_write(*buffers, *views, looks=looks, mask=mask, first_frame=2 * k, **chosen)
+        most = options.get("max_tokens")
+        counts[-1] = cache_trim(points, features, frame_ids, count, votes=votes, looks=looks, max_tokens=most)
+        assert report.counts.tolist() == counts.tolist()
+    n = int(count)
+    assert_equal_bits(contents(cache)[:4], [points[:n, :3], points[:n, 3], features[:n], frame_ids[:n]])
+    assert n == 40 if "max_tokens" in options else n > 20
+
+
+@pytest.mark.parametrize("dtype", scenes.STORED)
+@pytest.mark.parametrize("options", BOUNDED)
+def test_bounded_caches_survive_files_and_go_on_alike(tmp_path, options, dtype):
+    cache = LatentCache(4, dtype=dtype, **options)
+    laps(cache)
+    cache.save(tmp_path / "room.safetensors")
+    again = LatentCache.load(tmp_path / "room.safetensors")
+    assert again.settings == cache.settings and (again.merge, again.max_tokens) == (cache.merge, cache.max_tokens)
+    assert_equal_bits(contents(again), contents(cache))
+    for one in (cache, again):
+        laps(one, (3, 1))
+    assert_equal_bits(contents(again), contents(cache))
+    assert cache.nbytes == again.nbytes
+
+
+@pytest.mark.parametrize("options", [*BOUNDED, {"write_policy": "append", "max_tokens": 50}])
+def test_rollback_undoes_what_was_changed_in_place(backend, options):
+    cache, never = (LatentCache(4, device=backend.device, **options) for _ in range(2))
+    for one in (cache, never):
+        laps(one, (1,))
+    mark = cache.checkpoint()
+    laps(cache, (2, 1, 3))
+    cache.rollback(mark)
+    assert_equal_bits(contents(cache), contents(never))
+    for one in (cache, never):
+        laps(one, (2, 1))
+    assert_equal_bits(contents(cache), contents(never))
+    with pytest.raises(ValueError, match="mark must be of this cache"):
+        append(4, device=backend.device).rollback(mark)
+
+
+def test_max_tokens_evicts_the_oldest(backend):
+    cache = append(4, device=backend.device, max_tokens=60)
+    first, second = laps(cache, (1, 2))
+    assert first.evicted == 0 and second.evicted == first.written + second.written - 60 > 0
+    assert len(cache) == 60 and cache.frame_ids.min() > 0
+    every = append(4, device=backend.device)
+    laps(every, (1, 2))
+    assert_equal_bits(contents(cache)[:4], [x[-60:] for x in contents(every)[:4]])
+
+
+@pytest.mark.parametrize("dtype", scenes.DTYPES)
+def test_files_of_the_first_version_load(tmp_path, dtype):
+    """As the first release wrote them: no settings but these four, and tokens that are only appended."""
+    cache, path = filled(dtype), tmp_path / "old.safetensors"
+    tensors = {
+        "points": torch.cat([cache.points, cache.footprints[:, None]], 1),
+        "features": cache.features,
+        "frame_ids": cache.frame_ids,
+        "frame_centers": cache.frame_centers,
+    }
+    name = str(dtype).removeprefix("torch.")
+    settings = {"channels": 4, "dtype": name, "write_policy": "append", "capacity": None}
+    metadata = {"format": "mirage-latent-cache", "version": "1", "settings": json.dumps(settings)}
+    safetensors.torch.save_file({name: x.contiguous() for name, x in tensors.items()}, path, metadata)
+    again = LatentCache.load(path)
+    assert again.write_policy == "append"
+    assert_equal_bits(contents(again), contents(cache))
+    for one in (cache, again):
+        one.write(*frames(5, dtype=dtype))
+    assert_equal_bits(contents(again), contents(cache))

@@ -24,11 +24,11 @@ ROOT = Path(__file__).resolve().parents[1]
 BUILD = ROOT / "build"
 ARCHS = {"sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120"}
 KERNELS = {
-    "appended_bounds_kernel", "back_project_kernel", "best_kernel", "bounds_kernel", "count_kernel", "cull_kernel",
-    "fill_keys_kernel", "gather_kernel", "heads_kernel",
-    "hole_kernel", "judge_kernel", "keys_kernel", "lift_kernel", "make_lifts_kernel", "make_projections_kernel",
-    "make_readers_kernel", "mark_kernel", "move_kernel", "nearest_kernel", "read_out_kernel", "scan_kernel",
-    "share_kernel", "splat_backward_kernel",
+    "appended_bounds_kernel", "ask_kernel", "back_project_kernel", "best_kernel", "bounds_kernel", "count_kernel",
+    "cull_kernel", "digit_kernel", "enter_kernel", "fill_keys_kernel", "gather_kernel", "heads_kernel", "hole_kernel",
+    "judge_kernel", "keys_kernel", "lift_kernel", "look_kernel", "make_lifts_kernel", "make_projections_kernel",
+    "make_readers_kernel", "mark_kernel", "move_kernel", "nearest_kernel", "place_kernel", "read_out_kernel",
+    "scan_kernel", "settle_kernel", "share_kernel", "splat_backward_kernel", "stay_kernel", "sum_kernel",
 }  # fmt: skip
 
 

@@ -85,16 +85,16 @@ def definition(name: str, *arguments: Any) -> Any:
         *tensors, height, width, bilinear = arguments
         return reference.back_project(*tensors, (height, width), "bilinear" if bilinear else "median")
     if name == "splat":
-        *tensors, height, width, near, dtype = arguments
-        return reference.splat(*tensors, (height, width), near, dtype)
+        *tensors, height, width, near, dtype = arguments[:9]
+        return reference.splat(*tensors, (height, width), near, dtype, *arguments[10:])
     if name == "block_bounds":
         return reference.block_bounds(*arguments)
     if name == "splat_aligned":
-        *tensors, height, width, near, sharpness, dtype = arguments
-        return reference.splat_aligned(*tensors, (height, width), near, sharpness, dtype)
+        *tensors, height, width, near, sharpness, dtype = arguments[:12]
+        return reference.splat_aligned(*tensors, (height, width), near, sharpness, dtype, *arguments[13:])
     if name == "cache_write":
-        *tensors, first_frame, bilinear, low, high, bounds = arguments
-        return reference.cache_write(*tensors, first_frame, "bilinear" if bilinear else "median", low, high, bounds)
+        tensors, (first_frame, bilinear, *rest) = arguments[:9], arguments[9:]
+        return reference.cache_write(*tensors, first_frame, "bilinear" if bilinear else "median", *rest)
     if name == "view_overlap":
         *tensors, height, width, voxel_size, near = arguments
         return reference.view_overlap(*tensors, (height, width), voxel_size, near)
@@ -349,6 +349,89 @@ def test_splat_rounds_as_torch_does(emulated: Emulated, pair: tuple[torch.dtype,
         emulated, "splat", points, features, None, *cameras, 1, len(features), NEAR, pair[1], order=ASCENDING
     )
     assert view[1].all() and torch.equal(view[0][0, :, 0].t(), features.to(pair[1]))
+
+
+# float8 features
+
+
+FLOAT8 = torch.float8_e4m3fn
+
+
+def as_float8(features: Tensor, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Codes of every kind but NaN in the shape of the features, and scales."""
+    rng = np.random.default_rng(seed)
+    codes = rng.integers(0, 127, features.shape) + 128 * rng.integers(0, 2, features.shape)
+    scales = torch.from_numpy(rng.integers(110, 140, len(features))).to(torch.uint8)
+    return torch.from_numpy(codes).to(torch.uint8).view(FLOAT8), scales
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_float8_is_read(emulated: Emulated, dtype: torch.dtype) -> None:
+    for channels, order in zip((0, *CHANNELS), orders(), strict=False):
+        size = ((7, 11), (4, 8), (1, 33))[channels % 3]
+        (points, features), rest = aligned_scene(channels, 151, channels, 2, size)
+        features, scales = as_float8(features, channels)
+        near = (*rest[2:], *size, NEAR, dtype, None, scales)
+        view = assert_same(emulated, "splat", points, features, None, *near, order=order)
+        far = (*rest, *size, NEAR, 20.0, dtype, None, scales)
+        blended = assert_same(emulated, "splat_aligned", points, features, None, *far, order=order)
+        for seen in (view, blended):
+            covered = int(seen[1].sum())
+            assert 10 < covered and seen[0].any(1).sum() == (covered if channels > 3 else seen[0].any(1).sum())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_float8_codes_at_every_scale(emulated: Emulated, dtype: torch.dtype) -> None:
+    # Rows that may be loaded 16 bytes at a time, and rows that may not; without NaN, whose bits are the GPU's own.
+    features = torch.arange(256, dtype=torch.uint8).repeat(256, 1)
+    features[(features & 127) == 127] = 0
+    scales = torch.arange(256).clamp(max=254).to(torch.uint8)
+    points, *cameras = one_each(256)
+    shifted = torch.empty(features.numel() + 1, dtype=torch.uint8)[1:].view(features.shape).copy_(features)
+    ids, centers = torch.zeros(256, dtype=torch.int32), torch.zeros(1, 3)
+    for codes in (features, shifted):
+        arguments = (points, codes.view(FLOAT8), None, *cameras, 1, 256, NEAR, dtype, None, scales)
+        view = assert_same(emulated, "splat", *arguments, order=ASCENDING)
+        arguments = (
+            points,
+            codes.view(FLOAT8),
+            None,
+            ids,
+            centers,
+            *cameras,
+            1,
+            256,
+            NEAR,
+            math.inf,
+            dtype,
+            None,
+            scales,
+        )
+        blended = assert_same(emulated, "splat_aligned", *arguments, order=DESCENDING)
+        assert view[1].all() and blended[1].all() and len(view[0].unique()) > 250
+
+
+@every_order
+@pytest.mark.parametrize("channels", [1, 48, 130])
+def test_float8_gradient_to_points(emulated: Emulated, channels: int, order: Order) -> None:
+    if not available_backends()["cpu"]:
+        pytest.skip("the CPU operators were not built: nothing to compare with")
+    (points, features), rest = aligned_scene(channels, 90, channels, 3, (5, 7))
+    features, scales = as_float8(features)
+    arguments = points, features, None, *rest, 5, 7, NEAR, 5.0, torch.float32, None, scales
+    keys = definition("splat_aligned", *arguments)[4]
+    grad = torch.randn(3, channels, 5, 7, generator=torch.Generator().manual_seed(channels))
+    arguments = grad, points, features, *rest, keys, 5.0, True, scales
+    sums = assert_same(emulated, "splat_aligned_backward", *arguments, order=order)
+    assert sums[0].shape == (0, channels) and sums[1].any()
+
+
+def test_float8_needs_scales_and_nothing_else_does(emulated: Emulated) -> None:
+    points, features, *cameras = splat_scene(5, 90, 4, 1, (4, 5))
+    codes, scales = as_float8(features)
+    for stored, given in ((codes, None), (features, scales), (codes, scales[1:]), (codes, scales.int())):
+        with pytest.raises(RuntimeError, match="scales"):
+            emulated.run("splat_compiled", points, stored, None, *cameras, 4, 5, NEAR, torch.float32, None, given)
 
 
 # splat_backward
@@ -658,18 +741,28 @@ def write(
     cameras = scenes.intrinsics(rng, views, image), scenes.poses(rng, views)
     static = None if mask is None else scenes.static_masks(rng, views, image, moving=mask)
     rest = (latents, depth, *cameras, static, 7, bilinear, low, high)
-    expected = scenes.buffers(capacity, channels, pair[1], held)
-    got = scenes.buffers(capacity, channels, pair[1], held)
     boxes = [torch.full((-(-capacity // BLOCK), 6), 7.0) for _ in range(2)]
-    report = definition("cache_write", *expected, *rest, boxes[0])
-    emulated_report = emulated.run("cache_write_compiled", *got, *rest, boxes[1], order=order, variant=variant)
-    assert_equal_bits([*got, boxes[1], emulated_report], [*expected, boxes[0], report])
+    buffers, scales = [list(scenes.buffers(capacity, channels, held=held)) for _ in range(2)], [None, None]
+    for side in range(2):
+        if pair[1] == FLOAT8:
+            buffers[side][1] = buffers[side][1].to(torch.uint8).view(FLOAT8)
+            scales[side] = torch.arange(capacity).to(torch.uint8)
+        else:
+            buffers[side][1] = buffers[side][1].to(pair[1])
+    report = definition("cache_write", *buffers[0], *rest, boxes[0], scales[0])
+    given = (*buffers[1], *rest, boxes[1], scales[1])
+    emulated_report = emulated.run("cache_write_compiled", *given, order=order, variant=variant)
+    expected, got = ([*buffers[k], boxes[k], *([] if scales[k] is None else [scales[k]])] for k in range(2))
+    assert_equal_bits([*got, emulated_report], [*expected, report])
     assert report[0] == 0 or not (boxes[0] == 7).all()
     assert int(report.sum()) == views * size[0] * size[1]
     return report.tolist()
 
 
-@pytest.mark.parametrize("pair", PAIRS, ids=lambda pair: "-".join(str(dtype).removeprefix("torch.") for dtype in pair))
+STORED = [*PAIRS, *((dtype, torch.float8_e4m3fn) for dtype in DTYPES)]
+
+
+@pytest.mark.parametrize("pair", STORED, ids=lambda pair: "-".join(str(dtype).removeprefix("torch.") for dtype in pair))
 def test_cache_write_every_dtype_and_channel_count(emulated: Emulated, pair: tuple[torch.dtype, torch.dtype]) -> None:
     for channels, order in zip(CHANNELS, orders(), strict=False):
         report = write(emulated, channels, (30, 41), (10, 13), pair=pair, order=order, seed=channels, held=channels)
@@ -681,8 +774,10 @@ def test_cache_write_every_dtype_and_channel_count(emulated: Emulated, pair: tup
     ("capacity", "held"), [(0, 0), (1, 0), (1, 1), (100, 0), (400, 300), (300, 300), (290, 33), (256, 0), (257, 1)]
 )
 def test_cache_write_refuses_what_does_not_fit(emulated: Emulated, capacity: int, held: int, order: Order) -> None:
-    report = write(emulated, 5, (24, 30), (12, 15), capacity=capacity, held=held, order=order, views=2, unknown=0.1)
-    assert report[0] == capacity - held and report[1] > 0
+    room = dict(capacity=capacity, held=held, order=order, views=2, unknown=0.1)
+    for channels, stored in ((5, torch.float32), (70, FLOAT8)):
+        report = write(emulated, channels, (24, 30), (12, 15), pair=(torch.float32, stored), **room)
+        assert report[0] == capacity - held and report[1] > 0
 
 
 @every_order
@@ -691,10 +786,8 @@ def test_cache_write_rejects(emulated: Emulated, order: Order) -> None:
         latents[0, 1, 2, :3] = torch.tensor([math.nan, math.inf, -math.inf], dtype=latents.dtype)
         latents[1, -1, :, 0] = math.nan
 
-    for dtype in DTYPES:
-        report = write(
-            emulated, 66, (24, 30), (12, 15), spoil=spoil, low=2.5, high=4.0, pair=(dtype, dtype), order=order
-        )
+    for pair in ((dtype, stored) for dtype in DTYPES for stored in (dtype, FLOAT8)):
+        report = write(emulated, 66, (24, 30), (12, 15), spoil=spoil, low=2.5, high=4.0, pair=pair, order=order)
         assert all(report[k] > 0 for k in (0, 2, 3, 4, 5))
 
 
@@ -761,6 +854,33 @@ def test_cache_write_refuses_points_that_begin_anywhere(emulated: Emulated) -> N
     rest = (latents, depth, *cameras, None, 0, False, 0.0, math.inf)
     with pytest.raises(RuntimeError, match="points must begin at a multiple of 16 bytes"):
         emulated.run("cache_write_compiled", shifted_by_a_float(points), *buffers, *rest)
+
+
+@pytest.mark.parametrize("channels", [2, 48, 65])
+def test_cache_write_float8_of_every_magnitude(emulated: Emulated, channels: int) -> None:
+    # Scales from end to end, all that rounds to a tie, subnormals, and what is too large.
+    rng = np.random.default_rng(channels)
+    powers = 2.0 ** torch.from_numpy(rng.integers(-150, 128, (3, 1, 12, 15))).double()
+    steps = torch.from_numpy(rng.integers(-64, 65, (3, channels, 12, 15)) / 32)
+
+    def spoil(latents: Tensor) -> None:
+        latents.copy_((steps * powers).to(latents.dtype))
+        latents[0, -1, 0, :4] = torch.tensor([448 * 2.0**119, -448 * 2.0**119, 449 * 2.0**119, -3e38]).to(latents.dtype)
+        latents[1, :, 0] = 0
+
+    for dtype, order in zip((torch.float32, torch.bfloat16), orders(), strict=False):
+        report = write(
+            emulated,
+            channels,
+            (24, 30),
+            (12, 15),
+            spoil=spoil,
+            pair=(dtype, FLOAT8),
+            order=order,
+            unknown=0.0,
+            mask=None,
+        )
+        assert report[0] > 500 and report[5] > 0
 
 
 # Bounds of blocks

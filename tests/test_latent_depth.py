@@ -240,7 +240,9 @@ def test_it_feeds_the_cache():
     assert 0 < view.mask[1:].sum() < view.mask[1:].numel()
     output = model.predict(latents, cameras, view)
     report = cache.write(latents, output.depth, cameras, mask=output.confidence > 0.4)
-    assert report.written == 3 * 7 * 11
+    counts = report.as_dict()
+    assert sum(counts[name] for name in ("written", "replaced", "covered", "refused")) == 3 * 7 * 11
+    assert report.written > 0 and cache.read(cameras, (7, 11)).mask.all()
 
 
 # --------------------------------------------------------------------------------------------------------- training

@@ -25,6 +25,8 @@ from mirage_kernels.schemas import FAMILIES, SCHEMAS, private_operator
 SIZE = (5, 7)
 IMAGE = (23, 36)
 COMPILERS = ["aot_eager", "inductor"]
+FLOAT8 = torch.float8_e4m3fn
+WITH_SCALES = ("splat", "splat_aligned", "splat_aligned_backward", "cache_write", "bounded_write", "cache_trim")
 
 
 def operator_arguments(name, seed=0, count=200, views=2, dtype=torch.float32, masked=True):
@@ -61,9 +63,29 @@ def operator_arguments(name, seed=0, count=200, views=2, dtype=torch.float32, ma
         buffers = scenes.buffers(60, 6, dtype, held=2)
         bounds = torch.zeros(1, 6) if masked else None
         return *buffers, latents, depth, *image_cameras, mask, 5, False, 0.1, 2.4, bounds
+    if name in ("bounded_write", "cache_trim"):
+        points, features, frame_ids, count = scenes.buffers(60, 6, dtype, held=40)
+        votes = torch.from_numpy(rng.choice([0, 1, reference.DEAD], 60)).byte()
+        looks = torch.ones(60, dtype=torch.uint8) if masked else None
+        bounds = block_bounds(points, num_points=count) if masked else None
+        held = points, features, frame_ids.abs(), votes, looks, count
+        if name == "cache_trim":
+            return *held, 15, bounds
+        latents = torch.from_numpy(rng.normal(size=(views, 6, *SIZE))).to(dtype)
+        views_of = latents, depth, *image_cameras, mask, reference.z_order(SIZE), 61
+        return *held, torch.zeros(63, 3), *views_of, False, 0.1, 2.4, 0.05, 2, 2, bounds
     if name == "block_bounds":
         return points, live, torch.zeros(-(-count // 256), 6)
     return points, live, *cameras, cameras[0][:1], cameras[1][:1], *SIZE, 0.5, 0.05, bounds
+
+
+def float8_arguments(name):
+    """Those of a private operator with float8 features and their scales."""
+    arguments = list(operator_arguments(name))
+    position = 2 if name == "splat_aligned_backward" else 1
+    arguments[position] = arguments[position].to(FLOAT8)
+    scales = torch.from_numpy(np.random.default_rng(3).integers(120, 130, len(arguments[position]))).to(torch.uint8)
+    return *arguments, scales
 
 
 def family(kernels):
@@ -122,6 +144,31 @@ def test_opcheck(kernels, name, masked, dtype):
     if name == "splat_aligned" and dtype == torch.float32 and masked:
         arguments[0] = arguments[0].requires_grad_()
     torch.library.opcheck(operator, tuple(arguments))
+
+
+@pytest.mark.parametrize("name", WITH_SCALES)
+def test_float8_features(kernels, name):
+    """The same of operators with scales, and that they change what their schemas say, on which PyTorch's own check of
+    schemas fails: it multiplies."""
+    operator = private_operator(name, family(kernels))
+    arguments = [kernels.put(x) for x in float8_arguments(name)]
+    real = operator(*[x.clone() if isinstance(x, torch.Tensor) else x for x in arguments])
+    fake = operator(*[x.to("meta") if isinstance(x, torch.Tensor) else x for x in arguments])
+    for ours, theirs in zip(*((x,) if isinstance(x, torch.Tensor) else x for x in (real, fake)), strict=True):
+        assert (ours.shape, ours.dtype, ours.stride()) == (theirs.shape, theirs.dtype, theirs.stride())
+    if name == "splat_aligned":
+        arguments[0] = arguments[0].requires_grad_()
+    checks = ("test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+    torch.library.opcheck(operator, tuple(arguments), test_utils=checks)
+    before = [x.detach().clone() if isinstance(x, torch.Tensor) else x for x in arguments]
+    operator(*arguments)
+    for now, then, given in zip(arguments, before, operator._schema.arguments, strict=True):
+        if isinstance(now, torch.Tensor):
+            same = torch.equal(*(x.detach().flatten().view(torch.uint8) for x in (now, then)))
+            written = given.alias_info is not None and given.alias_info.is_write
+            # What bounded writes change in place depends on what is held: they may leave some of it as it was.
+            assert same or written, given.name
+            assert not same or not written or name in ("bounded_write", "cache_trim"), given.name
 
 
 # ---------------------------------------------------------------------------------------------- gradients
@@ -262,6 +309,34 @@ def test_compile_splat_aligned(kernels, compiler):
         assert_equal_bits(results[1][:4], results[0][:4])
         for got, expected in zip(results[1][4:], results[0][4:], strict=True):
             torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_compile_float8(kernels, compiler):
+    """A write and reads of what it wrote, with scales, in one graph."""
+
+    def write_and_read(points, features, scales, frame_ids, count, latents, depth, intrinsics, cam2world):
+        report = cache_write(
+            points, features, frame_ids, count, latents * 1.0, depth, intrinsics, cam2world, scales=scales
+        )
+        live = {"scales": scales, "num_points": count}
+        nearest = splat(points, features, intrinsics, cam2world, SIZE, **live)
+        aligned = splat_aligned(points, features, frame_ids, points[:9, :3], intrinsics, cam2world, SIZE, **live)
+        return report + 1, nearest.latents * 1.0, aligned.latents * 1.0, aligned.mask
+
+    compiled = torch.compile(write_and_read, fullgraph=True, dynamic=True, backend=compiler)
+    for k, views in enumerate((2, 3)):
+        rng = np.random.default_rng(k)
+        latents = torch.from_numpy(rng.normal(size=(views, 6, *SIZE))).float()
+        cameras = scenes.intrinsics(rng, views, SIZE), scenes.poses(rng, views)
+        arguments = [kernels.put(x) for x in (latents, scenes.depth_maps(rng, views, SIZE, 0.1), *cameras)]
+        results = []
+        for function in (write_and_read, compiled):
+            points, features, frame_ids, count = scenes.buffers(150, 6)
+            features, scales = (features.to(torch.uint8) % 100).view(FLOAT8), torch.full((150,), 127, dtype=torch.uint8)
+            buffers = [kernels.put(x) for x in (points, features, scales, frame_ids, count)]
+            results.append([*function(*buffers, *arguments), *buffers])
+        assert results[0][0][0] > 20 and results[0][3].sum() > 20 and results[0][2].any()
+        assert_equal_bits(results[1], results[0])
 
 
 def test_compile_back_project(kernels, compiler):

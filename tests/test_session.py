@@ -45,27 +45,60 @@ def start(pipe: MiragePipeline, num_frames: int, **changes: Any) -> MirageSessio
 
 
 def same_tokens(left: LatentCache, right: LatentCache) -> bool:
-    return all(
-        torch.equal(getattr(left, name), getattr(right, name))
-        for name in ("points", "footprints", "features", "frame_ids", "frame_centers")
-    )
+    return same_state(left, state(right))
+
+
+def state(cache: LatentCache) -> dict[str, Tensor]:
+    """Copies of all that the memory holds, the votes for carving included."""
+    return {name: held.clone() for name, held in cache._live().items()}
+
+
+def same_state(cache: LatentCache, expected: dict[str, Tensor]) -> bool:
+    held = cache._live()
+    return held.keys() == expected.keys() and all(torch.equal(held[name], expected[name]) for name in held)
+
+
+def accepted(written: dict[str, int]) -> int:
+    """Of the tokens of a write, those that no check kept from the memory: static, of a known depth within range."""
+    return sum(written[name] for name in ("written", "replaced", "merged", "covered", "refused"))
 
 
 # The memory through a whole video.
 
 
-def test_what_was_written_is_read_when_the_camera_returns(pipe: MiragePipeline) -> None:
-    views = generation.cameras(25)
-    output = pipe(**options(25))
-    cache, latents = output.cache, output.frames[0].movedim(1, 0)
+@pytest.mark.parametrize("policy", ["bounded", "append"])
+def test_what_was_written_is_read_when_the_camera_returns(pipe: MiragePipeline, policy: str) -> None:
+    views, cells = generation.cameras(25), LATENT[0] * LATENT[1]
     true_depth = room.render(views[::4])[0]
     assert torch.equal(views[24].cam2world, views[0].cam2world)
+    session = start(pipe, 25, cache=LatentCache(48, write_policy=policy))
+    cache = session.cache
+    session.seed(views[0])
+    alone = cache.read(views[24], size=LATENT)
+    written = [session.step(views[first:last]).metrics["written"] for first, last in ((0, 9), (9, 17))]
+    before = cache.read(views[24], size=LATENT)
+    returning = torch.isin(cache.frame_ids[before.index[0]], torch.tensor([0]))
+    last = session.step(views[17:25])
+    written.append(last.metrics["written"])
+    latents = session.latents()[0].movedim(1, 0)
+    rows = latents.permute(0, 2, 3, 1).flatten(1, 2)  # (frames, cells, C)
 
-    # Every token holds the latent of the cell that it was lifted from, in order of frame, row, column.
-    valid = torch.ones(7, *LATENT, dtype=torch.bool)
-    assert len(cache) == valid.sum() and cache.num_frames == 7
-    assert torch.equal(cache.frame_ids.long(), torch.arange(7).repeat_interleave(LATENT[0] * LATENT[1]))
-    assert torch.equal(cache.features, latents.permute(0, 2, 3, 1).reshape(-1, 48))
+    # With the image's tokens alone, the camera that returns sees exactly the image's latents.
+    assert torch.equal(alone.latents[0], latents[0])
+    # So long as nothing newer was seen from there, most of what it sees is of them; the last step went on from that.
+    assert before.mask.all() and returning.float().mean() > 0.5
+    assert torch.equal(last.view.latents[-1], before.latents[0])
+
+    # Every token holds the latent of a cell of its frame, and no cell has two.
+    assert cache.num_frames == 7 and sum(map(accepted, written)) == 6 * cells
+    if policy == "append":  # all of them, in order of frame, row, column
+        assert torch.equal(cache.frame_ids.long(), torch.arange(7).repeat_interleave(cells))
+        assert torch.equal(cache.features, rows.flatten(0, 1))
+    else:  # what the memory shows already is not in it twice
+        same = (rows[cache.frame_ids.long()] == cache.features[:, None]).all(-1)
+        assert (same.sum(1) == 1).all()
+        assert len((cache.frame_ids * cells + same.int().argmax(1)).unique()) == len(cache)
+        assert len(cache) == cells + sum(report["written"] - report["carved"] for report in written) < 0.5 * 7 * cells
 
     # Back at the start the camera sees the room where it is, in the latents that were generated for it.
     view = cache.read(views[24], size=LATENT, splat="nearest")
@@ -78,14 +111,10 @@ def test_what_was_written_is_read_when_the_camera_returns(pipe: MiragePipeline) 
     # Aligned, a token of the first or the last frame fits best, but where another one stands well before it.
     aligned = cache.read(views[24], size=LATENT)
     assert torch.isin(cache.frame_ids[aligned.index[0]], torch.tensor([0, 6])).float().mean() > 0.5
-    # With the image's tokens alone, exactly the image's latents.
-    session = start(pipe, 25)
-    session.seed(views[0])
-    alone = session.cache.read(views[24], size=LATENT)
-    assert torch.equal(alone.latents[0], latents[0])
 
 
-def test_nothing_moving_and_no_sky_is_ever_in_the_memory(pipe: MiragePipeline) -> None:
+@pytest.mark.parametrize("policy", ["bounded", "append"])
+def test_nothing_moving_and_no_sky_is_ever_in_the_memory(pipe: MiragePipeline, policy: str) -> None:
     """A box flies through the room, and its far wall is a window: 0 depth is what an honest estimator says of sky."""
     views = generation.cameras(25)
     box = torch.zeros(25, 2, 3, dtype=torch.float64)
@@ -97,20 +126,27 @@ def test_nothing_moving_and_no_sky_is_ever_in_the_memory(pipe: MiragePipeline) -
     assert moving.flatten(1).any(1).all() and sky.flatten(1).any(1).all()
     marked = Marked(moving | sky)
 
-    cache = pipe(**options(25, depth=depth, static_filter=marked)).cache
+    written: list[dict[str, int]] = []
+    asked = options(25, depth=depth, static_filter=marked, cache=LatentCache(48, write_policy=policy))
+    cache = pipe(**asked, callback_on_chunk_end=lambda _, chunk: written.append(chunk.metrics["written"])).cache
     position = cache.points.double()
-    assert len(cache) > 20
+    assert len(cache) > (20 if policy == "append" else 10)
     assert not (position[:, 2] > 2.9).any()  # nothing on the far wall
     low, high = box[:, 0].amin(0) - 0.02, box[:, 1].amax(0) + 0.02
     assert not ((position > low) & (position < high)).all(1).any()  # nothing where the box flew
     # And all that is neither is there: a token goes only if one of its frames' pixels is marked.
     groups = (1, 4, 4, 4, 4, 4, 4)
     kept = torch.stack([~group.any(0) for group in (moving | sky).split(groups)])
-    assert len(cache) == pool_mask(kept, LATENT).sum()
+    kept = pool_mask(kept, LATENT)
+    assert sum(map(accepted, written)) == kept[1:].sum()
+    if policy == "append":
+        assert len(cache) == kept.sum()
+    assert cache.read(views[::4], LATENT).mask[kept].all()
     assert marked.first == 25
 
 
-def test_memory_is_flat_but_for_the_cache(tmp_path: Path) -> None:
+@pytest.mark.parametrize("policy", ["bounded", "append"])
+def test_memory_is_flat_but_for_the_cache(tmp_path: Path, policy: str) -> None:
     """Most bytes of live tensors in chunk 12 against chunk 3, in a process of its own: sampled in every part of a chunk
     that calls back (each denoising step, the estimator, the filter, its end)."""
     script = """
@@ -144,15 +180,18 @@ class Filter(AllStatic):
         return super().__call__(views)
 
 asked = generation.options(9 + 8 * 12, output_type=None, run_dir={run!r}, callback_on_chunk_end=chunk_done)
-asked |= {{"callback_on_step_end": step_done, "static_filter": Filter(), "cache": LatentCache(48, capacity=4000)}}
+cache = LatentCache(48, capacity=4000, write_policy={policy!r})
+asked |= {{"callback_on_step_end": step_done, "static_filter": Filter(), "cache": cache}}
 generation.make_pipeline()(**asked)
 print(peaks[3], peaks[12], live[3], live[12])
 """
-    content = script.format(tests=str(Path(__file__).parent), run=str(tmp_path / "run"))
+    content = script.format(tests=str(Path(__file__).parent), run=str(tmp_path / "run"), policy=policy)
     done = subprocess.run([sys.executable, "-c", content], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     third, twelfth, *live = map(int, done.stdout.split())
-    assert live[1] > 2 * live[0]  # the memory itself grew, within buffers of fixed capacity
+    # The memory itself grew, within buffers of fixed capacity; the bounded one but little on a path to and fro.
+    grown = live[1] - live[0]
+    assert grown > live[0] if policy == "append" else 0 < grown < live[0]
     one_frame_of_pixels = 3 * SIZE[0] * SIZE[1] * 4
     assert abs(twelfth - third) < one_frame_of_pixels  # camera poses and their copies are what is left
 
@@ -170,7 +209,7 @@ def test_session_steps_are_the_call(pipe: MiragePipeline) -> None:
     assert torch.equal(torch.cat(list(session.decode())), torch.cat([chunk.frames for chunk in chunks]))
     later = chunks[2].metrics
     assert later["references"] and later["preceding"] == [2, 3] and later["coverage"] > 0.9
-    assert later["tokens"] == len(session.cache) and later["written"]["written"] == 2 * LATENT[0] * LATENT[1]
+    assert later["tokens"] == len(session.cache) and accepted(later["written"]) == 2 * LATENT[0] * LATENT[1]
 
 
 def test_references_are_the_views_that_overlap_most(pipe: MiragePipeline) -> None:
@@ -269,9 +308,10 @@ def test_a_failed_step_can_be_tried_again(
     views, depth = generation.cameras(25), options(25)["depth"]
     session = start(pipe, 25, depth=None, depth_estimator=Fails(depth, what), run_dir=tmp_path / "run")
     session.step(views[:9])
+    before = state(session.cache)
     with pytest.raises(error, match=message):
         session.step(views[9:17])
-    assert session.num_frames == 9 and len(session.cache) == 3 * LATENT[0] * LATENT[1]
+    assert session.num_frames == 9 and session.cache.num_frames == 3 and same_state(session.cache, before)
     assert sorted(path.name for path in (tmp_path / "run" / "chunks").iterdir()) == ["0000"]
     # At once, and by another process from the run on disk.
     copy = tmp_path / "copy"
@@ -288,6 +328,31 @@ def test_a_failed_step_can_be_tried_again(
     assert torch.equal(resumed.latents(), expected.frames) and same_tokens(resumed.cache, expected.cache)
 
 
+def test_the_memory_is_copied_when_it_is_written_and_no_sooner(
+    pipe: MiragePipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A mark of a bounded memory is a copy of it, which must not lie about while a chunk is denoised."""
+    events, checkpoint, denoise = [], LatentCache.checkpoint, MiragePipeline.denoise
+    views, session = generation.cameras(17), start(pipe, 17)
+
+    def marked(cache: LatentCache) -> Any:
+        events.append(("mark", len(cache)))
+        return checkpoint(cache)
+
+    def denoised(*args: Any, **kwargs: Any) -> Any:
+        events.append(("denoise", session._mark is None or session._mark.tokens))
+        return denoise(*args, **kwargs)
+
+    monkeypatch.setattr(LatentCache, "checkpoint", marked)
+    monkeypatch.setattr(MiragePipeline, "denoise", denoised)
+    session.step(views[:9])
+    held = len(session.cache)
+    session.step(views[9:])
+    # The first step marks an empty memory, before the image's tokens.
+    assert events == [("mark", 0), ("denoise", 0), ("denoise", True), ("mark", held)] and held > 0
+    assert session._mark is None
+
+
 @pytest.mark.parametrize("chunk", [0, 1])
 @pytest.mark.parametrize("name", ["save_video", "save_file", "_write_text", "replace"])
 def test_a_full_disk_leaves_session_and_run_as_they_were(
@@ -297,7 +362,7 @@ def test_a_full_disk_leaves_session_and_run_as_they_were(
     session = start(pipe, 17, run_dir=tmp_path)
     if chunk:
         session.step(views[:9])
-    new = views[9:17] if chunk else views[:9]
+    new, before = views[9:17] if chunk else views[:9], state(session.cache)
 
     def full(*args: Any, **kwargs: Any) -> Any:
         raise OSError(28, "No space left on device")
@@ -307,7 +372,7 @@ def test_a_full_disk_leaves_session_and_run_as_they_were(
         patch.setattr(place.get(name, f"mirage.run_store.{name}"), full)
         with pytest.raises(OSError, match="No space left"):
             session.step(new)
-    assert session.num_chunks == chunk
+    assert session.num_chunks == chunk and same_state(session.cache, before)  # though it was written to in place
     assert not list((tmp_path / "chunks").glob(".*"))
     list(session.run(views, 9))
     expected = pipe(**options(17))

@@ -53,7 +53,9 @@ def same_bits(got: torch.Tensor, expected: torch.Tensor) -> None:
     got = got.cpu()
     assert got.dtype == expected.dtype
     assert got.shape == expected.shape
-    if expected.is_floating_point():
+    if expected.element_size() == 1:
+        got, expected = got.view(torch.uint8), expected.view(torch.uint8)
+    elif expected.is_floating_point():
         nan = expected.isnan()
         assert torch.equal(got.isnan(), nan)
         integer = INTEGERS[expected.element_size()]
@@ -128,6 +130,15 @@ def features_of(count: int, channels: int, dtype: torch.dtype, seed: int = 0) ->
     return features.to(dtype)
 
 
+def float8_of(count: int, channels: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Any float8 codes, NaN among them, and scales of all that there are."""
+    random = torch.Generator().manual_seed(seed)
+    codes = torch.randint(0, 256, (count, channels), generator=random, dtype=torch.uint8)
+    scales = torch.randint(100, 150, (count,), generator=random, dtype=torch.uint8)
+    scales[::5] = torch.randint(0, 256, (len(scales[::5]),), generator=random, dtype=torch.uint8)
+    return codes.view(torch.float8_e4m3fn), scales
+
+
 # ------------------------------------------------------------------------------------------------------------ splat
 
 
@@ -146,6 +157,18 @@ def test_splat_dtypes(given, asked):
         make_points(500), features_of(500, 3, given), None, make_cameras(2, size), size, dtype=asked
     )
     assert mask.any()
+
+
+@comparison
+@pytest.mark.parametrize("asked", FLOATS)
+@pytest.mark.parametrize("channels", [0, 1, 48, 65])
+def test_splat_float8(channels, asked):
+    size, points, cameras = (5, 6), make_points(500), make_cameras(2, (5, 6))
+    features, scales = float8_of(500, channels)
+    got = triton_operator("splat", points, features, None, *cameras, *size, 0.05, asked, None, scales)
+    expected = reference.splat(points, features, None, *cameras, size, 0.05, asked, scales)
+    agree(got, expected)
+    assert expected[1].any()
 
 
 @comparison
@@ -305,6 +328,37 @@ def check_splat_aligned(arguments, num_points=None, size=(6, 7), near=0.05, shar
 @pytest.mark.parametrize(("given", "asked"), PAIRS)
 def test_splat_aligned_dtypes(given, asked):
     assert check_splat_aligned(aligned_arguments(150, 5, 2, (6, 7), given), dtype=asked)[1].any()
+
+
+@comparison
+@pytest.mark.parametrize("asked", FLOATS)
+@pytest.mark.parametrize("channels", [0, 1, 48, 65])
+def test_splat_aligned_float8(channels, asked):
+    points, _, *rest = aligned_arguments(150, channels, 2, (6, 7))
+    features, scales = float8_of(150, channels)
+    got = triton_operator("splat_aligned", points, features, None, *rest, 6, 7, 0.05, 20.0, asked, None, scales)
+    expected = reference.splat_aligned(points, features, None, *rest, (6, 7), 0.05, 20.0, asked, scales)
+    agree(got[:4], expected)
+    assert expected[1].any()
+
+
+@comparison
+@pytest.mark.parametrize("channels", [5, 70])
+def test_splat_aligned_backward_float8(channels):
+    if not available_backends()["cpu"]:
+        pytest.skip("the CPU operators were not built: nothing to compare with")
+    points, features, *rest = aligned_arguments(70, channels, 2, (5, 6), seed=3)
+    features, scales = reference.quantise_rows(features.nan_to_num(0.5, 1.0, -1.0).clamp(-4, 4))
+    arguments = points, features, None, *rest, 5, 6, 0.05, 5.0, torch.float32, None, scales
+    keys = private_operator("splat_aligned", "compiled")(*arguments)[4]
+    grad = torch.randn(2, channels, 5, 6, generator=torch.Generator().manual_seed(1))
+    arguments = grad, points, features, *rest, keys, 5.0, True, scales
+    got = triton_operator("splat_aligned_backward", *arguments)
+    expected = private_operator("splat_aligned_backward", "compiled")(*arguments)
+    assert got[0].shape == expected[0].shape == (0, channels)
+    scale = expected[1].abs().max()
+    assert scale > 0
+    torch.testing.assert_close(got[1].cpu() / scale, expected[1] / scale, rtol=1e-4, atol=1e-6)
 
 
 @comparison
@@ -484,18 +538,20 @@ def check_cache_write(
     def buffers():
         return (
             torch.full((capacity, 4), -3.0),
-            torch.full((capacity, latents.shape[1]), -5.0, dtype=dtype),
+            torch.full((capacity, latents.shape[1]), -5.0).to(dtype),
             torch.full((capacity,), -7, dtype=torch.int32),
             torch.tensor(count),
+            *([torch.full((capacity,), 9, dtype=torch.uint8)] if dtype.itemsize == 1 else []),  # scales
         )
 
     cameras = make_cameras(depth.shape[0], depth.shape[1:])
     expected_buffers, got_buffers = buffers(), tuple(x.to(DEVICE) for x in buffers())
     depth_sampling = "bilinear" if bilinear else "median"
-    report = reference.cache_write(
-        *expected_buffers, latents, depth, *cameras, mask, first_frame, depth_sampling, *limits
-    )
-    got = triton_operator("cache_write", *got_buffers, latents, depth, *cameras, mask, first_frame, bilinear, *limits)
+    inputs = latents, depth, *cameras, mask, first_frame
+    held, scales = expected_buffers[:4], expected_buffers[4:]
+    report = reference.cache_write(*held, *inputs, depth_sampling, *limits, None, *scales)
+    held, scales = got_buffers[:4], got_buffers[4:]
+    got = triton_operator("cache_write", *held, *inputs, bilinear, *limits, None, *scales)
     agree((*got, *got_buffers), (report, *expected_buffers))
     assert report.sum() == latents[:, :1].numel() or latents.shape[1] == 0
     return report
@@ -518,6 +574,21 @@ def test_cache_write_dtypes(given, kept):
     report = check_cache_write(latents, make_depth(2, 10, 12, 0.2), dtype=kept)
     assert report[0] > 0
     assert report[5] > 0
+
+
+@comparison
+@pytest.mark.parametrize("given", FLOATS)
+@pytest.mark.parametrize("channels", [0, 1, 48, 65])
+def test_cache_write_float8(given, channels):
+    """Magnitudes from end to end, and what rounds to a tie."""
+    latents = make_latents(2, channels, 5, 6, given) if channels else torch.zeros(2, 0, 5, 6, dtype=given)
+    random = torch.Generator().manual_seed(channels)
+    powers = 2.0 ** torch.randint(-150, 128, (2, 1, 5, 6), generator=random).double()
+    steps = torch.randint(-64, 65, latents.shape, generator=random) / 32
+    latents = torch.where(latents.isfinite(), (steps * powers).to(given), latents)
+    report = check_cache_write(latents, make_depth(2, 10, 12, 0.2), dtype=torch.float8_e4m3fn)
+    assert report[0] > 0
+    assert report[5] > 0 or channels == 0
 
 
 @comparison
@@ -585,6 +656,324 @@ def test_cache_write_strided_inputs():
     check_cache_write(latents[::2, ::2], depth[1::2], make_mask(2, 14, 10, 0.1).mT)
 
 
+# ---------------------------------------------------------------------------------------------------- bounded_write
+
+
+def look_about(views: int, image: tuple[int, int], seed: int = 0, shift: float = 0.05, unknown: float = 0.3):
+    """depth, intrinsics and cam2world of cameras side by side before a rough wall: much of it is seen again."""
+    random = torch.Generator().manual_seed(seed)
+    intrinsics, cam2world = make_cameras(1, image)
+    intrinsics, cam2world = intrinsics.repeat(views, 1, 1), cam2world.repeat(views, 1, 1)
+    cam2world[:, :3, 3] += shift * torch.randn(views, 3, generator=random, dtype=torch.float64)
+    depth = 2 + 0.3 * torch.rand(views, *image, generator=random)
+    depth[:, : image[0] // 3] *= 1 + 0.4 * (seed % 3)  # what stood there is gone, or is back
+    specials = make_depth(views, *image, 1.0, seed)
+    return torch.where(torch.rand(depth.shape, generator=random) < unknown, specials, depth), intrinsics, cam2world
+
+
+def held_tokens(capacity: int, count: int, channels: int, dtype: torch.dtype, looks: bool, seed: int = 0):
+    """points, features, frame_ids, votes, looks and count of a cache with every special value, and dead tokens."""
+    points, features, frame_ids, *_ = aligned_arguments(capacity, channels, 1, (5, 6), dtype, seed)
+    random = torch.Generator().manual_seed(seed)
+    votes, taken = (
+        torch.tensor(values, dtype=torch.uint8)[torch.randint(0, 5, (capacity,), generator=random)]
+        for values in ([0, 0, 1, 254, 255], [0, 1, 3, 16, 255])
+    )
+    return points, features, frame_ids, votes, taken if looks else None, torch.tensor([count])
+
+
+def boxes_of(held) -> torch.Tensor:
+    boxes = torch.empty(-(-held[0].shape[0] // reference.BLOCK), 6)
+    reference.block_bounds(held[0], held[-1], boxes)
+    return boxes
+
+
+def check_bounded_write(
+    held,
+    size=(5, 6),
+    image=(10, 12),
+    views=2,
+    writes=2,
+    given=torch.float32,
+    moving=None,
+    bilinear=False,
+    limits=(0.0, math.inf),
+    near=0.05,
+    views_per_voxel=4,
+    carve_views=2,
+    change=lambda depth, intrinsics, cam2world: (depth, intrinsics, cam2world),
+    scales=None,
+):
+    """The sum of the reports of a few writes, the same by both; 1000 + t are the frame ids of the views."""
+    expected, boxes = [None if x is None else x.clone() for x in held], boxes_of(held)
+    got, got_boxes = [None if x is None else x.clone().to(DEVICE) for x in held], boxes.clone().to(DEVICE)
+    expected_scales, got_scales = (None if scales is None else scales.clone().to(x) for x in ("cpu", DEVICE))
+    centers = torch.randn(1000 + views * writes, 3, generator=torch.Generator().manual_seed(5))
+    centers[3, 1] = math.nan
+    channels, total = held[1].shape[1], torch.zeros(len(reference.WRITE_REPORT), dtype=torch.int64)
+    for write in range(writes):
+        depth, intrinsics, cam2world = change(*look_about(views, image, write))
+        first_frame = 1000 + write * views
+        centers[first_frame : first_frame + views] = cam2world[:, :3, 3].float()
+        latents = torch.zeros(views, channels, *size, dtype=given)
+        if latents.numel() > 0:
+            latents = make_latents(views, channels, *size, given, write)
+        mask = None if moving is None else make_mask(views, *image, moving, write)
+        arguments = centers, latents, depth, intrinsics, cam2world, mask, reference.z_order(size), first_frame
+        rest = *limits, near, views_per_voxel, carve_views
+        sampling = "bilinear" if bilinear else "median"
+        report = reference.bounded_write(*expected, *arguments, sampling, *rest, boxes, expected_scales)
+        agree(triton_operator("bounded_write", *got, *arguments, bilinear, *rest, got_boxes, got_scales), report)
+        ours, theirs = (*got, got_boxes, got_scales), (*expected, boxes, expected_scales)
+        agree([x for x in ours if x is not None], tuple(x for x in theirs if x is not None))
+        total += report
+    assert total[:9].sum() == writes * views * size[0] * size[1]
+    return dict(zip(reference.WRITE_REPORT, total.tolist(), strict=True))
+
+
+def empty_tokens(capacity: int, channels: int = 3, looks: bool = False):
+    return held_tokens(capacity, 0, channels, torch.float32, looks)
+
+
+@comparison
+@pytest.mark.parametrize(("given", "kept"), PAIRS)
+def test_bounded_write_dtypes(given, kept):
+    for looks in (False, True):
+        report = check_bounded_write(held_tokens(160, 40, 3, kept, looks), given=given, moving=0.01)
+        assert report["written"] > 0 and report["merged" if looks else "replaced"] > 0
+        assert report["masked"] > 0 and report["unknown_depth"] > 0 and report["non_finite"] > 0
+
+
+@comparison
+@pytest.mark.parametrize("looks", [False, True])
+@pytest.mark.parametrize("channels", [1, 48, 65])
+def test_bounded_write_float8(looks, channels):
+    points, features, *rest = held_tokens(160, 40, channels, torch.float32, looks)
+    features, scales = reference.quantise_rows(features.nan_to_num(0.5, 1.0, -1.0).clamp(-4, 4))
+    report = check_bounded_write((points, features, *rest), moving=0.01, scales=scales)
+    assert report["written"] > 0 and report["merged" if looks else "replaced"] > 0
+
+
+@comparison
+@pytest.mark.parametrize("looks", [False, True])
+@pytest.mark.parametrize(("views_per_voxel", "carve_views"), [(1, 1), (1, 2), (2, 0), (64, 1)])
+def test_bounded_write_again_and_again(looks, views_per_voxel, carve_views):
+    report = check_bounded_write(
+        empty_tokens(400, looks=looks), writes=4, views_per_voxel=views_per_voxel, carve_views=carve_views
+    )
+    assert report["written"] > 30
+    assert (report["merged"] if looks else min(report["replaced"], report["covered"])) > 10
+    assert (report["carved"] > 0) == (carve_views > 0)
+    assert report["refused"] > 0 or views_per_voxel > 1
+
+
+@comparison
+@pytest.mark.parametrize("looks", [False, True])
+@pytest.mark.parametrize("views_per_voxel", [1, 3, 7])
+def test_bounded_write_where_many_come_to_one_voxel(looks, views_per_voxel):
+    """Cells far wider than high, whose tokens lie within a footprint of each other: the order decides who gets in."""
+
+    def widen(depth, intrinsics, cam2world):
+        intrinsics[:, 1] *= 12
+        return depth, intrinsics, cam2world
+
+    report = check_bounded_write(
+        held_tokens(300, 60, 2, torch.float32, looks), (12, 4), (12, 8), change=widen, views_per_voxel=views_per_voxel
+    )
+    assert report["written"] > 5 and report["refused"] > 10
+
+
+@comparison
+@pytest.mark.parametrize("looks", [False, True])
+@pytest.mark.parametrize("count", [1, 255, 256, 257, 600])
+def test_bounded_write_among_held_tokens(looks, count):
+    """Dead ones, votes and looks of any number, points that no arithmetic survives."""
+    report = check_bounded_write(held_tokens(700, count, 3, torch.float32, looks), views=1, near=0.5)
+    assert report["carved"] > 0 or count == 1
+
+
+@comparison
+@pytest.mark.parametrize(("capacity", "count"), [(0, 0), (20, 0), (40, 39), (40, 40)])
+def test_bounded_write_refuses_what_does_not_fit(capacity, count):
+    report = check_bounded_write(held_tokens(capacity, count, 2, torch.float32, capacity == 20), writes=1)
+    assert report["written"] == capacity - count
+    assert report["refused"] > 0
+
+
+@comparison
+@pytest.mark.parametrize("count", [-1, -50, 41, 2**40])
+def test_bounded_write_with_a_count_that_is_none_writes_nothing(count):
+    held = held_tokens(40, count, 2, torch.float32, True)
+    moved = tuple(x.clone().to(DEVICE) for x in held)
+    depth, *cameras = look_about(1, (10, 12), unknown=0.0)
+    latents, centers = torch.randn(1, 2, 5, 6), torch.randn(4, 3)
+    arguments = centers, latents, depth, *cameras, None, reference.z_order((5, 6)), 0, False, 0.0, math.inf, 0.05, 4, 1
+    (report,) = triton_operator("bounded_write", *moved, *arguments)
+    assert report.tolist() == [0, 0, 0, 0, 30, 0, 0, 0, 0, 0, 0]
+    agree(moved, held)
+
+
+@comparison
+@pytest.mark.parametrize(
+    ("image", "size"), [((9, 7), (1, 1)), ((5, 70), (1, 33)), ((66, 4), (33, 1)), ((13, 22), (7, 11))]
+)
+@pytest.mark.parametrize("bilinear", [False, True])
+def test_bounded_write_sizes(image, size, bilinear, monkeypatch):
+    from mirage_kernels.triton import bounded_write as module
+
+    monkeypatch.setattr(module, "_SCAN", 16)  # more cells than one step
+    report = check_bounded_write(empty_tokens(300, looks=bilinear), size, image, bilinear=bilinear, carve_views=1)
+    assert report["written"] > 0 or size == (1, 1)
+
+
+@comparison
+def test_bounded_write_of_a_grid_finer_than_the_depth():
+    assert check_bounded_write(empty_tokens(300), (6, 9), (4, 5), bilinear=True, carve_views=1)["written"] > 0
+
+
+@comparison
+@pytest.mark.parametrize("limits", [(2.1, 2.2), (0.0, 0.0), (0.0, 1e300)])
+def test_bounded_write_limits(limits):
+    report = check_bounded_write(held_tokens(200, 40, 2, torch.float32, False), moving=0.02, limits=limits)
+    assert report["out_of_range"] > 0 or limits[1] > 1e200
+
+
+@comparison
+@pytest.mark.parametrize("channels", [0, 1, 48, 65])
+@pytest.mark.parametrize("looks", [False, True])
+def test_bounded_write_channels(channels, looks):
+    check_bounded_write(empty_tokens(100, channels, looks), views=1, writes=2)
+
+
+@comparison
+@pytest.mark.parametrize("flaw", ["singular", "nan", "tiny", "huge"])
+def test_bounded_write_degenerate_cameras(flaw):
+    def spoil(depth, intrinsics, cam2world):
+        cam2world[0, :3, :3] *= {"singular": 0.0, "nan": math.nan, "tiny": 1e-30, "huge": 1e30}[flaw]
+        return depth, intrinsics, cam2world
+
+    check_bounded_write(held_tokens(200, 60, 2, torch.float32, False), change=spoil)
+
+
+@comparison
+def test_bounded_write_tokens_on_the_borders_of_voxels():
+    """Whole coordinates and footprints around the square root of two, where a last bit decides the voxel."""
+    held = held_tokens(200, 180, 2, torch.float32, False)
+    held[0][:, :3] = held[0][:, :3].nan_to_num(0.0, 1e10, -1e10).round()
+    edge = torch.tensor(2.0).sqrt() * 2.0 ** torch.arange(-2, 3)
+    edge = torch.cat([edge, edge.nextafter(torch.tensor(0.0)), edge.nextafter(torch.tensor(9.0))])
+    held[0][:, 3] = edge.repeat(20)[:200]
+
+    def walls(depth, intrinsics, cam2world):
+        cam2world[:] = torch.eye(4, dtype=torch.float64)
+        intrinsics[:, :2, :2] = torch.eye(2, dtype=torch.float64) * 2
+        return torch.where(depth > 0, depth.nan_to_num(0.0, 0.0, 0.0).round(), depth), intrinsics, cam2world
+
+    check_bounded_write(held, change=walls, views_per_voxel=1)
+
+
+@comparison
+def test_bounded_write_of_no_views():
+    report = check_bounded_write(held_tokens(20, 5, 3, torch.float32, True), views=0)
+    assert set(report.values()) == {0}
+
+
+@comparison
+def test_bounded_write_strided_inputs():
+    def strided(depth, intrinsics, cam2world):
+        return depth.mT.contiguous().mT, intrinsics.mT.contiguous().mT, cam2world.mT.contiguous().mT
+
+    check_bounded_write(held_tokens(200, 60, 2, torch.float32, False), moving=0.01, change=strided)
+
+
+# ------------------------------------------------------------------------------------------------------- cache_trim
+
+
+def check_cache_trim(held, max_tokens, with_votes=True):
+    expected = [None if x is None else x.clone() for x in held]
+    if not with_votes:
+        expected[3] = None
+    got, boxes = [None if x is None else x.clone().to(DEVICE) for x in expected], boxes_of(held)
+    got_boxes, scales, got_scales = boxes.clone().to(DEVICE), None, None
+    if held[1].element_size() == 1:
+        scales = torch.arange(len(held[0])).to(torch.uint8)
+        got_scales = scales.clone().to(DEVICE)
+    evicted = reference.cache_trim(*expected, max_tokens, boxes, scales)
+    agree(triton_operator("cache_trim", *got, max_tokens, got_boxes, got_scales), evicted)
+    ours, theirs = (*got, got_boxes, got_scales), (*expected, boxes, scales)
+    agree([x for x in ours if x is not None], tuple(x for x in theirs if x is not None))
+    return int(evicted), int(expected[5])
+
+
+@comparison
+@pytest.mark.parametrize("max_tokens", [0, 1, 100, 199, 2**62])
+@pytest.mark.parametrize("with_votes", [False, True])
+def test_cache_trim(max_tokens, with_votes):
+    held = held_tokens(300, 280, 5, torch.float16, max_tokens % 2 == 0)
+    alive = int((held[3][:280] != 255).sum()) if with_votes else 280
+    assert check_cache_trim(held, max_tokens, with_votes) == (max(alive - max_tokens, 0), min(alive, max_tokens))
+
+
+@comparison
+@pytest.mark.parametrize("dtype", [*FLOATS, torch.float8_e4m3fn])
+@pytest.mark.parametrize("channels", [0, 1, 48, 65])
+def test_cache_trim_channels(dtype, channels):
+    check_cache_trim(held_tokens(150, 140, channels, dtype, True), 2**62)
+
+
+@comparison
+@pytest.mark.parametrize("count", [0, 1, 127, 128, 129, 300])
+@pytest.mark.parametrize("votes", [0, 254, 255])
+def test_cache_trim_where_none_or_all_are_dead(count, votes):
+    held = held_tokens(300, count, 3, torch.float32, True)
+    held[3][:] = votes
+    assert check_cache_trim(held, 2**62) == (0, 0 if votes == 255 else count)
+    assert check_cache_trim(held, 100)[1] == (0 if votes == 255 else min(count, 100))
+
+
+@comparison
+@pytest.mark.parametrize("max_tokens", [3, 350, 2**62])
+def test_cache_trim_moves_chunk_after_chunk(max_tokens, monkeypatch):
+    from mirage_kernels.triton import cache_trim as module
+
+    monkeypatch.setattr(module, "_CHUNK", 2)
+    monkeypatch.setattr(module, "_SCAN", 2)
+    held = held_tokens(700, 650, 3, torch.bfloat16, True)
+    held[3][:130] = held[3][256:400] = 0  # a block that stays where it is, and one that moves whole
+    check_cache_trim(held, max_tokens)
+
+
+@comparison
+@pytest.mark.parametrize("max_tokens", [1, 60, 120])
+def test_cache_trim_frame_ids(max_tokens):
+    """Of one frame, of every frame, and the extremes of int32."""
+    held = held_tokens(140, 130, 2, torch.float32, False)
+    random = torch.Generator().manual_seed(2)
+    extremes = torch.tensor([-(2**31), -1, 0, 15, 16, 2**31 - 1], dtype=torch.int32)
+    for frame_ids in (
+        torch.full((140,), 7, dtype=torch.int32),
+        torch.randint(-(2**31), 2**31, (140,), generator=random).int(),
+        extremes[torch.randint(0, 6, (140,), generator=random)],
+    ):
+        held[2][:] = frame_ids
+        check_cache_trim(held, max_tokens)
+
+
+@comparison
+@pytest.mark.parametrize("count", [-1, 41, 2**40])
+def test_cache_trim_with_a_count_that_is_none_changes_nothing(count):
+    held = held_tokens(40, count, 2, torch.float32, True)
+    moved = tuple(x.clone().to(DEVICE) for x in held)
+    (evicted,) = triton_operator("cache_trim", *moved, 3)
+    assert evicted == 0
+    agree(moved, held)
+
+
+@comparison
+def test_cache_trim_of_no_capacity():
+    assert check_cache_trim(held_tokens(0, 0, 2, torch.float32, True), 0) == (0, 0)
+
+
 # ----------------------------------------------------------------------------------------------------- view_overlap
 
 
@@ -641,6 +1030,8 @@ def launch_arguments(device: str) -> dict[str, tuple[object, ...]]:
     live, boxes = torch.tensor(500), torch.tensor([[-9.0] * 3 + [9.0] * 3] * 3)
     index = torch.full((2, *size), -1)
     buffers = torch.zeros(600, 4), torch.zeros(600, 48), torch.zeros(600, dtype=torch.int32), torch.tensor(0)
+    held = held_tokens(600, 500, 48, torch.bfloat16, True)
+    order = reference.z_order(size)
     arguments = {
         "back_project": (depth, intrinsics, cam2world, mask, *size, False),
         "splat": (points, features, live, intrinsics, cam2world, *size, 0.05, torch.bfloat16, boxes[:2]),
@@ -648,6 +1039,25 @@ def launch_arguments(device: str) -> dict[str, tuple[object, ...]]:
         "splat_aligned": (*aligned[:2], live, *aligned[2:], *size, 0.05, 20.0, torch.bfloat16, boxes[:2]),
         "splat_aligned_backward": (latents, *aligned, torch.full((2, *size, 4), NO_FIT), 20.0, True),
         "cache_write": (*buffers, latents, depth, intrinsics, cam2world, None, 3, True, 0.0, math.inf, boxes),
+        "bounded_write": (
+            *held,
+            torch.randn(9, 3),
+            latents,
+            depth,
+            intrinsics,
+            cam2world,
+            mask,
+            order,
+            3,
+            False,
+            0.0,
+            math.inf,
+            0.05,
+            4,
+            2,
+            boxes,
+        ),
+        "cache_trim": (*held, 300, boxes),
         "block_bounds": (points, live, torch.zeros(2, 6)),
         "view_overlap": (points, live, intrinsics, cam2world, intrinsics, cam2world, *size, 0.1, 0.05, boxes[:2]),
     }
@@ -660,7 +1070,7 @@ def launch_arguments(device: str) -> dict[str, tuple[object, ...]]:
 @comparison
 @pytest.mark.parametrize("name", OPERATORS)
 def test_registration(name):
-    """Schema, fake and autograd agree with what the operator does; cache_write mutates what it says it does."""
+    """Schema, fake and autograd agree with what the operator does; writes mutate what they say they do."""
     torch.library.opcheck(private_operator(name, "triton"), launch_arguments(DEVICE)[name])
 
 
@@ -676,24 +1086,34 @@ def test_backend_is_available_and_can_be_forced():
 def test_cuda_graph(name):
     """Captured once, replayed on new contents of the same tensors."""
     arguments = launch_arguments("cuda")[name]
+    tensors = [x for x in arguments if isinstance(x, torch.Tensor)]
+    kept = [x.clone() for x in tensors]
     operator = private_operator(name, "triton")
+
+    def renew(scale):
+        for tensor, content in zip(tensors, kept, strict=True):
+            tensor.copy_(content)
+        arguments[0].mul_(scale)
+
+    def copied(result):
+        return tuple(x.cpu() for x in ((*result,) if isinstance(result, tuple) else (result,))) + tuple(
+            x.cpu() for x in tensors
+        )
+
     side = torch.cuda.Stream()
     with torch.cuda.stream(side):
         operator(*arguments)  # compiles
     torch.cuda.synchronize()
-    if name == "cache_write":
-        arguments[3].zero_()
+    renew(1.0)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         captured = operator(*arguments)
-    arguments[0].mul_(1.5)
+    renew(1.5)
     graph.replay()
     torch.cuda.synchronize()
-    results = lambda found: found if isinstance(found, tuple) else (arguments[-1] if found is None else found,)  # noqa: E731
-    captured = tuple(x.clone() for x in results(captured))
-    if name == "cache_write":
-        arguments[3].zero_()
-    agree(captured, tuple(x.cpu() for x in results(operator(*arguments))))
+    captured = copied(captured)
+    renew(1.5)
+    agree(captured, copied(operator(*arguments)))
 
 
 # ---------------------------------------------------------------------------------------------------- without a GPU
@@ -712,7 +1132,9 @@ def test_comparisons_in_the_interpreter():
     assert passed >= LEAST_COMPARISONS, run.stdout[-10000:]
 
 
-def record_launches(name: str, monkeypatch: pytest.MonkeyPatch) -> list[tuple[object, dict, dict]]:
+def record_launches(
+    name: str, monkeypatch: pytest.MonkeyPatch, changes: dict[int, object] | None = None
+) -> list[tuple[object, dict, dict]]:
     """The launches of one operator on tensors without data, which proves that no launcher waits for a value."""
     from triton.runtime.jit import JITFunction
 
@@ -727,7 +1149,8 @@ def record_launches(name: str, monkeypatch: pytest.MonkeyPatch) -> list[tuple[ob
 
     monkeypatch.setattr(JITFunction, "run", run)
     module = importlib.import_module(f"mirage_kernels.triton.{name.removesuffix('_backward')}")
-    getattr(module, name)(*launch_arguments("meta")[name])
+    given = dict(enumerate(launch_arguments("meta")[name])) | (changes or {})
+    getattr(module, name)(*given.values())
     return launches
 
 
@@ -766,6 +1189,22 @@ def compile_launch(kernel, arguments: dict, options: dict, capability: int):
             "cache_write",
             {"lift_kernel", "tokens_kernel", "judge_kernel", "scan_kernel", "append_kernel", "appended_bounds_kernel"},
         ),
+        (
+            "bounded_write",
+            {
+                "lift_kernel",
+                "tokens_kernel",
+                "judge_kernel",
+                "prepare_kernel",
+                "voxel_kernel",
+                "walk_kernel",
+                "rank_kernel",
+                "slot_kernel",
+                "write_kernel",
+                "bounds_kernel",
+            },
+        ),
+        ("cache_trim", {"digit_kernel", "count_kernel", "scan_kernel", "move_kernel", "bounds_kernel"}),
         ("block_bounds", {"bounds_kernel"}),
         ("view_overlap", {"prepare_kernel", "cull_kernel", "mark_kernel", "count_kernel"}),
     ],
@@ -783,7 +1222,7 @@ def test_compiles_without_a_gpu(name, kernels, capability, monkeypatch):
         assert not re.search(r"\b(div|rcp|sqrt)\.(full|approx)", ptx), f"{where} divides approximately"
         assert ".ftz" not in ptx, f"{where} flushes denormals"
         assert not re.search(r"\b(atom|red)\..*\.f(16|32|64)", ptx), f"{where} has float atomics"
-        if kernel.fn.__name__ in ("nearest_kernel", "mark_kernel"):
+        if kernel.fn.__name__ in ("nearest_kernel", "mark_kernel", "walk_kernel"):
             assert "mul.rn.f32" in ptx and "div.rn.f32" in ptx, where  # the assertions above saw a projection
             assert "ld.global.v4" in ptx or ".v4.b32" in ptx, f"{where} does not load a point at once"
 
@@ -795,6 +1234,35 @@ def test_compiles_for_large_cells_and_wide_indices(monkeypatch):
     assert not arguments["WIDE"] and arguments["CHUNKS"] == arguments["MASK_CHUNKS"] == 1
     changes = {"WIDE": True, "TOKENS": 1, "PIXELS": 2048, "CHUNKS": 3, "MASK_PIXELS": 2048, "MASK_CHUNKS": 2}
     compile_launch(kernel, arguments | changes, {**options, "num_warps": 4}, 90)
+
+
+@compiles
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [("bounded_write", {4: None, 19: 0, 20: None}), ("cache_trim", {3: None, 4: None, 6: 2**62, 7: None})],
+)
+def test_compiles_without_votes_and_looks(name, changes, monkeypatch):
+    """Nor carving, nor eviction, nor bounds."""
+    for kernel, arguments, options in record_launches(name, monkeypatch, changes):
+        compile_launch(kernel, arguments, options, 90)
+
+
+@compiles
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize(
+    "name", ["splat", "splat_aligned", "splat_aligned_backward", "cache_write", "bounded_write", "cache_trim"]
+)
+def test_compiles_float8_features(name, capability, monkeypatch):
+    """By integers: sm_80 has no conversions of its own."""
+    given = launch_arguments("meta")[name]
+    position = 2 if name == "splat_aligned_backward" else 1
+    features = given[position].to(torch.float8_e4m3fn)
+    changes = {position: features, len(given): torch.empty(len(features), dtype=torch.uint8, device="meta")}
+    launches = record_launches(name, monkeypatch, changes)
+    assert any(arguments.get("scales") is not None for _, arguments, _ in launches)
+    for kernel, arguments, options in launches:
+        ptx = compile_launch(kernel, arguments, options, capability).asm["ptx"]
+        assert "e4m3" not in ptx and ".ftz" not in ptx and not re.search(r"\bfma\.", ptx), kernel.fn.__name__
 
 
 @compiles

@@ -3,6 +3,7 @@
 // In: points (N, 4), features (N, C), cameras of T views. Out: latents (T, C, h, w), mask, depth, index (T, h, w).
 #include "../core/zkey.h"
 #include "common.h"
+#include "features.h"
 #include "transpose.h"
 
 namespace mirage::cpu {
@@ -76,10 +77,9 @@ void resolve_cells(const ReadOut& r, index_t all, index_t first, int count) {
 }
 
 template <typename In, typename Out>
-void read_out(const ReadOut& r, const Grid& grid, const In* features, index_t channels, Out* latents) {
-  const index_t tiles = divide_up(grid.cells, kTile), all = grid.views * grid.cells;
-  const std::vector<In> zeros(channels, In(0.0f));
-  const index_t row_bytes = channels * static_cast<index_t>(sizeof(In));
+void read_out(const ReadOut& r, const Grid& grid, const Features<In>& features, Out* latents) {
+  const index_t tiles = divide_up(grid.cells, kTile), all = grid.views * grid.cells, channels = features.channels;
+  const std::vector<In> zeros(channels);
   torch::stable::parallel_for(0, grid.views * tiles, 16, [&](int64_t begin, int64_t end) {
     std::vector<Out> converted(std::is_same_v<In, Out> ? 0 : kTile * channels);
     // Winners are looked up one tile ahead, so that their rows are on the way while this tile is transposed.
@@ -91,10 +91,8 @@ void read_out(const ReadOut& r, const Grid& grid, const In* features, index_t ch
       const int64_t* winners = r.index + at;
       const In** to = rows[task % 2];
       for (int k = 0; k < count; ++k) {
-        const In* row = winners[k] < 0 ? zeros.data() : features + winners[k] * channels;
-        to[k] = row;
-        const char* bytes = reinterpret_cast<const char*>(row);
-        for (index_t offset = 0; offset < row_bytes; offset += 64) __builtin_prefetch(bytes + offset);
+        to[k] = winners[k] < 0 ? zeros.data() : features.row(winners[k]);
+        if (winners[k] >= 0) features.prefetch(winners[k]);
       }
       return count;
     };
@@ -107,9 +105,11 @@ void read_out(const ReadOut& r, const Grid& grid, const In* features, index_t ch
         transpose_tile(rows[task % 2], count, channels, out, grid.cells);
       } else {
         const Out* converted_rows[kTile];
+        const int64_t* winners = r.index + t * grid.cells + first;
         for (int k = 0; k < count; ++k) {
           Out* row = converted.data() + k * channels;
-          for (index_t c = 0; c < channels; ++c) row[c] = static_cast<Out>(static_cast<float>(rows[task % 2][k][c]));
+          const uint8_t scale = winners[k] < 0 ? kLeastScale : features.scale(winners[k]);
+          load_row(rows[task % 2][k], scale, channels, row);
           converted_rows[k] = row;
         }
         transpose_tile(converted_rows, count, channels, out, grid.cells);
@@ -124,7 +124,8 @@ void read_out(const ReadOut& r, const Grid& grid, const In* features, index_t ch
 std::tuple<Tensor, Tensor, Tensor, Tensor> splat(const Tensor& points_, const Tensor& features_,
                                                  const std::optional<Tensor>& num_points, const Tensor& intrinsics_,
                                                  const Tensor& cam2world_, int64_t height, int64_t width, double near,
-                                                 ScalarType dtype, const std::optional<Tensor>& bounds) {
+                                                 ScalarType dtype, const std::optional<Tensor>& bounds,
+                                                 const std::optional<Tensor>& scales) {
   const Tensor points = checked(points_, ScalarType::Float, "points");
   const Tensor features = as_contiguous(features_);
   const Tensor intrinsics = checked(intrinsics_, ScalarType::Double, "intrinsics");
@@ -163,10 +164,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> splat(const Tensor& points_, const Te
   });
 
   const ReadOut r{key_data, slices, output<bool>(mask), output<float>(depth), output<int64_t>(index)};
-  for_feature_type(features.scalar_type(), [&](auto in) {
-    for_feature_type(dtype, [&](auto out) {
-      read_out(r, grid, input<decltype(in)>(features), channels, output<decltype(out)>(latents));
-    });
+  for_features(features, scales, [&](const auto& rows) {
+    for_feature_type(dtype, [&](auto out) { read_out(r, grid, rows, output<decltype(out)>(latents)); });
   });
   return {latents, mask, depth, index};
 }

@@ -9,6 +9,7 @@
 #include <limits>
 
 #include "common.h"
+#include "features.h"
 #include "transpose.h"
 
 namespace mirage::cpu {
@@ -388,42 +389,50 @@ void fill_keys(const Tokens& tokens, const std::optional<Tensor>& boxes, index_t
   });
 }
 
-inline float widened(float value) { return value; }
-template <typename T>
-inline float widened(T value) {
-  return static_cast<float>(value);
-}
-
 template <typename In>
-inline __attribute__((always_inline)) void blend_rows(const Blend& blend, const In* features, index_t channels,
+inline __attribute__((always_inline)) void blend_rows(const Blend& blend, const Features<In>& features,
                                                       float* __restrict__ out) {
-  const In* __restrict__ row = features + blend.token[0] * channels;
-  for (index_t c = 0; c < channels; ++c) out[c] = blend.share[0] * widened(row[c]);
+  const index_t channels = features.channels;
+  const In* __restrict__ row = features.row(blend.token[0]);
+  uint8_t scale = features.scale(blend.token[0]);
+  for (index_t c = 0; c < channels; ++c) out[c] = blend.share[0] * feature_value(row[c], scale);
   for (int k = 1; k < blend.count; ++k) {
-    row = features + blend.token[k] * channels;
-    for (index_t c = 0; c < channels; ++c) out[c] = out[c] + blend.share[k] * widened(row[c]);
+    row = features.row(blend.token[k]);
+    scale = features.scale(blend.token[k]);
+    for (index_t c = 0; c < channels; ++c) out[c] = out[c] + blend.share[k] * feature_value(row[c], scale);
   }
 }
 
 MIRAGE_SIMD
-void blend_floats(const Blend& blend, const float* features, index_t channels, float* out) {
-  blend_rows(blend, features, channels, out);
+void blend_into(const Blend& blend, const Features<float>& features, float* out) { blend_rows(blend, features, out); }
+
+MIRAGE_SIMD
+void blend_into(const Blend& blend, const Features<Half>& features, float* out) { blend_rows(blend, features, out); }
+
+MIRAGE_SIMD
+void blend_into(const Blend& blend, const Features<BFloat16>& features, float* out) {
+  blend_rows(blend, features, out);
 }
 
 MIRAGE_SIMD
-void blend_halves(const Blend& blend, const Half* features, index_t channels, float* out) {
-  blend_rows(blend, features, channels, out);
-}
-
-MIRAGE_SIMD
-void blend_bfloats(const Blend& blend, const BFloat16* features, index_t channels, float* out) {
-  blend_rows(blend, features, channels, out);
-}
-
-inline void blend_into(const Blend& b, const float* features, index_t c, float* out) { blend_floats(b, features, c, out); }
-inline void blend_into(const Blend& b, const Half* features, index_t c, float* out) { blend_halves(b, features, c, out); }
-inline void blend_into(const Blend& b, const BFloat16* features, index_t c, float* out) {
-  blend_bfloats(b, features, c, out);
+void blend_into(const Blend& blend, const Features<Float8>& features, float* out) {
+  const index_t channels = features.channels;
+  bool regular = channels >= kCodes;
+  for (int k = 0; k < blend.count; ++k) regular &= in_cache(features.scale(blend.token[k]));
+  if (!regular) return blend_rows(blend, features, out);
+  for (index_t c = 0; c < channels; c += kCodes) {
+    const index_t at = std::min(c, channels - kCodes);  // the last sixteen may overlap those before
+    CodeFloats sum[2];
+    for (int k = 0; k < blend.count; ++k) {
+      const index_t token = blend.token[k];
+      const CodeBits bits = decode_codes(features.row(token) + at, features.scale(token));
+      for (int half = 0; half < 2; ++half) {
+        const CodeFloats part = blend.share[k] * widen_codes(bits, half);
+        sum[half] = k == 0 ? part : sum[half] + part;
+      }
+    }
+    __builtin_memcpy(out + at, sum, sizeof(sum));
+  }
 }
 
 struct Outputs {
@@ -433,9 +442,9 @@ struct Outputs {
 };
 
 template <typename In, typename Out>
-void read_out(const int64_t* keys, const Tokens& tokens, const std::vector<Reader>& readers, const In* features,
-              index_t channels, const Grid& grid, float sharpness, const Outputs& outputs, Out* latents) {
-  const index_t tiles = divide_up(grid.cells, kTile);
+void read_out(const int64_t* keys, const Tokens& tokens, const std::vector<Reader>& readers,
+              const Features<In>& features, const Grid& grid, float sharpness, const Outputs& outputs, Out* latents) {
+  const index_t tiles = divide_up(grid.cells, kTile), channels = features.channels;
   torch::stable::parallel_for(0, grid.views * tiles, 4, [&](int64_t begin, int64_t end) {
     std::vector<float> blended(kTile * channels);
     std::vector<Out> converted(std::is_same_v<Out, float> ? 0 : kTile * channels);
@@ -450,11 +459,7 @@ void read_out(const int64_t* keys, const Tokens& tokens, const std::vector<Reade
         outputs.mask[at + k] = blend.count > 0;
         outputs.index[at + k] = blend.count > 0 ? static_cast<int64_t>(blend.token[0]) : -1;
         if (blend.count > 0) __builtin_prefetch(tokens.points + index_t{4} * blend.token[0]);
-        for (int n = 0; n < blend.count; ++n) {
-          const char* bytes = reinterpret_cast<const char*>(features + blend.token[n] * channels);
-          for (index_t offset = 0; offset < channels * static_cast<index_t>(sizeof(In)); offset += 64)
-            __builtin_prefetch(bytes + offset);
-        }
+        for (int n = 0; n < blend.count; ++n) features.prefetch(blend.token[n]);
       }
       return count;
     };
@@ -474,7 +479,7 @@ void read_out(const int64_t* keys, const Tokens& tokens, const std::vector<Reade
         const float* p = tokens.points + index_t{4} * blend.token[0];
         depth[k] = ((m[0] * p[0] + m[1] * p[1]) + m[2] * p[2]) + m[3];
         float* row = blended.data() + k * channels;
-        blend_into(blend, features, channels, row);
+        blend_into(blend, features, row);
         if constexpr (std::is_same_v<Out, float>) {
           rows[k] = row;
         } else {
@@ -494,7 +499,8 @@ void read_out(const int64_t* keys, const Tokens& tokens, const std::vector<Reade
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> splat_aligned(
     const Tensor& points_, const Tensor& features_, const std::optional<Tensor>& num_points, const Tensor& frame_ids_,
     const Tensor& frame_centers_, const Tensor& intrinsics_, const Tensor& cam2world_, int64_t height, int64_t width,
-    double near, double sharpness, ScalarType dtype, const std::optional<Tensor>& bounds) {
+    double near, double sharpness, ScalarType dtype, const std::optional<Tensor>& bounds,
+    const std::optional<Tensor>& scales) {
   const Tensor points = checked(points_, ScalarType::Float, "points");
   const Tensor features = as_contiguous(features_);
   const Tensor frame_ids = checked(frame_ids_, ScalarType::Int, "frame_ids");
@@ -518,10 +524,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> splat_aligned(
 
   fill_keys(tokens, bounds, points.size(0), readers, grid, static_cast<float>(near), output<int64_t>(keys));
   const Outputs outputs{output<bool>(mask), output<float>(depth), output<int64_t>(index)};
-  for_feature_type(features.scalar_type(), [&](auto in) {
+  for_features(features, scales, [&](const auto& rows) {
     for_feature_type(dtype, [&](auto out) {
-      read_out(input<int64_t>(keys), tokens, readers, input<decltype(in)>(features), channels, grid,
-               static_cast<float>(sharpness), outputs, output<decltype(out)>(latents));
+      read_out(input<int64_t>(keys), tokens, readers, rows, grid, static_cast<float>(sharpness), outputs,
+               output<decltype(out)>(latents));
     });
   });
   return {latents, mask, depth, index, keys};
@@ -533,7 +539,7 @@ std::tuple<Tensor, Tensor> splat_aligned_backward(const Tensor& grad_latents_, c
                                                   const Tensor& features_, const Tensor& frame_ids_,
                                                   const Tensor& frame_centers_, const Tensor& intrinsics_,
                                                   const Tensor& cam2world_, const Tensor& keys_, double sharpness_,
-                                                  bool of_points) {
+                                                  bool of_points, const std::optional<Tensor>& scales) {
   const Tensor grad_latents = as_contiguous(grad_latents_), features = as_contiguous(features_);
   const Tensor points = checked(points_, ScalarType::Float, "points");
   const Tensor frame_ids = checked(frame_ids_, ScalarType::Int, "frame_ids");
@@ -564,8 +570,7 @@ std::tuple<Tensor, Tensor> splat_aligned_backward(const Tensor& grad_latents_, c
       }
     });
   });
-  for_feature_type(features.scalar_type(), [&](auto type) {
-    const auto* feature = input<decltype(type)>(features);
+  for_features(features, scales, [&](const auto& held) {
     torch::stable::parallel_for(0, views * cells, 64, [&](int64_t begin, int64_t end) {
       for (int64_t at = begin; at < end; ++at) {
         const Blend blend = make_blend(key + at * kFits, sharpness);
@@ -573,8 +578,9 @@ std::tuple<Tensor, Tensor> splat_aligned_backward(const Tensor& grad_latents_, c
         if (!of_points || blend.count == 0) continue;
         float dots[kFits] = {};
         for (int k = 0; k < blend.count; ++k) {
-          for (index_t c = 0; c < channels; ++c)
-            dots[k] += rows[at * channels + c] * static_cast<float>(feature[blend.token[k] * channels + c]);
+          const auto* row = held.row(blend.token[k]);
+          const uint8_t scale = held.scale(blend.token[k]);
+          for (index_t c = 0; c < channels; ++c) dots[k] += rows[at * channels + c] * feature_value(row[c], scale);
         }
         fit_slopes(blend, dots, sharpness, slopes.data() + at * kFits);
       }
@@ -591,22 +597,24 @@ std::tuple<Tensor, Tensor> splat_aligned_backward(const Tensor& grad_latents_, c
   for (index_t at = 0; at < places; ++at)
     if (shares[at] > 0.0f) sorted[next[key_index(key[at])]++] = at;
 
-  Tensor grad_features = new_tensor({count, channels}, features.scalar_type());
+  Tensor grad_features = new_tensor({scales.has_value() ? 0 : count, channels}, features.scalar_type());
   Tensor grad_points = new_tensor({of_points ? count : 0, 4}, ScalarType::Float);
-  for_feature_type(features.scalar_type(), [&](auto type) {
+  for_stored_type(features.scalar_type(), [&](auto type) {
     using T = decltype(type);
     T* out = output<T>(grad_features);
     float* out_points = output<float>(grad_points);
     torch::stable::parallel_for(0, count, 256, [&](int64_t begin, int64_t end) {
       std::vector<float> sum(channels);
       for (int64_t i = begin; i < end; ++i) {
-        std::fill(sum.begin(), sum.end(), 0.0f);
-        for (index_t n = first[i]; n < first[i + 1]; ++n) {
-          const float share = shares[sorted[n]];
-          const float* row = rows.data() + sorted[n] / kFits * channels;
-          for (index_t c = 0; c < channels; ++c) sum[c] += share * row[c];
+        if constexpr (!std::is_same_v<T, Float8>) {  // which have no gradient
+          std::fill(sum.begin(), sum.end(), 0.0f);
+          for (index_t n = first[i]; n < first[i + 1]; ++n) {
+            const float share = shares[sorted[n]];
+            const float* row = rows.data() + sorted[n] / kFits * channels;
+            for (index_t c = 0; c < channels; ++c) sum[c] += share * row[c];
+          }
+          for (index_t c = 0; c < channels; ++c) out[i * channels + c] = static_cast<T>(sum[c]);
         }
-        for (index_t c = 0; c < channels; ++c) out[i * channels + c] = static_cast<T>(sum[c]);
         if (!of_points) continue;
         const float* point = tokens.points + 4 * i;
         float writer[3], total[4] = {0.0f, 0.0f, 0.0f, 0.0f};

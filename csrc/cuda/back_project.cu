@@ -14,7 +14,8 @@ __global__ void __launch_bounds__(kLiftThreads)
   const index_t cells = source.height * source.width;
   if (token >= source.views * cells) return;
   const index_t t = token / cells, i = token % cells / source.width, j = token % source.width;
-  const float z = token_depth(source, t, i, j, lane);
+  int32_t least;
+  const float z = token_depth(source, t, i, j, lane, least);
   const bool still = token_static(source, t, i, j, lane);
   if (lane != 0) return;
   const LiftedToken p = lift_token(lifts[t], static_cast<int>(i), static_cast<int>(j), z);

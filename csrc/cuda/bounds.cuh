@@ -35,16 +35,16 @@ __device__ __forceinline__ void write_box(const float4* points, index_t count, i
   __syncthreads();
 }
 
-// The boxes of all blocks or, given `touched`, of those whose byte is not 0.
+// The boxes of all blocks or, given `touched`, of those whose word is not 0.
 static __global__ void __launch_bounds__(kBlockTokens)
     bounds_kernel(const float4* __restrict__ points, const int64_t* __restrict__ num_points, index_t capacity,
-                  const uint8_t* __restrict__ touched, float* __restrict__ bounds) {
+                  const unsigned* __restrict__ touched, float* __restrict__ bounds) {
   const index_t count = live_points(num_points, capacity);
   for (index_t b = blockIdx.x; b * kBlockTokens < capacity; b += gridDim.x)
     if (touched == nullptr || touched[b] != 0) write_box(points, count, b, bounds);
 }
 
-inline void update_bounds(const Tensor& points, const int64_t* num_points, const uint8_t* touched, const Tensor& bounds,
+inline void update_bounds(const Tensor& points, const int64_t* num_points, const unsigned* touched, const Tensor& bounds,
                           cudaStream_t stream) {
   const index_t capacity = points.size(0);
   if (capacity == 0) return;

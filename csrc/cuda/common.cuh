@@ -132,6 +132,22 @@ __device__ __forceinline__ int warp_max(int value) {
 #endif
 }
 
+// Sum over this thread and those before it in a block of kThreads, whose `totals` holds a value a warp. Between two calls
+// with the same `totals` there must be a barrier.
+template <int kThreads, typename T>
+__device__ __forceinline__ T sum_up_to(T own, T (&totals)[kThreads / 32]) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  T sum = own;
+  for (int offset = 1; offset < 32; offset *= 2) {
+    const T other = __shfl_up_sync(kFullWarp, sum, offset);
+    if (lane >= offset) sum += other;
+  }
+  if (lane == 31) totals[warp] = sum;
+  __syncthreads();
+  for (int w = 0; w < warp; ++w) sum += totals[w];
+  return sum;
+}
+
 // Live rows: the device-side count where there is one, never more than the buffer holds.
 __device__ __forceinline__ index_t live_points(const int64_t* num_points, index_t capacity) {
   if (num_points == nullptr) return capacity;

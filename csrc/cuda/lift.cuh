@@ -115,13 +115,16 @@ __device__ __forceinline__ int32_t select_rank(int rank, int32_t low, int32_t hi
   return low;
 }
 
-// Lower median of the valid depths of a cell, 0 where under half of them are valid. All lanes return it.
-__device__ __forceinline__ float median_depth(const DepthSource& source, index_t t, index_t i, index_t j, int lane) {
+// Lower median of the valid depths of a cell, 0 where under half of them are valid, and the bits of the least of them,
+// kInfinity where there is none. All lanes return both.
+__device__ __forceinline__ float median_depth(const DepthSource& source, index_t t, index_t i, index_t j, int lane,
+                                              int32_t& least) {
   const CellWalk walk(source, t, i, j, lane);
   const bool held = walk.columns <= 32 && (walk.rows + walk.rows_at_once - 1) / walk.rows_at_once <= kHeld;
   int32_t values[kHeld];
   int valid = 0;
-  int32_t least = kInfinity, greatest = 0;
+  int32_t greatest = 0;
+  least = kInfinity;
   const auto look = [&](int32_t value) {
     const bool ok = value < kInfinity;
     valid += ok;
@@ -191,9 +194,17 @@ __device__ __forceinline__ float bilinear_depth(const DepthSource& source, index
   return value > 0.0f && is_finite(value) ? value : 0.0f;
 }
 
-// Depth of token (t, i, j), 0 where unknown; a whole warp must call it.
-__device__ __forceinline__ float token_depth(const DepthSource& source, index_t t, index_t i, index_t j, int lane) {
-  return source.bilinear ? bilinear_depth(source, t, i, j) : median_depth(source, t, i, j, lane);
+// Bits of the least valid depth of a cell, kInfinity where there is none; a whole warp must call it.
+__device__ __forceinline__ int32_t least_depth(const DepthSource& source, index_t t, index_t i, index_t j, int lane) {
+  int32_t least = kInfinity;
+  CellWalk(source, t, i, j, lane).each([&](int32_t value) { least = min(least, value); });
+  return warp_min(least);
+}
+
+// Depth of token (t, i, j), 0 where unknown; a whole warp must call it. `least` is told where the median is taken.
+__device__ __forceinline__ float token_depth(const DepthSource& source, index_t t, index_t i, index_t j, int lane,
+                                             int32_t& least) {
+  return source.bilinear ? bilinear_depth(source, t, i, j) : median_depth(source, t, i, j, lane, least);
 }
 
 // True where all mask pixels of the token are set; a whole warp must call it.

@@ -2,6 +2,7 @@
 //
 // In: points (N, 4), features (N, C), cameras of T views. Out: latents (T, C, h, w), mask, depth, index (T, h, w).
 #include "../core/zkey.h"
+#include "features.cuh"
 #include "walk.cuh"
 
 namespace mirage::cuda {
@@ -33,12 +34,13 @@ __global__ void __launch_bounds__(kBlockTokens, 6)  // 40 registers a thread
 // apart there, so that neither direction meets a bank twice.
 template <typename In, typename Out, bool kAligned>
 __global__ void __launch_bounds__(kReadThreads)
-    read_out_kernel(const uint64_t* __restrict__ keys, const In* __restrict__ features, int channels, index_t cells,
-                    Out* __restrict__ latents, bool* __restrict__ mask, float* __restrict__ depth,
-                    int64_t* __restrict__ index) {
+    read_out_kernel(const uint64_t* __restrict__ keys, const In* __restrict__ features,
+                    const uint8_t* __restrict__ scales, int channels, index_t cells, Out* __restrict__ latents,
+                    bool* __restrict__ mask, float* __restrict__ depth, int64_t* __restrict__ index) {
   constexpr int kWords = kChannels * static_cast<int>(sizeof(In)) / 4;
   __shared__ uint32_t tile[kCells][kWords + 1];
   __shared__ int64_t winner[kCells];
+  __shared__ float factors[kCells];
   const index_t tiles = (cells + kCells - 1) / kCells;
   const index_t view = blockIdx.x / tiles, first = blockIdx.x % tiles * kCells;
   const int count = static_cast<int>(min(static_cast<index_t>(kCells), cells - first));
@@ -47,6 +49,7 @@ __global__ void __launch_bounds__(kReadThreads)
     const uint64_t key = keys[at];
     const bool seen = key != kEmptyKey;
     winner[threadIdx.x] = seen ? static_cast<int64_t>(key_index(key)) : -1;
+    factors[threadIdx.x] = seen ? row_factor<In>(scales, key_index(key)) : 1.0f;
     mask[at] = seen;
     depth[at] = seen ? key_depth(key) : 0.0f;
     index[at] = winner[threadIdx.x];
@@ -70,7 +73,7 @@ __global__ void __launch_bounds__(kReadThreads)
     } else {
       for (int k = threadIdx.x; k < count * number; k += kReadThreads) {
         const int cell = k / number, c = k % number;
-        In value = from_float<In>(0.0f);
+        In value{};
         if (winner[cell] >= 0) value = features[winner[cell] * channels + base + c];
         reinterpret_cast<In*>(tile[cell])[c] = value;
       }
@@ -84,7 +87,7 @@ __global__ void __launch_bounds__(kReadThreads)
         if constexpr (std::is_same_v<In, Out>) {
           latent = value;  // a NaN would not survive the way through float with its bits
         } else {
-          latent = from_float<Out>(to_float(value));
+          latent = from_float<Out>(feature_value(value, factors[cell]));
         }
       }
     }
@@ -122,10 +125,12 @@ __global__ void __launch_bounds__(kReadThreads)
 std::tuple<Tensor, Tensor, Tensor, Tensor> splat(const Tensor& points_, const Tensor& features_,
                                                  const std::optional<Tensor>& num_points, const Tensor& intrinsics_,
                                                  const Tensor& cam2world_, int64_t height, int64_t width, double near,
-                                                 ScalarType dtype, const std::optional<Tensor>& bounds) {
+                                                 ScalarType dtype, const std::optional<Tensor>& bounds,
+                                                 const std::optional<Tensor>& scales_) {
   const torch::stable::accelerator::DeviceGuard guard(points_.get_device_index());
   const Tensor points = checked_points(points_);
   const Tensor features = as_contiguous(features_);
+  const std::optional<Tensor> scales = checked_scales(features, scales_);
   const Tensor intrinsics = checked(intrinsics_, ScalarType::Double, "intrinsics");
   const Tensor cam2world = checked(cam2world_, ScalarType::Double, "cam2world");
   const cudaStream_t stream = current_stream(points);
@@ -153,15 +158,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> splat(const Tensor& points_, const Te
 
   const index_t blocks = views * divide_up(cells, kCells);
   STD_TORCH_CHECK(blocks < (index_t{1} << 31), "size and the number of views must stay below 2^31 blocks of 32 cells");
-  for_feature_type(features.scalar_type(), [&](auto in) {
+  for_stored_type(features.scalar_type(), [&](auto in) {
     using In = decltype(in);
     const bool aligned = channels * sizeof(In) % 16 == 0 && reinterpret_cast<uintptr_t>(features.data_ptr()) % 16 == 0;
     for_feature_type(dtype, [&](auto out) {
       using Out = decltype(out);
       const auto launch = [&](auto kernel) {
         kernel<<<static_cast<unsigned>(blocks), kReadThreads, 0, stream>>>(
-            input<uint64_t>(keys), input<In>(features), static_cast<int>(channels), cells, output<Out>(latents),
-            output<bool>(mask), output<float>(depth), output<int64_t>(index));
+            input<uint64_t>(keys), input<In>(features), scale_pointer(scales), static_cast<int>(channels), cells,
+            output<Out>(latents), output<bool>(mask), output<float>(depth), output<int64_t>(index));
       };
       if (aligned) {
         launch(read_out_kernel<In, Out, true>);

@@ -4,6 +4,7 @@
 // Out: latents (T, C, h, w), mask, depth, index (T, h, w), keys (T, h, w, kFits). Minima by integer atomics, best-of lists
 // by a chain of them: the same in whatever order the tokens come.
 #include "../core/fit.h"
+#include "features.cuh"
 #include "walk.cuh"
 
 namespace mirage::cuda {
@@ -145,11 +146,13 @@ __global__ void __launch_bounds__(kBlockTokens, kBlocks)
 template <typename In, typename Out>
 __global__ void __launch_bounds__(kReadThreads, kBlocks)
     read_out_kernel(const int64_t* __restrict__ keys, const float4* __restrict__ points,
-                    const Reader* __restrict__ readers, const In* __restrict__ features, int channels, index_t cells,
-                    float sharpness, Out* __restrict__ latents, bool* __restrict__ mask, float* __restrict__ depth,
+                    const Reader* __restrict__ readers, const In* __restrict__ features,
+                    const uint8_t* __restrict__ scales, int channels, index_t cells, float sharpness,
+                    Out* __restrict__ latents, bool* __restrict__ mask, float* __restrict__ depth,
                     int64_t* __restrict__ index) {
   __shared__ float tile[kCells][kChannels + 1];
   __shared__ Blend blends[kCells];
+  __shared__ float factors[kCells][kFits];
   const index_t tiles = (cells + kCells - 1) / kCells;
   const index_t view = blockIdx.x / tiles, first = blockIdx.x % tiles * kCells;
   const int count = static_cast<int>(min(static_cast<index_t>(kCells), cells - first));
@@ -161,6 +164,7 @@ __global__ void __launch_bounds__(kReadThreads, kBlocks)
     for (int k = 0; k < kFits; ++k) {
       shared.token[k] = blend.token[k];
       shared.share[k] = blend.share[k];
+      factors[threadIdx.x][k] = k < blend.count ? row_factor<In>(scales, blend.token[k]) : 1.0f;
     }
     const bool seen = blend.count > 0;
     mask[at] = seen;
@@ -180,7 +184,8 @@ __global__ void __launch_bounds__(kReadThreads, kBlocks)
       const Blend& blend = blends[cell];
       float value = 0.0f;
       for (int n = 0; n < blend.count; ++n) {
-        const float part = blend.share[n] * to_float(features[blend.token[n] * static_cast<index_t>(channels) + base + c]);
+        const In stored = features[blend.token[n] * static_cast<index_t>(channels) + base + c];
+        const float part = blend.share[n] * feature_value(stored, factors[cell][n]);
         value = n == 0 ? part : value + part;
       }
       tile[cell][c] = value;
@@ -197,8 +202,8 @@ __global__ void __launch_bounds__(kReadThreads, kBlocks)
 template <typename In, typename Grad>
 __global__ void __launch_bounds__(kReadThreads, kBlocks)
     share_kernel(const Grad* __restrict__ grad, const int64_t* __restrict__ keys, const In* __restrict__ features,
-                 int channels, index_t cells, float sharpness, bool of_points, float* __restrict__ rows,
-                 float* __restrict__ shares, float* __restrict__ slopes) {
+                 const uint8_t* __restrict__ scales, int channels, index_t cells, float sharpness, bool of_points,
+                 float* __restrict__ rows, float* __restrict__ shares, float* __restrict__ slopes) {
   __shared__ float tile[kCells][kChannels + 1];
   __shared__ float dots[kCells][kFits];
   const index_t tiles = (cells + kCells - 1) / kCells;
@@ -210,8 +215,10 @@ __global__ void __launch_bounds__(kReadThreads, kBlocks)
   if (of_points && cell < count && k < kFits) {
     float sum = 0.0f;
     if (k < make_blend(keys + at * kFits, sharpness).count) {
-      const In* row = features + key_index(keys[at * kFits + k]) * static_cast<index_t>(channels);
-      for (int c = 0; c < channels; ++c) sum += to_float(own[c * cells]) * to_float(row[c]);
+      const index_t token = key_index(keys[at * kFits + k]);
+      const In* row = features + token * channels;
+      const float factor = row_factor<In>(scales, token);
+      for (int c = 0; c < channels; ++c) sum += to_float(own[c * cells]) * feature_value(row[c], factor);
     }
     dots[cell][k] = sum;
   }
@@ -311,10 +318,12 @@ Tensor make_readers(const Tensor& intrinsics, const Tensor& cam2world, cudaStrea
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> splat_aligned(
     const Tensor& points_, const Tensor& features_, const std::optional<Tensor>& num_points, const Tensor& frame_ids_,
     const Tensor& frame_centers_, const Tensor& intrinsics_, const Tensor& cam2world_, int64_t height, int64_t width,
-    double near, double sharpness, ScalarType dtype, const std::optional<Tensor>& bounds) {
+    double near, double sharpness, ScalarType dtype, const std::optional<Tensor>& bounds,
+    const std::optional<Tensor>& scales_) {
   const torch::stable::accelerator::DeviceGuard guard(points_.get_device_index());
   const Tensor points = checked_points(points_);
   const Tensor features = as_contiguous(features_);
+  const std::optional<Tensor> scales = checked_scales(features, scales_);
   const Tensor frame_ids = checked(frame_ids_, ScalarType::Int, "frame_ids");
   const Tensor frame_centers = checked(frame_centers_, ScalarType::Float, "frame_centers");
   const Tensor intrinsics = checked(intrinsics_, ScalarType::Double, "intrinsics");
@@ -354,14 +363,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> splat_aligned(
 
   const index_t blocks = views * divide_up(cells, kCells);
   STD_TORCH_CHECK(blocks < (index_t{1} << 31), "size and the number of views must stay below 2^31 blocks of 32 cells");
-  for_feature_type(features.scalar_type(), [&](auto in) {
+  for_stored_type(features.scalar_type(), [&](auto in) {
     using In = decltype(in);
     for_feature_type(dtype, [&](auto out) {
       using Out = decltype(out);
       read_out_kernel<In, Out><<<static_cast<unsigned>(blocks), kReadThreads, 0, stream>>>(
           input<int64_t>(keys), input<float4>(points), input<Reader>(readers), input<In>(features),
-          static_cast<int>(channels), cells, static_cast<float>(sharpness), output<Out>(latents), output<bool>(mask),
-          output<float>(depth), output<int64_t>(index));
+          scale_pointer(scales), static_cast<int>(channels), cells, static_cast<float>(sharpness), output<Out>(latents),
+          output<bool>(mask), output<float>(depth), output<int64_t>(index));
     });
   });
   STD_CUDA_KERNEL_LAUNCH_CHECK();
@@ -372,9 +381,10 @@ std::tuple<Tensor, Tensor> splat_aligned_backward(const Tensor& grad_latents_, c
                                                   const Tensor& features_, const Tensor& frame_ids_,
                                                   const Tensor& frame_centers_, const Tensor& intrinsics_,
                                                   const Tensor& cam2world_, const Tensor& keys_, double sharpness,
-                                                  bool of_points) {
+                                                  bool of_points, const std::optional<Tensor>& scales_) {
   const torch::stable::accelerator::DeviceGuard guard(points_.get_device_index());
   const Tensor grad_latents = as_contiguous(grad_latents_), features = as_contiguous(features_);
+  const std::optional<Tensor> scales = checked_scales(features, scales_);
   const Tensor points = checked_points(points_);
   const Tensor frame_ids = checked(frame_ids_, ScalarType::Int, "frame_ids");
   const Tensor frame_centers = checked(frame_centers_, ScalarType::Float, "frame_centers");
@@ -386,7 +396,7 @@ std::tuple<Tensor, Tensor> splat_aligned_backward(const Tensor& grad_latents_, c
   const index_t height = grad_latents.size(2), width = grad_latents.size(3), cells = height * width;
   const index_t capacity = points.size(0);
 
-  Tensor grad_features = new_tensor(points, {capacity, channels}, features.scalar_type());
+  Tensor grad_features = new_tensor(points, {scales.has_value() ? 0 : capacity, channels}, features.scalar_type());
   Tensor grad_points = new_tensor(points, {of_points ? capacity : 0, 4}, ScalarType::Float);
   if (views * cells == 0 || capacity == 0) {
     fill_bytes(grad_features, 0, stream);
@@ -399,22 +409,26 @@ std::tuple<Tensor, Tensor> splat_aligned_backward(const Tensor& grad_latents_, c
   Tensor slopes = new_tensor(points, {views * cells, kFits}, ScalarType::Float);
   const index_t blocks = views * divide_up(cells, kCells);
   STD_TORCH_CHECK(blocks < (index_t{1} << 31), "size and the number of views must stay below 2^31 blocks of 32 cells");
-  for_feature_type(features.scalar_type(), [&](auto in) {
+  for_stored_type(features.scalar_type(), [&](auto in) {
     using In = decltype(in);
     for_feature_type(grad_latents.scalar_type(), [&](auto given) {
       using Grad = decltype(given);
       share_kernel<In, Grad><<<static_cast<unsigned>(blocks), kReadThreads, 0, stream>>>(
-          input<Grad>(grad_latents), input<int64_t>(keys), input<In>(features), static_cast<int>(channels), cells,
-          static_cast<float>(sharpness), of_points, output<float>(rows), output<float>(shares), output<float>(slopes));
+          input<Grad>(grad_latents), input<int64_t>(keys), input<In>(features), scale_pointer(scales),
+          static_cast<int>(channels), cells, static_cast<float>(sharpness), of_points, output<float>(rows),
+          output<float>(shares), output<float>(slopes));
     });
     STD_CUDA_KERNEL_LAUNCH_CHECK();
     // What the forward pass saw in front of `near` is in the keys; here nothing else is looked for.
     const Tokens tokens = make_tokens(points, nullptr, {}, frame_ids, frame_centers);
     const Views seen{input<Reader>(readers), static_cast<int>(views), static_cast<int>(height), static_cast<int>(width),
                      0.0f};
-    gather_kernel<In><<<grid_for(capacity * 32, kBlockTokens, 16), kBlockTokens, 0, stream>>>(
-        tokens, seen, input<int64_t>(keys), input<float>(rows), input<float>(shares), input<float>(slopes),
-        static_cast<int>(channels), output<In>(grad_features), of_points ? output<float>(grad_points) : nullptr);
+    // Float8 features have no gradient: none of their channels is summed.
+    using Sum = std::conditional_t<std::is_same_v<In, Float8>, float, In>;
+    const int summed = scales.has_value() ? 0 : static_cast<int>(channels);
+    gather_kernel<Sum><<<grid_for(capacity * 32, kBlockTokens, 16), kBlockTokens, 0, stream>>>(
+        tokens, seen, input<int64_t>(keys), input<float>(rows), input<float>(shares), input<float>(slopes), summed,
+        output<Sum>(grad_features), of_points ? output<float>(grad_points) : nullptr);
     STD_CUDA_KERNEL_LAUNCH_CHECK();
   });
   return {grad_features, grad_points};

@@ -107,6 +107,16 @@ def median_depth(
 
 
 @triton.jit
+def least_depth(image, start, rows, columns, stride, COLUMNS: tl.constexpr, PIXELS: tl.constexpr, CHUNKS: tl.constexpr):
+    """The least valid depth of each cell, infinite where there is none."""
+    least = tl.zeros_like(rows).to(tl.int32) + _INFINITY_BITS
+    for chunk in range(CHUNKS):
+        bits = load_depth_bits(image, start, chunk, rows, columns, stride, COLUMNS, PIXELS)
+        least = tl.minimum(least, tl.min(bits, axis=1))
+    return least.to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def bilinear_taps(cell, cells, pixels):
     """The two pixels around a cell's centre and their weights: positions in float64, weights rounded once."""
     ratio = tl.cast(pixels, tl.float64) / tl.cast(cells, tl.float64)
@@ -148,6 +158,8 @@ def tokens_kernel(
     lifts,
     points,
     state,
+    depths,
+    nearest,
     min_depth,
     max_depth,
     token_blocks,
@@ -167,24 +179,34 @@ def tokens_kernel(
     MASK_PIXELS: tl.constexpr,
     MASK_CHUNKS: tl.constexpr,
 ):
-    """Points of some tokens of one view, 0 where not kept, and their classes (to a bool tensor: whether kept)."""
+    """Points of some tokens of one view, 0 where not kept, and their classes (to a bool tensor: whether kept).
+
+    For those who want them: their depths, 0 where unknown, and the least depths of their cells.
+    """
     view = (tl.program_id(0) // token_blocks).to(tl.int64)
     token = (tl.program_id(0) % token_blocks) * TOKENS + tl.arange(0, TOKENS)
     inside = token < height * width
     row, column = token // width, token % width
+    target = view * height * width + token
 
     image = depth + view * depth_height * depth_width
+    start, rows, columns = cell_pixels(row, column, inside, height, width, depth_height, depth_width, WIDE)
     if BILINEAR:
         z = bilinear_depth(image, row, column, inside, height, width, depth_height, depth_width)
     else:
-        start, rows, columns = cell_pixels(row, column, inside, height, width, depth_height, depth_width, WIDE)
         z = median_depth(image, start, rows, columns, depth_width, COLUMNS, PIXELS, CHUNKS)
+    if nearest is not None:
+        least = least_depth(image, start, rows, columns, depth_width, COLUMNS, PIXELS, CHUNKS)
+        tl.store(nearest + target, least, inside)
     x, y, world_z, footprint = lift_token(lifts + view * _LIFT, row, column, z)
 
     finite = is_finite(x) & is_finite(y) & is_finite(world_z) & is_finite(footprint)
     becomes = tl.where(finite, _KEPT, _NON_FINITE)
     becomes = tl.where((z >= min_depth) & (z <= max_depth), becomes, _OUT_OF_RANGE)
-    becomes = tl.where((z > 0.0) & is_finite(z), becomes, _UNKNOWN_DEPTH)
+    known = (z > 0.0) & is_finite(z)
+    becomes = tl.where(known, becomes, _UNKNOWN_DEPTH)
+    if depths is not None:
+        tl.store(depths + target, tl.where(known, z, 0.0), inside)
     if mask is not None:
         start, rows, columns = cell_pixels(row, column, inside, height, width, mask_height, mask_width, WIDE)
         picture = mask + view * mask_height * mask_width
@@ -194,7 +216,6 @@ def tokens_kernel(
     kept = becomes == _KEPT
     x, y = tl.where(kept, x, 0.0), tl.where(kept, y, 0.0)
     world_z, footprint = tl.where(kept, world_z, 0.0), tl.where(kept, footprint, 0.0)
-    target = view * height * width + token
     store_points(points, target, x, y, world_z, footprint, inside, TOKENS)
     if state.dtype.element_ty == tl.int1:
         tl.store(state + target, kept, inside)
@@ -221,14 +242,21 @@ def lift_tokens(
     min_depth: float,
     max_depth: float,
     state: Tensor,
+    depths: Tensor | None = None,
+    nearest: Tensor | None = None,
 ) -> Tensor:
-    """Points (T, h, w, 4), 0 where not kept; fills ``state`` (T, h, w): uint8 classes, or bool, True where kept."""
+    """Points (T, h, w, 4), 0 where not kept; fills ``state`` (T, h, w): uint8 classes, or bool, True where kept.
+
+    ``depths`` (T, h, w), if given, with token depths, 0 where unknown; ``nearest`` (T, h, w) with the least valid depth
+    in each cell, infinite where there is none.
+    """
     views, depth_height, depth_width = depth.shape
     points = depth.new_empty((views, height, width, 4))
     if views == 0:
         return points
     mask_height, mask_width = (height, width) if mask is None else mask.shape[1:]
-    columns, _, pixels, chunks = (1, 1, 1, 1) if bilinear else _tiling(height, width, depth_height, depth_width)
+    counts_pixels = not bilinear or nearest is not None
+    columns, _, pixels, chunks = _tiling(height, width, depth_height, depth_width) if counts_pixels else (1, 1, 1, 1)
     mask_columns, _, mask_pixels, mask_chunks = _tiling(height, width, mask_height, mask_width)
     tokens = min(_MOST_TOKENS, max(1, _TILE // max(pixels, mask_pixels)))
     token_blocks = cdiv(height * width, tokens)
@@ -262,6 +290,8 @@ def lift_tokens(
             lifts,
             points,
             state,
+            depths,
+            nearest,
             float32(min_depth),
             float32(max_depth),
             token_blocks,

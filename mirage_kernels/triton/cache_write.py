@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -10,7 +12,7 @@ from torch import Tensor
 from ..reference import BLOCK
 from .back_project import CLASSES, KEPT, MASKED, NON_FINITE, OUT_OF_RANGE, UNKNOWN_DEPTH, lift_tokens
 from .block_bounds import store_box
-from .camera import convert, is_finite, widen
+from .features import is_storable, magnitude_bits, raw, store_features, token_scale
 from .launch import EXACT, cdiv, device_of, implements, power_of_2
 
 _CLASSES = tl.constexpr(CLASSES)
@@ -21,7 +23,7 @@ _OUT_OF_RANGE = tl.constexpr(OUT_OF_RANGE)
 _NON_FINITE = tl.constexpr(NON_FINITE)
 
 # Latents are read along 64 tokens (128 or 256 contiguous bytes a channel) and stored along a token's channels.
-_TOKENS = 64
+TOKENS = 64
 _CHANNELS = 64
 # One program scans all blocks: a chunk of 9 frames of 44x80 has 495 of them, one step.
 _SCAN = 1024
@@ -52,9 +54,8 @@ def judge_kernel(
         # Of all tokens, dropped ones too: a mask that knows no data lets a thread load 16 bytes at once.
         read = (channel < channels)[:, None] & inside[None, :]
         source = latents + view * channels * cells + channel.to(tl.int64)[:, None] * cells + token[None, :]
-        # As it will be stored: a float32 latent can be too large for float16.
-        value = widen(convert(tl.load(source, read, other=0.0), features.dtype.element_ty))
-        bad |= tl.where(is_finite(value), 0, 1)
+        value = tl.load(source, read, other=0.0)
+        bad |= tl.where(is_storable(value, features.dtype.element_ty), 0, 1)
     becomes = tl.where((becomes == _KEPT) & (tl.max(bad, axis=0) > 0), _NON_FINITE, becomes)
     tl.store(state + view * cells + token, becomes.to(tl.uint8), inside)
     for one in tl.static_range(_CLASSES):
@@ -90,6 +91,13 @@ def scan_kernel(counts, offsets, count, report, blocks, capacity, SCAN: tl.const
     tl.store(report + 5, non_finite)
 
 
+@triton.jit
+def load_latents(latents, view, token, channel, channels, cells, mask):
+    """(TOKENS, CHANNELS) of the latents (T, C, h w) of one view."""
+    source = latents + view * channels * cells + channel.to(tl.int64)[None, :] * cells + token[:, None]
+    return tl.load(source, mask, other=0.0)
+
+
 @triton.jit(do_not_specialize=["first_frame", "capacity", "token_blocks"])
 def append_kernel(
     lifted,
@@ -98,6 +106,7 @@ def append_kernel(
     offsets,
     points,
     features,
+    scales,
     frame_ids,
     first_frame,
     capacity,
@@ -119,13 +128,58 @@ def append_kernel(
     point = tl.load(lifted + (view * cells + token)[:, None] * 4 + part, inside[:, None], other=0.0)
     tl.store(points + row[:, None] * 4 + part, point, fits[:, None])
     tl.store(frame_ids + row, tl.zeros((TOKENS,), tl.int32) + (first_frame + view).to(tl.int32), fits)
+    scale = tl.zeros((TOKENS,), tl.int32)
+    if scales is not None:
+        for first in range(0, channels, CHANNELS):
+            channel = first + tl.arange(0, CHANNELS)
+            real = inside[:, None] & (channel < channels)[None, :]
+            value = load_latents(latents, view, token, channel, channels, cells, real)
+            scale = tl.maximum(scale, tl.max(magnitude_bits(value), axis=1))
+        scale = token_scale(scale)
+        tl.store(scales + row, scale.to(tl.uint8), fits)
     for first in range(0, channels, CHANNELS):
         channel = first + tl.arange(0, CHANNELS)
         real = (channel < channels)[None, :]
-        source = latents + view * channels * cells + channel.to(tl.int64)[None, :] * cells + token[:, None]
-        value = tl.load(source, inside[:, None] & real, other=0.0)
-        target = features + row[:, None] * channels + channel[None, :]
-        tl.store(target, convert(value, features.dtype.element_ty), fits[:, None] & real)
+        value = load_latents(latents, view, token, channel, channels, cells, inside[:, None] & real)
+        store_features(features, row, channel, channels, value, scale, fits[:, None] & real)
+
+
+def judge_tokens(
+    features: Tensor,
+    latents: Tensor,
+    depth: Tensor,
+    intrinsics: Tensor,
+    cam2world: Tensor,
+    mask: Tensor | None,
+    bilinear: bool,
+    min_depth: float,
+    max_depth: float,
+    depths: Tensor | None = None,
+    nearest: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Points (T, h, w, 4) as :func:`lift_tokens` gives them, classes (T, h, w), and their counts, by blocks.
+
+    ``latents`` are contiguous, ``features`` give the dtype that they will be stored in.
+    """
+    views, channels, height, width = latents.shape
+    cells, token_blocks = height * width, cdiv(height * width, TOKENS)
+    blocks = views * token_blocks
+    state = torch.empty((views, height, width), dtype=torch.uint8, device=depth.device)
+    camera = intrinsics, cam2world, mask, height, width, bilinear, min_depth, max_depth
+    lifted = lift_tokens(depth, *camera, state, depths, nearest)
+    counts = torch.empty((CLASSES, blocks), dtype=torch.int32, device=depth.device)
+    if blocks > 0:
+        with device_of(depth):
+            judge_kernel[(blocks,)](
+                latents, raw(features), state, counts, channels, cells, token_blocks, blocks, **token_tile(channels)
+            )
+    return lifted, state, counts
+
+
+def token_tile(channels: int) -> dict[str, Any]:
+    """What kernels over tokens and their channels are compiled with."""
+    # No smaller than the 128 threads: where several hold one element, one may read what another has already updated.
+    return {"TOKENS": TOKENS, "CHANNELS": min(_CHANNELS, power_of_2(max(channels, 2))), "num_warps": 4, **EXACT}
 
 
 @triton.jit
@@ -154,21 +208,16 @@ def cache_write(
     min_depth: float,
     max_depth: float,
     bounds: Tensor | None = None,
+    scales: Tensor | None = None,
 ) -> Tensor:
-    views, channels, height, width = latents.shape
-    cells, capacity = height * width, points.shape[0]
+    channels, cells, capacity = latents.shape[1], latents.shape[2] * latents.shape[3], points.shape[0]
     latents = latents.contiguous()
-    state = torch.empty((views, height, width), dtype=torch.uint8, device=points.device)
-    lifted = lift_tokens(depth, intrinsics, cam2world, mask, height, width, bilinear, min_depth, max_depth, state)
-    token_blocks = cdiv(cells, _TOKENS)
-    blocks = views * token_blocks
-    counts = torch.empty((CLASSES, blocks), dtype=torch.int32, device=points.device)
+    judged = latents, depth, intrinsics, cam2world, mask, bilinear, min_depth, max_depth
+    lifted, state, counts = judge_tokens(features, *judged)
+    blocks = counts.shape[1]
     offsets = torch.empty(blocks, dtype=torch.int64, device=points.device)
     report = torch.empty(6, dtype=torch.int64, device=points.device)
-    tile = {"TOKENS": _TOKENS, "CHANNELS": min(_CHANNELS, power_of_2(max(channels, 1))), "num_warps": 4, **EXACT}
     with device_of(points):
-        if blocks > 0:
-            judge_kernel[(blocks,)](latents, features, state, counts, channels, cells, token_blocks, blocks, **tile)
         scan_kernel[(1,)](counts, offsets, count, report, blocks, capacity, SCAN=_SCAN, num_warps=4, **EXACT)
         if blocks > 0:
             append_kernel[(blocks,)](
@@ -177,17 +226,18 @@ def cache_write(
                 state,
                 offsets,
                 points,
-                features,
+                raw(features),
+                scales,
                 frame_ids,
                 first_frame,
                 capacity,
                 channels,
                 cells,
-                token_blocks,
-                **tile,
+                cdiv(cells, TOKENS),
+                **token_tile(channels),
             )
         if blocks > 0 and bounds is not None:
-            appended_bounds_kernel[(cdiv(views * cells, BLOCK) + 1,)](
+            appended_bounds_kernel[(cdiv(latents.shape[0] * cells, BLOCK) + 1,)](
                 points, count, report, bounds, POINTS=BLOCK, num_warps=2, **EXACT
             )
     return report

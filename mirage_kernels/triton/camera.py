@@ -239,15 +239,19 @@ def convert(value, dtype: tl.constexpr):
 
 
 @triton.jit
+def floor_int(value):
+    """floor of float32 within int32. Not tl.floor: on a GPU it flushes denormals, and -1e-40 lies below 0."""
+    truncated = value.to(tl.int32)
+    return tl.where(truncated.to(tl.float32) > value, truncated - 1, truncated)
+
+
+@triton.jit
 def voxel_coordinate(coordinate, voxel_size):
     scaled = tl.math.div_rn(coordinate, voxel_size)
     # Written so that NaN falls to the lower border instead of into an undefined conversion.
     low = tl.where(scaled >= -_VOXEL_LIMIT, scaled, -_VOXEL_LIMIT)
     clamped = tl.where(low <= _VOXEL_LIMIT - 1, low, _VOXEL_LIMIT - 1)
-    # Not tl.floor: on a GPU it flushes denormals, and -1e-40 lies in the voxel below 0.
-    truncated = clamped.to(tl.int32)
-    floored = tl.where(truncated.to(tl.float32) > clamped, truncated - 1, truncated)
-    return (floored + _VOXEL_LIMIT).to(tl.int64)
+    return (floor_int(clamped) + _VOXEL_LIMIT).to(tl.int64)
 
 
 @triton.jit

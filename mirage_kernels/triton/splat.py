@@ -10,6 +10,7 @@ from torch import Tensor
 from ..reference import BLOCK
 from .camera import PROJECTION_SIZE, convert, in_view, load_points, make_projection, project, widen
 from .cull import cull, may_hold, own_tokens
+from .features import load_features, raw
 from .launch import EXACT, cdiv, device_of, float32, implements, power_of_2
 
 # The key of a cell is (float bits of z) << 32 | index. For z > 0 float bits order as z does, so the least key is the
@@ -92,6 +93,7 @@ def nearest_kernel(
 def resolve_kernel(
     keys,
     features,
+    scales,
     latents,
     mask,
     depth,
@@ -118,11 +120,7 @@ def resolve_kernel(
         tl.store(mask + view * cells + cell, seen, inside)
     channel = (program % channel_blocks) * CHANNELS + tl.arange(0, CHANNELS)
     # Read along a token's channels, stored along a channel's cells: the tile turns in shared memory between the two.
-    row = tl.load(
-        features + winner[:, None] * channels + channel[None, :],
-        seen[:, None] & (channel < channels)[None, :],
-        other=0.0,
-    )
+    row = load_features(features, scales, winner, channel, channels, seen)
     target = latents + view * channels * cells + channel.to(tl.int64)[None, :] * cells + cell[:, None]
     tl.store(target, convert(row, latents.dtype.element_ty), inside[:, None] & (channel < channels)[None, :])
 
@@ -166,6 +164,7 @@ def splat(
     near: float,
     dtype: torch.dtype,
     bounds: Tensor | None = None,
+    scales: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     views, cells, channels = cam2world.shape[0], height * width, features.shape[1]
     latents = features.new_empty((views, channels, height, width), dtype=dtype)
@@ -211,7 +210,8 @@ def splat(
             )
         resolve_kernel[(views * cell_blocks * channel_blocks,)](
             keys,
-            features.contiguous(),
+            raw(features.contiguous()),
+            None if scales is None else scales.contiguous(),
             latents,
             mask,
             depth,

@@ -11,8 +11,9 @@ import triton.language as tl
 from torch import Tensor
 
 from ..reference import FITS, GATE, LARGEST_RATIO, RAY_WEIGHT, REACH, WIDEST
-from .camera import PROJECTION_SIZE, convert, load_rows, make_projection, project, widen
+from .camera import PROJECTION_SIZE, convert, floor_int, load_rows, make_projection, project, widen
 from .cull import cull, may_hold, own_tokens
+from .features import load_features, raw
 from .launch import EXACT, cdiv, device_of, float32, implements, power_of_2
 
 # A fit's key is made like a depth's in `splat`: float bits of the score above, index below. Scores are small, so every
@@ -123,9 +124,7 @@ def around_view(u, v, z, height, width, near):
 @triton.jit
 def floor_cell(value, mask):
     # Only what is around the view is converted: a float outside the range of int32 has no defined conversion.
-    value = tl.where(mask, value, 0.0)
-    truncated = value.to(tl.int32)
-    return tl.where(truncated.to(tl.float32) > value, truncated - 1, truncated)
+    return floor_int(tl.where(mask, value, 0.0))
 
 
 @triton.jit
@@ -337,15 +336,14 @@ def load_blend(keys, cell, sharpness, mask):
 
 
 @triton.jit
-def load_features(features, token, share, channel, channels):
+def load_values(features, scales, token, share, channel, channels):
     """(CELLS, CHANNELS) float32, 0 where there is no share."""
-    mask = (share > 0.0)[:, None] & (channel < channels)[None, :]
-    return widen(tl.load(features + token[:, None] * channels + channel[None, :], mask, other=0.0))
+    return widen(load_features(features, scales, token, channel, channels, share > 0.0))
 
 
 @triton.jit
-def add_rows(sum, features, token, share, channel, channels):
-    rows = load_features(features, token, share, channel, channels)
+def add_rows(sum, features, scales, token, share, channel, channels):
+    rows = load_values(features, scales, token, share, channel, channels)
     return tl.where((share > 0.0)[:, None], sum + share[:, None] * rows, sum)
 
 
@@ -355,6 +353,7 @@ def read_out_kernel(
     points,
     projections,
     features,
+    scales,
     latents,
     mask,
     depth,
@@ -384,11 +383,11 @@ def read_out_kernel(
         tl.store(depth + at, tl.where(seen, own_depth, 0.0), inside)
         tl.store(mask + at, seen, inside)
     channel = (program % channel_blocks) * CHANNELS + tl.arange(0, CHANNELS)
-    rows = load_features(features, tokens[0], shares[0], channel, channels)
+    rows = load_values(features, scales, tokens[0], shares[0], channel, channels)
     sum = tl.where(seen[:, None], shares[0][:, None] * rows, 0.0)
-    sum = add_rows(sum, features, tokens[1], shares[1], channel, channels)
-    sum = add_rows(sum, features, tokens[2], shares[2], channel, channels)
-    sum = add_rows(sum, features, tokens[3], shares[3], channel, channels)
+    sum = add_rows(sum, features, scales, tokens[1], shares[1], channel, channels)
+    sum = add_rows(sum, features, scales, tokens[2], shares[2], channel, channels)
+    sum = add_rows(sum, features, scales, tokens[3], shares[3], channel, channels)
     target = latents + view * channels * cells + channel.to(tl.int64)[None, :] * cells + cell[:, None]
     tl.store(target, convert(sum, latents.dtype.element_ty), inside[:, None] & (channel < channels)[None, :])
 
@@ -406,6 +405,7 @@ def share_kernel(
     grad_rows,
     keys,
     features,
+    scales,
     shares_out,
     slopes_out,
     sharpness,
@@ -428,10 +428,10 @@ def share_kernel(
             channel = first + tl.arange(0, CHANNELS)
             real = inside[:, None] & (channel < channels)[None, :]
             grad = tl.load(grad_rows + cell[:, None] * channels + channel[None, :], real, other=0.0)
-            dot0 += tl.sum(grad * load_features(features, tokens[0], shares[0], channel, channels), axis=1)
-            dot1 += tl.sum(grad * load_features(features, tokens[1], shares[1], channel, channels), axis=1)
-            dot2 += tl.sum(grad * load_features(features, tokens[2], shares[2], channel, channels), axis=1)
-            dot3 += tl.sum(grad * load_features(features, tokens[3], shares[3], channel, channels), axis=1)
+            dot0 += tl.sum(grad * load_values(features, scales, tokens[0], shares[0], channel, channels), axis=1)
+            dot1 += tl.sum(grad * load_values(features, scales, tokens[1], shares[1], channel, channels), axis=1)
+            dot2 += tl.sum(grad * load_values(features, scales, tokens[2], shares[2], channel, channels), axis=1)
+            dot3 += tl.sum(grad * load_values(features, scales, tokens[3], shares[3], channel, channels), axis=1)
         mean = ((shares[0] * dot0 + shares[1] * dot1) + shares[2] * dot2) + shares[3] * dot3
         slope1 = fit_slope(scores[1], scores[0], shares[1], dot1, mean, shares[0], sharpness)
         slope2 = fit_slope(scores[2], scores[0], shares[2], dot2, mean, shares[0], sharpness)
@@ -562,7 +562,7 @@ def gather_kernel(
             tl.store(grad_points + index * 4 + 3, grad_footprint, live)
 
 
-def _prepare(
+def prepare(
     intrinsics: Tensor, cam2world: Tensor, narrow: Tensor | None, wide: Tensor | None, keys: Tensor, like: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Projections (T, 12), and focal lengths and centres (T, 4); empties the buffers, if given."""
@@ -602,6 +602,7 @@ def splat_aligned(
     sharpness: float,
     dtype: torch.dtype,
     bounds: Tensor | None = None,
+    scales: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     views, cells, channels = cam2world.shape[0], height * width, features.shape[1]
     latents = features.new_empty((views, channels, height, width), dtype=dtype)
@@ -617,7 +618,7 @@ def splat_aligned(
     cell_blocks, channel_block = cdiv(cells, _READ_CELLS), min(_CHANNELS, power_of_2(max(channels, 1)))
     channel_blocks = max(1, cdiv(channels, channel_block))
     with device_of(points):
-        projections, readers = _prepare(intrinsics, cam2world, narrow, wide, keys, points)
+        projections, readers = prepare(intrinsics, cam2world, narrow, wide, keys, points)
         if total > 0:
             seen = cull(bounds, points, num_points, projections, height, width, float32(near), _MARGIN.value)
             tokens = points, num_points, *seen, frame_ids, frame_centers, frames, projections, readers, narrow, wide
@@ -631,7 +632,8 @@ def splat_aligned(
             keys,
             points,
             projections,
-            features.contiguous(),
+            raw(features.contiguous()),
+            None if scales is None else scales.contiguous(),
             latents,
             mask,
             depth,
@@ -661,10 +663,13 @@ def splat_aligned_backward(
     keys: Tensor,
     sharpness: float,
     of_points: bool,
+    scales: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     views, channels, height, width = grad_latents.shape
     cells, total = height * width, points.shape[0]
-    grad_features = features.new_empty((total, channels))
+    # Features with scales have no gradient: none of their channels is summed.
+    summed = channels if scales is None else 0
+    grad_features = features.new_empty((total if scales is None else 0, channels))
     grad_points = points.new_empty((total if of_points else 0, 4))
     if total == 0 or views == 0:
         return grad_features.zero_(), grad_points.zero_()
@@ -672,13 +677,14 @@ def splat_aligned_backward(
     shares, slopes = (points.new_empty((views, cells, FITS)) for _ in range(2))
     features, keys, points = features.contiguous(), keys.contiguous(), points.contiguous()
     channel_block = min(_CHANNELS, power_of_2(max(channels, 1)))
-    channel_blocks = max(1, cdiv(channels, channel_block))
+    channel_blocks = max(1, cdiv(summed, channel_block))
     with device_of(points):
-        projections, readers = _prepare(intrinsics, cam2world, None, None, keys, points)
+        projections, readers = prepare(intrinsics, cam2world, None, None, keys, points)
         share_kernel[(cdiv(views * cells, _READ_CELLS),)](
             rows,
             keys,
-            features,
+            raw(features),
+            None if scales is None else scales.contiguous(),
             shares,
             slopes,
             float32(sharpness),
@@ -701,11 +707,11 @@ def splat_aligned_backward(
             rows,
             shares,
             slopes,
-            grad_features,
+            grad_features if scales is None else rows,
             grad_points if of_points else None,
             total,
             views,
-            channels,
+            summed,
             cells,
             height,
             width,

@@ -25,9 +25,18 @@ TORCH = Path(torch.__file__).parent
 NAMESPACE = "mirage_emulated"
 # The operators as they are, on sm_80, and a variant: as on GPUs before it, with constants so small that loops which
 # only a huge input enters twice go round often. Suffix of the namespace: (architecture, files, replacements).
+OPERATORS = ("back_project", "block_bounds", "bounded_write", "cache_trim", "cache_write", "splat", "splat_aligned")
 VARIANTS = {
-    "": (800, ("back_project", "block_bounds", "cache_write", "splat", "splat_aligned", "view_overlap", "faults"), ()),
-    "_small": (750, ("back_project", "cache_write"), (("kScanThreads = 1024", "kScanThreads = 64"),)),
+    "": (800, (*OPERATORS, "view_overlap", "faults"), ()),
+    "_small": (
+        750,
+        ("back_project", "cache_trim", "cache_write"),
+        (
+            ("kScanThreads = 1024", "kScanThreads = 64"),
+            ("kThreads = 1024", "kThreads = 256"),
+            ("kCopyBytes = 32 << 20", "kCopyBytes = 20000"),
+        ),
+    ),
 }
 
 FLAGS = ["-std=c++20", "-O1", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-strict-aliasing", "-w"]

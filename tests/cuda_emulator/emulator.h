@@ -180,6 +180,12 @@ inline int atomicAdd(int* at, int value) {
 inline unsigned long long atomicAdd(unsigned long long* at, unsigned long long value) {
   return emulator::atomic(at, [=](unsigned long long old) { return old + value; });
 }
+inline unsigned atomicAdd(unsigned* at, unsigned value) {
+  return emulator::atomic(at, [=](unsigned old) { return old + value; });
+}
+inline unsigned long long atomicCAS(unsigned long long* at, unsigned long long compare, unsigned long long value) {
+  return emulator::atomic(at, [=](unsigned long long old) { return old == compare ? value : old; });
+}
 inline unsigned long long atomicMin(unsigned long long* at, unsigned long long value) {
   return emulator::atomic(at, [=](unsigned long long old) { return value < old ? value : old; });
 }

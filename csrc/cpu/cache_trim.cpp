@@ -1,0 +1,74 @@
+// cache_trim on the CPU: marks what is too many, then moves the runs of survivors together, in order.
+//
+// In place: points, features, frame_ids, votes, looks, count, bounds, scales. Out: how many tokens were evicted.
+#include "../core/bound.h"
+
+#include <cstring>
+
+#include "common.h"
+
+namespace mirage::cpu {
+namespace {
+
+// Clears the flags of the `excess` oldest survivors: least frame id, then lowest row.
+void evict(const int32_t* frame_ids, index_t excess, std::vector<uint8_t>& stays) {
+  std::vector<int32_t> frames;
+  for (size_t row = 0; row < stays.size(); ++row)
+    if (stays[row]) frames.push_back(frame_ids[row]);
+  std::nth_element(frames.begin(), frames.begin() + (excess - 1), frames.end());
+  const int32_t last = frames[excess - 1];
+  index_t of_last = excess;  // how many of that frame must go
+  for (const int32_t frame : frames) of_last -= frame < last;
+  for (size_t row = 0; row < stays.size(); ++row) {
+    if (!stays[row] || frame_ids[row] > last) continue;
+    if (frame_ids[row] == last && of_last-- <= 0) continue;
+    stays[row] = 0;
+  }
+}
+
+void close_gaps(Tensor& buffer, const std::vector<uint8_t>& stays) {
+  if (buffer.size(0) == 0) return;
+  char* data = output<char>(buffer);
+  const size_t bytes = static_cast<size_t>(buffer.numel() / buffer.size(0)) * buffer.element_size();
+  size_t to = 0;
+  for (size_t row = 0; row < stays.size();) {
+    size_t end = row;
+    while (end < stays.size() && stays[end]) ++end;
+    if (end > row && to != row) std::memmove(data + to * bytes, data + row * bytes, (end - row) * bytes);
+    to += end - row;
+    row = end + 1;
+  }
+}
+
+}  // namespace
+
+Tensor cache_trim(Tensor points, Tensor features, Tensor frame_ids, std::optional<Tensor> votes,
+                  std::optional<Tensor> looks, Tensor count, int64_t max_tokens,
+                  std::optional<Tensor> bounds, std::optional<Tensor> scales) {
+  if (bounds.has_value()) check_bounds(*bounds, points.size(0));
+  const index_t live = *input<int64_t>(count);
+  STD_TORCH_CHECK(live >= 0 && live <= points.size(0), "count must be in [0, ", points.size(0), "], got ", live);
+  std::vector<uint8_t> stays(live, 1);
+  if (votes.has_value())
+    for (index_t row = 0; row < live; ++row) stays[row] = input<uint8_t>(*votes)[row] != kDead;
+  const index_t alive = std::count(stays.begin(), stays.end(), 1);
+  const index_t excess = std::max<index_t>(alive - max_tokens, 0);
+  if (excess > 0) evict(input<int32_t>(frame_ids), excess, stays);
+  if (alive - excess < live) {
+    for (Tensor* buffer : {&points, &features, &frame_ids}) close_gaps(*buffer, stays);
+    for (std::optional<Tensor>* buffer : {&votes, &looks, &scales})
+      if (buffer->has_value()) close_gaps(**buffer, stays);
+    *output<int64_t>(count) = alive - excess;
+    const index_t gap = std::find(stays.begin(), stays.end(), 0) - stays.begin();
+    if (bounds.has_value())
+      update_bounds(input<float>(points), alive - excess, gap / kBlockTokens, divide_up(live, kBlockTokens), nullptr,
+                    output<float>(*bounds));
+  }
+  Tensor evicted = new_tensor({}, ScalarType::Long);
+  *output<int64_t>(evicted) = excess;
+  return evicted;
+}
+
+}  // namespace mirage::cpu
+
+STABLE_TORCH_LIBRARY_IMPL(mirage, CPU, m) { m.impl("cache_trim_compiled", TORCH_BOX(&mirage::cpu::cache_trim)); }

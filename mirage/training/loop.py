@@ -1,0 +1,363 @@
+"""The loop of `mirage train`: on accelerate, with checkpoints that are whole or not there, and exact resume.
+
+    metrics.jsonl          one line per step: loss and its parts, learning rate, gradient norm, seconds
+    config.json            what the run was started with
+    checkpoints/00000500/  what was trained, optimiser, schedule, random states
+    vae/ transformer/ memory_adapter/ latent_depth/ lora.safetensors    what the stage has trained, when it has ended
+    tensorboard/
+
+A run that is killed at any moment and started again goes on from its newest checkpoint, and every step after it is what
+it would have been: which clips a step sees, and every draw of chance in it, are functions of the seed and the step.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from ..extras import import_extra
+from .config import TrainConfig
+from .data import Clips, Drawn, Numbers, list_broken, mix, write_bytes
+from .models import Models, add_lora, load_models, save_models, trained
+from .objective import ChunkMaker, DiffusionObjective, VaeObjective, VideoMaker, measure_latents
+
+METRICS, CONFIG, CHECKPOINTS, TENSORBOARD = "metrics.jsonl", "config.json", "checkpoints", "tensorboard"
+TRAINED = "trained.safetensors"
+
+# What may change when a run goes on.
+_FREE = ("out", "steps", "save_every", "keep", "resume", "tensorboard")
+
+
+@dataclass
+class Progress:
+    """How far a run is: accelerate saves and loads it with the rest."""
+
+    step: int = 0
+    broken: dict[str, str] = field(default_factory=dict)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"step": self.step, "broken": dict(self.broken)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.step, self.broken = state["step"], state["broken"]
+
+
+def train(config: TrainConfig, progress: bool = True) -> dict[str, Any]:
+    """Train one stage.
+
+    Args:
+        config: see :class:`~mirage.training.config.TrainConfig`.
+        progress: show a progress bar.
+
+    Returns:
+        steps, seconds, loss (mean of the last tenth of the steps), broken ({clip: reason}), saved (names in `out`).
+
+    Raises:
+        FileExistsError: there is a run in `out`, and `resume` is False.
+        OSError, ValueError: naming what cannot be used.
+        MissingExtraError: a package of the extra `train` is not installed.
+    """
+    if config.tensorboard:
+        import_extra("tensorboard", "train")
+    out = Path(config.out)
+    if not config.resume and (out / CONFIG).exists():
+        raise FileExistsError(f"{out} holds a run already: resume it, or name another folder")
+    accelerator = Accelerator(
+        mixed_precision=config.mixed_precision,
+        gradient_accumulation_steps=config.gradient_accumulation,
+        log_with="tensorboard" if config.tensorboard else None,
+        project_dir=str(out),
+    )
+    _record(accelerator, config, out)
+    set_seed(config.seed)
+    clips = Clips(config.data, config.seed)
+    models = load_models(config, accelerator.device)
+    run = _Run(config, accelerator, clips, models)
+    with run.logging(progress) as log:
+        run.go(log)
+    return run.finish()
+
+
+class _Run:
+    def __init__(self, config: TrainConfig, accelerator: Accelerator, clips: Clips, models: Models) -> None:
+        self.config, self.accelerator, self.clips, self.models = config, accelerator, clips, models
+        self.out, self.began, self.progress = Path(config.out), time.perf_counter(), Progress()
+        self.make: Callable[[list[Drawn]], Any]
+        _choose_trained(config, models)
+        objective: nn.Module
+        if config.stage == "vae":
+            objective, self.make = VaeObjective(config, models), VideoMaker(config, accelerator.device)
+        else:
+            objective, self.make = DiffusionObjective(config, models), ChunkMaker(config, models, accelerator.device)
+        objective.train()
+        optimiser = torch.optim.AdamW(
+            list(trained(objective).values()), lr=config.learning_rate, weight_decay=config.weight_decay
+        )
+        # Not prepared: accelerate would step it once a process.
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: _rate(config, step))
+        self.objective, self.optimiser = accelerator.prepare(objective, optimiser)
+        accelerator.register_for_checkpointing(self.schedule, self.progress)
+        accelerator.register_save_state_pre_hook(self._save_trained)
+        accelerator.register_load_state_pre_hook(self._load_trained)
+        self.losses: list[float] = []
+        self._restore()
+
+    # Checkpoints.
+
+    def _save_trained(self, modules: list[nn.Module], weights: list[Any], folder: str) -> None:
+        """Of the models, only what is trained; the rest is where it came from."""
+        if self.accelerator.is_main_process:
+            for module in modules:
+                named = trained(self.accelerator.unwrap_model(module))
+                tensors = {name: value.detach().cpu().contiguous() for name, value in named.items()}
+                save_file(tensors, Path(folder) / TRAINED)
+        weights.clear()
+
+    def _load_trained(self, modules: list[nn.Module], folder: str) -> None:
+        while modules:
+            named = trained(self.accelerator.unwrap_model(modules.pop()))
+            tensors = load_file(Path(folder) / TRAINED)
+            if tensors.keys() != named.keys():
+                raise ValueError(f"{folder}: a checkpoint of other parameters than this run trains")
+            with torch.no_grad():
+                for name, parameter in named.items():
+                    parameter.copy_(tensors[name])
+
+    def _restore(self) -> None:
+        folder = self.out / CHECKPOINTS
+        if self.accelerator.is_main_process:
+            folder.mkdir(parents=True, exist_ok=True)
+            for unfinished in folder.glob(".[0-9]*"):
+                shutil.rmtree(unfinished)
+        self.accelerator.wait_for_everyone()
+        newest = max(folder.glob("[0-9]*"), default=None)
+        if newest is not None:
+            self.accelerator.load_state(str(newest))
+        if self.accelerator.is_main_process:
+            _keep_lines(self.out / METRICS, self.progress.step)
+
+    def _save(self) -> None:
+        folder = self.out / CHECKPOINTS
+        draft, final = (folder / f"{dot}{self.progress.step:08d}" for dot in (".", ""))
+        self.accelerator.save_state(str(draft))
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            for path in (*draft.iterdir(), draft):
+                _flush(path)
+            os.replace(draft, final)
+            _flush(folder)
+            for old in sorted(folder.glob("[0-9]*"))[: -self.config.keep]:
+                shutil.rmtree(old)
+        self.accelerator.wait_for_everyone()
+
+    # Steps.
+
+    def logging(self, progress: bool) -> Any:
+        return _Log(self.accelerator, self.config, self.out, self.progress.step, progress)
+
+    def _batches(self) -> Iterator[list[Drawn]]:
+        config, accelerator = self.config, self.accelerator
+        passes = config.gradient_accumulation
+        numbers = Numbers(
+            self.progress.step * passes,
+            config.steps * passes,
+            config.batch_size,
+            accelerator.process_index,
+            accelerator.num_processes,
+        )
+        return iter(
+            DataLoader(
+                self.clips,
+                batch_sampler=numbers,  # type: ignore[arg-type]  # any iterable of lists will do
+                collate_fn=list,
+                num_workers=config.data.workers,
+            )
+        )
+
+    def go(self, log: _Log) -> None:
+        """From where it is to the last step."""
+        config, accelerator = self.config, self.accelerator
+        batches = self._batches()
+        while self.progress.step < config.steps:
+            began, norm = time.perf_counter(), 0.0
+            parts: list[dict[str, Tensor]] = []
+            for _ in range(config.gradient_accumulation):
+                drawn = next(batches)
+                self._count_broken(drawn, log)
+                # What chance is left in the models, dropout, is this step's as well.
+                torch.manual_seed(mix(config.seed, "step", drawn[0].number))
+                batch = self.make(drawn)
+                with accelerator.accumulate(self.objective):
+                    losses = self.objective(batch)
+                    accelerator.backward(losses["loss"])
+                    if accelerator.sync_gradients:
+                        norm = float(accelerator.clip_grad_norm_(self._parameters(), config.max_grad_norm))
+                    self.optimiser.step()
+                    self.optimiser.zero_grad()
+                parts.append({name: value.detach() for name, value in losses.items()})
+            rate = float(self.schedule.get_last_lr()[0])
+            if not accelerator.optimizer_step_was_skipped:
+                self.schedule.step()
+            self.progress.step += 1
+            means = self._mean(parts)
+            if not math.isfinite(means["loss"]) and config.mixed_precision != "fp16":
+                raise ValueError(f"the loss is {means['loss']} at step {self.progress.step}: nothing was saved since")
+            self.losses.append(means["loss"])
+            log.write(
+                self.progress.step,
+                means | {"learning_rate": rate, "gradient_norm": norm, "broken": len(self.progress.broken)},
+                time.perf_counter() - began,
+            )
+            if self.progress.step % config.save_every == 0 or self.progress.step == config.steps:
+                self._save()
+
+    def _parameters(self) -> list[nn.Parameter]:
+        return [parameter for group in self.optimiser.param_groups for parameter in group["params"]]
+
+    def _mean(self, parts: list[dict[str, Tensor]]) -> dict[str, float]:
+        """Over passes and processes."""
+        names = list(parts[0])
+        values = torch.stack([torch.stack([part[name].float() for name in names]) for part in parts]).mean(0)
+        return dict(zip(names, self.accelerator.reduce(values, "mean").tolist(), strict=True))
+
+    def _count_broken(self, drawn: list[Drawn], log: _Log) -> None:
+        for draw in drawn:
+            for name, reason in draw.broken.items():
+                if name not in self.progress.broken:
+                    self.progress.broken[name] = reason
+                    log.say(f"skipped, {len(self.progress.broken)} so far: {list_broken({name: reason})}")
+        if len(self.progress.broken) > self.config.data.max_broken * len(self.clips):
+            counted = f"{len(self.progress.broken)} of {len(self.clips)} clips are broken"
+            raise ValueError(f"{counted}, more than data.max_broken allows: {list_broken(self.progress.broken)}")
+
+    def finish(self) -> dict[str, Any]:
+        config, accelerator = self.config, self.accelerator
+        saved: list[str] = []
+        if accelerator.is_main_process:
+            if config.stage == "vae" and config.vae.statistics:
+                count = min(config.vae.statistics, len(self.clips))
+                self.models.vae.eval()
+                mean, std = measure_latents(self.models, [self.clips[i].clip for i in range(count)], accelerator.device)
+                self.models.vae.register_to_config(latents_mean=mean, latents_std=std)
+            saved = save_models(self.out, self.models, config.stage, config.train_adapter)
+        accelerator.wait_for_everyone()
+        accelerator.end_training()
+        tail = self.losses[-max(len(self.losses) // 10, 1) :]
+        return {
+            "steps": self.progress.step,
+            "seconds": time.perf_counter() - self.began,
+            "loss": sum(tail) / len(tail) if tail else None,
+            "broken": dict(self.progress.broken),
+            "saved": saved,
+        }
+
+
+def _choose_trained(config: TrainConfig, models: Models) -> None:
+    """Marks what the stage trains."""
+    if config.stage == "vae":
+        models.vae.requires_grad_(True)
+        return
+    assert models.transformer is not None
+    if models.latent_depth is not None:
+        models.latent_depth.requires_grad_(True)
+    if config.stage == "backbone":
+        models.transformer.requires_grad_(True)
+    elif config.stage == "lora":
+        add_lora(models.transformer, config.lora, config.models.lora)
+    if models.memory_adapter is not None and (config.stage == "adapter" or config.train_adapter):
+        models.memory_adapter.requires_grad_(True)
+    if config.gradient_checkpointing:
+        for model in (models.transformer, models.memory_adapter):
+            if model is not None:
+                model.enable_gradient_checkpointing()
+
+
+def _rate(config: TrainConfig, step: int) -> float:
+    """Factor of the learning rate at a step, from 0."""
+    if step < config.warmup:
+        return (step + 1) / config.warmup
+    part = min((step - config.warmup) / max(config.steps - config.warmup, 1), 1.0)
+    return {"constant": 1.0, "linear": 1.0 - part, "cosine": 0.5 * (1.0 + math.cos(math.pi * part))}[config.schedule]
+
+
+def _record(accelerator: Accelerator, config: TrainConfig, out: Path) -> None:
+    """Write down what the run is started with, or check that it is what it was started with."""
+    path, now = out / CONFIG, json.loads(json.dumps(asdict(config)))
+    if path.exists():
+        before = json.loads(path.read_text(encoding="utf-8"))
+        for settings in (before, now):
+            for name in _FREE:
+                settings.pop(name, None)
+            settings.get("data", {}).pop("workers", None)
+        names = sorted(name for name in {*before, *now} if before.get(name) != now.get(name))
+        if names:
+            listed = "; ".join(f"{name} was {before.get(name)!r}, got {now.get(name)!r}" for name in names)
+            raise ValueError(f"{path}: a run can go on only with what it was started with: {listed}")
+    elif accelerator.is_main_process:
+        out.mkdir(parents=True, exist_ok=True)
+        content = json.dumps(now, indent=2) + "\n"
+        write_bytes(path, content.encode())
+    accelerator.wait_for_everyone()
+
+
+def _keep_lines(path: Path, steps: int) -> None:
+    """Forget the lines of steps that are taken again."""
+    if path.exists():
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)[:steps]
+        write_bytes(path, "".join(lines).encode())
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+class _Log:
+    """Lines of metrics.jsonl, TensorBoard, a progress bar; of the main process alone."""
+
+    def __init__(self, accelerator: Accelerator, config: TrainConfig, out: Path, step: int, progress: bool) -> None:
+        self.accelerator, self.config = accelerator, config
+        self.is_main = accelerator.is_main_process
+        if config.tensorboard:
+            accelerator.init_trackers(TENSORBOARD, init_kwargs={TENSORBOARD: {"purge_step": step + 1}})
+        self.file = (out / METRICS).open("a", encoding="utf-8") if self.is_main else None
+        tqdm = import_extra("tqdm", "train").tqdm
+        self.bar = tqdm(total=config.steps, initial=step, disable=not (progress and self.is_main), desc=config.stage)
+
+    def __enter__(self) -> _Log:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.close()
+        if self.file is not None:
+            self.file.close()
+
+    def write(self, step: int, values: dict[str, float], seconds: float) -> None:
+        if self.file is not None:
+            self.file.write(json.dumps({"step": step, **values, "seconds": seconds}) + "\n")
+            self.file.flush()
+        if self.config.tensorboard:
+            self.accelerator.log(values, step=step)
+        self.bar.set_postfix(loss=f"{values['loss']:.4g}")
+        self.bar.update()
+
+    def say(self, text: str) -> None:
+        if self.is_main:
+            self.bar.write(text)

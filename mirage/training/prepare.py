@@ -1,0 +1,69 @@
+"""`mirage prepare`: encode clips once, so that training reads latents and neither pictures nor the VAE's time."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..extras import import_extra
+from ..streaming import encode_frames
+from .config import TrainConfig
+from .data import Clips, save_clip
+from .models import load_models
+
+
+@torch.no_grad()
+def prepare(config: TrainConfig, out: Path, device: str = "cpu", progress: bool = True) -> dict[str, Any]:
+    """Encode every clip of a run's data with its VAE, and its prompt, into `out`, one file each.
+
+    Clips that are there already are left alone, so that a run that was stopped goes on. Point a source of kind
+    "packed" at the folder, or at tar shards of its files.
+
+    Args:
+        config: whose data and models are taken.
+        out: folder to write into.
+        device: where to encode.
+        progress: show a progress bar.
+
+    Returns:
+        written, present (were there already), broken ({clip: reason}).
+
+    Raises:
+        OSError, ValueError: naming what cannot be used.
+    """
+    for i, source in enumerate(config.data.sources):
+        if source.kind == "packed":
+            raise ValueError(f"data.sources[{i}].kind must be one of frames, these clips are packed already")
+    clips = Clips(config.data, config.seed)
+    models = load_models(dataclasses.replace(config, stage="vae"), torch.device(device))
+    out.mkdir(parents=True, exist_ok=True)
+    report: dict[str, Any] = {"written": 0, "present": 0, "broken": {}}
+    word = models.vae_word()
+    tqdm = import_extra("tqdm", "train").tqdm
+    for number, (source, index) in enumerate(tqdm(clips.where, desc="prepare", disable=not progress)):
+        path = out / f"{number:06d}.safetensors"
+        if path.exists():
+            report["present"] += 1
+            continue
+        try:
+            clip = clips.sources[source].load(index)
+        except (OSError, ValueError) as error:
+            report["broken"][clips.sources[source].name(index)] = str(error)
+            continue
+        assert clip.frames is not None
+        latents = encode_frames(models.vae, clip.frames.movedim(0, 1)[None] * 2.0 - 1.0)[0].movedim(1, 0)
+        packed = dataclasses.replace(
+            clip, frames=None, latents=latents, prompt_embeds=_without_padding(models.text(clip.prompt)), vae=word
+        )
+        save_clip(path, packed)
+        report["written"] += 1
+    return report
+
+
+def _without_padding(embeds: Tensor) -> Tensor:
+    used = embeds.any(dim=1).nonzero()
+    return embeds[: int(used[-1]) + 1 if len(used) else 1].clone()

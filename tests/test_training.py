@@ -1,0 +1,481 @@
+"""Training: every stage takes its steps, goes on after a kill as if nothing had been, and trains what is generated."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import generation
+import pytest
+import torch
+import yaml
+from torch import Tensor
+
+pytest.importorskip("diffusers", reason="the extra generate is not installed")
+pytest.importorskip("yaml", reason="the extra train is not installed")
+
+from accelerate import Accelerator
+from diffusers import AutoencoderKLWan
+from safetensors.torch import load_file
+from training_runs import TOKENS, config, draw, models_of, values
+
+import mirage.training.loop as loop
+from mirage import LatentDepth, MirageMemoryAdapter, MirageTransformer3DModel
+from mirage.checkpoints import load_lora
+from mirage.cli import main
+from mirage.conditioning import CleanFrames
+from mirage.pipeline import check_models
+from mirage.session import Prompt, Settings
+from mirage.tiny import assemble_mirage_tiny, mirage_tiny_pipeline, tiny_random_pipeline
+from mirage.training.loop import METRICS, train
+from mirage.training.models import trained
+from mirage.training.objective import ChunkMaker, DiffusionObjective
+
+
+@pytest.fixture(autouse=True)
+def one_thread(threads: Any) -> None:
+    threads(1)  # operations this small only wait for a second one
+
+
+def lines(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out / METRICS).read_text().splitlines()]
+
+
+def weights(model: torch.nn.Module) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+# Every stage.
+
+
+def test_three_steps_of_every_stage_chained(tmp_path: Path) -> None:
+    """VAE, backbone, adapter, LoRA, each on what the one before has left."""
+    parts: dict[str, Any] = {}
+    expected = {
+        "vae": ["vae"],
+        "backbone": ["transformer", "latent_depth"],
+        "adapter": ["memory_adapter", "latent_depth"],
+        "lora": ["memory_adapter", "latent_depth", "lora.safetensors"],
+    }
+    for stage, names in expected.items():
+        out = tmp_path / stage
+        report = train(config(stage, out, models=parts, tensorboard=stage == "vae"), progress=False)
+        assert report["steps"] == 3 and report["saved"] == names and not report["broken"]
+        steps = lines(out)
+        assert [line["step"] for line in steps] == [1, 2, 3]
+        assert all(line["loss"] > 0 and line["gradient_norm"] > 0 for line in steps)
+        assert [round(line["learning_rate"] / 1e-3, 6) for line in steps] == [1.0, 0.75, 0.25]
+        parts |= {name: str(out / name) for name in names if name != "lora.safetensors"}
+    assert list((tmp_path / "vae" / "tensorboard").glob("events*"))
+    vae = AutoencoderKLWan.from_pretrained(parts["vae"])
+    assert min(vae.config.latents_std) > 0 and vae.config.latents_std != [1.0] * 48
+    transformer = MirageTransformer3DModel.from_pretrained(parts["transformer"])
+    adapter = MirageMemoryAdapter.from_pretrained(parts["memory_adapter"])
+    depth = LatentDepth.from_pretrained(parts["latent_depth"])
+    check_models(vae, transformer, adapter, depth)
+    assert all(projection.weight.any() for projection in adapter.proj_out) and depth.conv_out.weight.any()
+    load_lora(transformer, tmp_path / "lora" / "lora.safetensors")
+    found = {name: p for name, p in transformer.named_parameters() if ".lora_B." in name}
+    for part in ("attn1.to_q", "attn1.to_k", "attn2.to_v", "attn2.to_out.0", "ffn.net.0.proj", "ffn.net.2"):
+        assert any(part in name and parameter.any() for name, parameter in found.items())
+    # As `make tiny` puts them together, and as `--model mirage-tiny` loads them.
+    (tmp_path / "vae-video").symlink_to(tmp_path / "vae")
+    assert 0 < assemble_mirage_tiny(tmp_path, tmp_path / "model") < 40e6
+    pipe = mirage_tiny_pipeline(folder=tmp_path / "model")
+    assert pipe.text_length == 96 and pipe.dtype == torch.float32
+    assert torch.allclose(pipe.memory_adapter.proj_out[0].weight, adapter.proj_out[0].weight, rtol=0.01, atol=1e-4)
+    pipe.set_progress_bar_config(disable=True)
+    frames = pipe(**generation.options(9, num_inference_steps=1)).frames
+    assert frames.shape == (1, 48, 3, 4, 6) and frames.isfinite().all()
+
+
+@pytest.mark.parametrize("stage", ["backbone", "adapter", "lora"])
+def test_a_stage_trains_its_part_alone(stage: str) -> None:
+    asked = config(stage, train_adapter=False)
+    models = models_of(asked)
+    objective = DiffusionObjective(asked, models)
+    names = trained(objective)
+    belongs = {"backbone": "transformer.", "adapter": "memory_adapter.", "lora": "transformer."}[stage]
+    assert names and all(name.startswith((belongs, "latent_depth.")) for name in names)
+    if stage == "lora":
+        assert all(".lora_" in name for name in names if name.startswith("transformer."))
+    objective(ChunkMaker(asked, models, torch.device("cpu"))(draw(asked, 0, 1)))["loss"].backward()
+    assert all(parameter.grad is not None for name, parameter in names.items() if "lora_A" not in name)
+    for model in (models.vae, models.transformer, models.memory_adapter):
+        for parameter in () if model is None else model.parameters():
+            assert parameter.requires_grad or parameter.grad is None
+
+
+def test_it_learns(tmp_path: Path) -> None:
+    """One clip, again and again: the depth head fits it, and the backbone's loss falls."""
+    data = {"sources": [{"kind": "synthetic", "rooms": 1}]}
+    changes = {"steps": 30, "learning_rate": 3e-3, "save_every": 100, "schedule": "constant"}
+    train(config("backbone", tmp_path, data=data, **changes), progress=False)
+    losses = lines(tmp_path)
+    for name in ("flow", "depth"):
+        early, late = (sum(line[name] for line in part) / 8 for part in (losses[:8], losses[-8:]))
+        assert late < 0.9 * early, name
+
+
+def test_mirage_tiny_is_trained_first(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="mirage-tiny is not in this installation: `make tiny` trains it"):
+        mirage_tiny_pipeline(folder=tmp_path)
+
+
+# The same curve after a stop.
+
+
+def test_a_run_that_stops_anywhere_goes_on_exactly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    changes: dict[str, Any] = {
+        "steps": 7,
+        "save_every": 2,
+        "gradient_accumulation": 2,
+        "lora": {"dropout": 0.2},
+        "warmup": 2,
+        "keep": 1,
+    }
+    train(config("lora", tmp_path / "whole", **changes), progress=False)
+    out = tmp_path / "stopped"
+    forward, save_state, replace = DiffusionObjective.forward, Accelerator.save_state, os.replace
+    calls = {"forward": 0, "save": 0, "replace": 0}
+
+    def counted(name: str, call: Any, stop: int) -> Any:
+        def wrapped(*arguments: Any, **options: Any) -> Any:
+            if name == "replace" and "checkpoints" not in str(arguments[1]):
+                return call(*arguments, **options)
+            calls[name] += 1
+            if calls[name] == stop:
+                raise KeyboardInterrupt
+            return call(*arguments, **options)
+
+        return wrapped
+
+    # In the middle of a step; before a checkpoint; when it is written but not in its place.
+    for owner, name, call, stop in (
+        (DiffusionObjective, "forward", forward, 6),
+        (Accelerator, "save_state", save_state, 1),
+        (os, "replace", replace, 2),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, counted({"save_state": "save"}.get(name, name), call, stop))
+            with pytest.raises(KeyboardInterrupt):
+                train(config("lora", out, **changes), progress=False)
+        torch.manual_seed(12345)  # what else the process has drawn is no matter
+    assert 0 < len(lines(out)) < 7
+    train(config("lora", out, **changes), progress=False)
+    curves = [[line["loss"] for line in lines(folder)] for folder in (tmp_path / "whole", out)]
+    assert len(curves[1]) == 7 and curves[0] == pytest.approx(curves[1], abs=1e-6)
+    assert curves[0] == curves[1]  # on the CPU, to the bit
+    whole, again = (load_file(folder / "lora.safetensors") for folder in (tmp_path / "whole", out))
+    assert whole.keys() == again.keys() and all(torch.equal(whole[name], again[name]) for name in whole)
+    assert [path.name for path in (out / "checkpoints").iterdir()] == ["00000007"]
+
+
+def test_a_killed_process_goes_on_exactly(tmp_path: Path) -> None:
+    files = {}
+    for name in ("whole", "killed"):
+        changes = {"steps": 8, "save_every": 2, "data": {"frames": 9, "sources": [{"kind": "synthetic", "rooms": 2}]}}
+        files[name] = tmp_path / f"{name}.yaml"
+        files[name].write_text(yaml.safe_dump(values("adapter", tmp_path / name, **changes)))
+    command = [sys.executable, "-m", "mirage", "train", str(files["killed"])]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    began = time.monotonic()
+    while not (tmp_path / "killed" / METRICS).exists() or len(lines(tmp_path / "killed")) < 3:
+        assert process.poll() is None and time.monotonic() - began < 120, process.stderr
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert 3 <= len(lines(tmp_path / "killed")) < 8
+    for name in ("killed", "whole"):
+        assert main(["train", str(files[name])]) == 0
+    curves = [[line["loss"] for line in lines(tmp_path / name)] for name in ("whole", "killed")]
+    assert len(curves[0]) == 8 and curves[0] == pytest.approx(curves[1], abs=1e-6)
+
+
+def test_two_processes_train_one_model(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump(values("adapter", tmp_path / "out", save_every=3)))
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node",
+        "2",
+        "-m",
+        "mirage",
+        "train",
+        str(file),
+    ]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=180)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("3 steps, loss") == 1 and [line["step"] for line in lines(tmp_path / "out")] == [1, 2, 3]
+    names = {path.name for path in (tmp_path / "out" / "checkpoints" / "00000003").iterdir()}
+    assert {"random_states_0.pkl", "random_states_1.pkl", "trained.safetensors"} <= names
+    # The first step's loss is the mean of what each process makes of its own clip.
+    asked = config("adapter", tmp_path / "out", save_every=3)
+    models = models_of(asked)
+    objective, maker = DiffusionObjective(asked, models), ChunkMaker(asked, models, torch.device("cpu"))
+    with torch.no_grad():
+        alone = [float(objective(maker(draw(asked, number)))["loss"]) for number in (0, 1)]
+    assert lines(tmp_path / "out")[0]["loss"] == pytest.approx(sum(alone) / 2, rel=1e-5)
+
+
+def test_what_a_run_goes_on_with(tmp_path: Path) -> None:
+    train(config("adapter", tmp_path, steps=2), progress=False)
+    with pytest.raises(FileExistsError, match="holds a run already"):
+        train(config("adapter", tmp_path, resume=False), progress=False)
+    with pytest.raises(
+        ValueError, match=r"can go on only with what it was started with: learning_rate was 0.001, got 0.5"
+    ):
+        train(config("adapter", tmp_path, learning_rate=0.5), progress=False)
+    assert len(lines(tmp_path)) == 2
+    assert train(config("adapter", tmp_path, steps=3), progress=False)["steps"] == 3
+    assert len(lines(tmp_path)) == 3
+    done = train(config("adapter", tmp_path, steps=3), progress=False)  # there is nothing left to do
+    assert done["steps"] == 3 and done["loss"] is None and done["saved"] == ["memory_adapter", "latent_depth"]
+
+
+# What is trained is what generation runs.
+
+
+@pytest.mark.parametrize("channels", [96, 49])
+def test_an_adapter_to_train_leaves_the_backbone_as_it_is(channels: int) -> None:
+    asked = config("adapter", models={"memory_adapter": {"control_channels": channels}})
+    models = models_of(asked)
+    objective = DiffusionObjective(asked, models).train()
+    for numbers in ((0,), (1, 2)):
+        chunk = ChunkMaker(asked, models, torch.device("cpu"))(draw(asked, *numbers))
+        assert chunk.memory_context is not None and chunk.memory_context.shape[1] == channels
+        assert torch.equal(objective.predict(chunk), objective.predict(chunk, with_memory=False))
+        assert models.memory_adapter is not None
+    torch.nn.init.normal_(models.memory_adapter.proj_out[0].weight, std=0.02)
+    assert not torch.equal(objective.predict(chunk), objective.predict(chunk, with_memory=False))
+
+
+def test_the_transformer_gets_in_training_what_it_gets_in_generation(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = config(
+        "adapter",
+        data={"frames": 33},
+        objective={"drop_references": 0.0, "drop_preceding": 0.0, "drop_memory": 0.0, "independent_noise": 0.0},
+    )
+    models = models_of(asked)
+    maker = ChunkMaker(asked, models, torch.device("cpu"))
+    number = next(
+        n for n in range(20) if (c := maker(draw(asked, n)).clean).references.shape[2] and c.preceding.shape[2]
+    )
+    chunk = maker(draw(asked, number))
+    given: list[dict[str, Any]] = []
+    forward = MirageTransformer3DModel.forward
+
+    def spy(self: Any, **arguments: Any) -> Any:
+        given.append(arguments)
+        return forward(self, **arguments)
+
+    pipe = tiny_random_pipeline()
+    pipe.vae, pipe.transformer, pipe.memory_adapter = models.vae, models.transformer, models.memory_adapter
+    pipe.set_progress_bar_config(disable=True)
+    pipe._interrupt = False
+    monkeypatch.setattr(MirageTransformer3DModel, "forward", spy)
+    DiffusionObjective(asked, models)(chunk)
+    frames = chunk.noisy.shape[2]
+    context = chunk.memory_context
+    assert context is not None
+
+    def rows(video: Tensor) -> Tensor:
+        return video[0].movedim(1, 0)
+
+    pipe.denoise(
+        first_latent=rows(chunk.clean.first),
+        num_latents=frames,
+        prompt=Prompt(chunk.prompt_embeds, None),
+        references=rows(chunk.clean.references),
+        preceding=rows(chunk.clean.preceding),
+        readout=rows(context[:, :48]),
+        visible=rows(context[:, 48:]).any(1),
+        settings=Settings(64, 96, 1, (0.999,), 1.0, 1.0, "aligned", 4, 0.04, 0.1, 2, "chunk", 24.0),
+        generator=torch.Generator().manual_seed(0),
+    )
+    ours, theirs = given
+    assert ours["num_reference_frames"] == theirs["num_reference_frames"] == chunk.clean.references.shape[2]
+    assert torch.equal(ours["memory_context"], theirs["memory_context"])
+    clean = theirs["timestep"][0] == 0
+    assert torch.equal(ours["timestep"][0] == 0, clean) and clean.sum() == clean.numel() - (frames - 1)
+    assert torch.equal(ours["hidden_states"][:, :, clean], theirs["hidden_states"][:, :, clean])
+    assert ours["hidden_states"].shape == theirs["hidden_states"].shape
+    assert len(set(ours["timestep"][0][~clean].tolist())) == 1  # one level for all, as in generation
+
+
+def test_clean_frames_are_laid_out_as_the_transformer_wants() -> None:
+    part = torch.arange(2 * 3 * 9, dtype=torch.float32).view(2, 3, 9, 1, 1)
+    clean = CleanFrames(part[:, :, 4:5], part[:, :, :2], part[:, :, 2:4])
+    around = clean.around(part[:, :, 5:9])
+    assert around[0, 0, :, 0, 0].tolist() == [0, 1, 4, 6, 7, 8, 2, 3]
+    assert clean.denoised(4).tolist() == [0, 0, 0, 1, 1, 1, 0, 0]
+    assert clean.target(around, 4)[0, 0, :, 0, 0].tolist() == [4, 6, 7, 8]
+
+
+# Chunks.
+
+
+def quiet(**changes: Any) -> dict[str, Any]:
+    """An objective without chance in the memory."""
+    return {
+        "drop_references": 0.0,
+        "drop_preceding": 0.0,
+        "drop_memory": 0.0,
+        "drop_prompt": 0.0,
+        "drop_tokens": 0.0,
+        "depth_noise": 0.0,
+        "pose_noise": 0.0,
+    } | changes
+
+
+def make(numbers: tuple[int, ...] = (0, 1), **changes: Any) -> Any:
+    asked = config("adapter", data={"frames": 33}, objective=changes)
+    return ChunkMaker(asked, models_of(asked), torch.device("cpu"))(draw(asked, *numbers))
+
+
+def test_a_chunk_is_a_function_of_its_number() -> None:
+    first, again, other = make((0, 1)), make((0, 1)), make((2, 3))
+    for name in ("noisy", "flow", "levels", "prompt_embeds", "memory_context"):
+        assert torch.equal(getattr(first, name), getattr(again, name))
+    assert not torch.equal(first.levels, other.levels)
+
+
+def test_noise_is_between_latents_and_noise() -> None:
+    chunk = make((3, 4), independent_noise=1.0)
+    share = chunk.levels[:, None, :, None, None]
+    latents, noise = chunk.noisy - share * chunk.flow, chunk.noisy + (1 - share) * chunk.flow
+    assert torch.allclose(latents[:, :, :1], chunk.clean.first, atol=1e-5)
+    assert abs(noise.mean()) < 0.05 and abs(noise.std() - 1) < 0.05
+    assert all(len(set(row.tolist())) == row.numel() for row in chunk.levels)
+    shared = make((3, 4), independent_noise=0.0)
+    assert all(len(set(row.tolist())) == 1 for row in shared.levels) and len(set(shared.levels[:, 0].tolist())) == 2
+
+
+def test_the_memory_shows_what_was_written() -> None:
+    seen = 0
+    for number in range(4):
+        chunk = make((number,), **quiet())
+        context = chunk.memory_context
+        target = chunk.noisy - chunk.levels[:, None, :, None, None] * chunk.flow
+        visible = context[:, :48, :5].abs().sum(1) > 0
+        at_first = visible[:, 0]
+        assert at_first.float().mean() > 0.5  # the first frame is in the memory
+        error = (context[:, :48, 0] - target[:, :, 0]).square().sum(1)[at_first].mean()
+        assert error < 0.5 * target[:, :, 0].square().sum(1)[at_first].mean()
+        assert (context[:, :48].abs().sum(1) == 0).any() or visible.all()
+        seen += int(chunk.clean.references.shape[2] > 0)
+    assert seen
+
+
+def test_what_is_dropped_is_not_there() -> None:
+    assert not make((0, 1), drop_memory=1.0).memory_context[:, :48].any()
+    for number in range(0, 6, 2):
+        chunk = make((number, number + 1), drop_references=1.0, drop_preceding=1.0)
+        assert chunk.clean.references.shape[2] == chunk.clean.preceding.shape[2] == 0
+    asked = config("adapter", objective={"drop_prompt": 1.0})
+    models = models_of(asked)
+    dropped = ChunkMaker(asked, models, torch.device("cpu"))(draw(asked, 0)).prompt_embeds
+    assert torch.equal(dropped[0], models.text("").float()) and not torch.equal(dropped, make((0,)).prompt_embeds)
+    fewer = [
+        make((n,), **quiet(drop_tokens=share)).memory_context[:, :48].any(1).sum() for n in (1, 2) for share in (0, 1)
+    ]
+    assert fewer[1] < fewer[0] or fewer[3] < fewer[2]
+
+
+def test_what_moves_is_not_remembered() -> None:
+    asked = config("adapter", objective=quiet())
+    maker = ChunkMaker(asked, models_of(asked), torch.device("cpu"))
+    (drawn,) = draw(asked, 0)
+    drawn.clip.static[:] = False
+    chunk = maker([drawn])
+    assert chunk.memory_context is not None and not chunk.memory_context[:, :48].any()
+
+
+def test_depth_is_asked_for_as_in_generation() -> None:
+    counts = []
+    for number in range(6):
+        for frames in (9, 33):
+            asked = config("adapter", data={"frames": frames})
+            depth = ChunkMaker(asked, models_of(asked), torch.device("cpu"))(draw(asked, number)).depth
+            assert depth is not None
+            count = depth.true.shape[1]
+            assert depth.latents.shape[2] == depth.rays.shape[2] == depth.memory_depth.shape[1] == count
+            assert depth.true.shape[2:] == TOKENS
+            counts.append(count)
+            assert count > 1 or not depth.memory_mask.any()
+            known = depth.memory_mask & (depth.true > 0)
+            if known.any():
+                assert (depth.memory_depth / depth.true - 1).abs()[known].median() < 0.3
+    assert set(counts) == {1, 2, 3}  # the image alone; the new frames of a later chunk; those of the first
+
+
+def test_clips_of_a_batch_are_of_one_shape() -> None:
+    asked = config("adapter")
+    one, other = draw(asked, 0), draw(config("adapter", data={"frames": 33}), 0)
+    with pytest.raises(ValueError, match=r"clips of a batch must be of one shape, got latents \[\(5, 48, 4, 6\)"):
+        ChunkMaker(asked, models_of(asked), torch.device("cpu"))([*one, *other])
+
+
+# The command.
+
+
+def test_prepare_then_train_on_what_it_packed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump(values("adapter", tmp_path / "out")))
+    for written, present in ((4, 0), (0, 4)):
+        assert main(["prepare", str(file), "--out", str(tmp_path / "packed")]) == 0
+        assert f"{written} clips written" in (said := capsys.readouterr().out) and f"{present} were there" in said
+    again = [f"data.sources=[{{kind: packed, path: {tmp_path / 'packed'}}}]", "steps=1"]
+    assert main(["train", str(file), *again]) == 0
+    assert "1 steps, loss" in (said := capsys.readouterr().out) and "memory_adapter" in said
+    assert main(["train", str(file), "stage=fly"]) == 2
+    assert "stage must be one of vae, backbone, adapter, lora, got 'fly'" in capsys.readouterr().err
+    assert main(["train", str(tmp_path / "none.yaml")]) == 2
+
+
+def test_latents_of_another_vae_are_named(tmp_path: Path) -> None:
+    from mirage.training.prepare import prepare
+
+    prepare(config("adapter"), tmp_path / "packed", progress=False)
+    data = {"sources": [{"kind": "packed", "path": str(tmp_path / "packed")}]}
+    other = {"vae": {"base_dim": 8, "decoder_base_dim": 8, "dim_mult": [1, 1, 1, 1], "num_res_blocks": 1}}
+    with pytest.raises(ValueError, match="were encoded by another VAE"):
+        train(config("adapter", tmp_path / "out", data=data, models=other, seed=7), progress=False)
+    with pytest.raises(ValueError, match="the VAE is trained on frames"):
+        train(config("vae", tmp_path / "vae", data=data), progress=False)
+
+
+def test_broken_clips_are_skipped_counted_and_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from mirage.training.prepare import prepare
+
+    prepare(config("adapter"), tmp_path / "packed", progress=False)
+    broken = tmp_path / "packed" / "000001.safetensors"
+    broken.write_bytes(broken.read_bytes()[:1000])
+    data = {"sources": [{"kind": "packed", "path": str(tmp_path / "packed")}]}
+    report = train(config("adapter", tmp_path / "out", steps=4, data=data), progress=False)
+    assert list(report["broken"]) == [str(broken)] and "cut short" in report["broken"][str(broken)]
+    assert lines(tmp_path / "out")[-1]["broken"] == 1
+    assert "skipped, 1 so far" in capsys.readouterr().out
+    with pytest.raises(ValueError, match=r"1 of 4 clips are broken, more than data.max_broken allows: .*000001"):
+        train(config("adapter", tmp_path / "less", steps=4, data=data | {"max_broken": 0.1}), progress=False)
+
+
+def test_loop_refuses_a_loss_that_is_no_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    forward = DiffusionObjective.forward
+    monkeypatch.setattr(
+        loop.DiffusionObjective,
+        "forward",
+        lambda self, chunk: {name: value * float("nan") for name, value in forward(self, chunk).items()},
+    )
+    with pytest.raises(ValueError, match="the loss is nan at step 1"):
+        train(config("adapter", tmp_path), progress=False)
