@@ -1,6 +1,7 @@
 """Which blocks of tokens which views may see, never wrong towards "not seen": the twin of ``csrc/core/frustum.h``.
 
-One kernel tests the boxes of all blocks against all views; the reading kernels then start from the list it leaves.
+One kernel tests the boxes of all blocks against all views; the reading kernels then start from the list it leaves. How
+long that is only the device knows: they are launched for all blocks, and programs past the end return at once.
 """
 
 from __future__ import annotations
@@ -17,7 +18,10 @@ _TOKENS = tl.constexpr(BLOCK)
 _FAR = tl.constexpr(1e15)  # past this no sum is sure not to overflow, and nothing is culled
 _SLACK = tl.constexpr(1e-5)  # of the terms' magnitudes: covers the rounding of a projection and of a test
 _TINY = tl.constexpr(1e-25)  # covers what underflows
-_BLOCKS = 128
+# Views a word of a block: with 31 `view_overlap` marks the same views in its own words, beside the targets' bit.
+WORD_VIEWS = 31
+_WORD_VIEWS = tl.constexpr(WORD_VIEWS)
+_BLOCKS = 128  # one a thread
 
 
 @triton.jit
@@ -32,7 +36,7 @@ def beyond(n0, n1, n2, n3, g0, g1, g2, g3, x0, y0, z0, x1, y1, z1, reach):
 
 @triton.jit
 def beyond_side(sign, limit, share, side, projection, x0, y0, z0, x1, y1, z1, reach):
-    """Whether boxes lie beyond a side of the grid: on the negative side of sign u z + limit z (0) or sign v z + .. (1)."""
+    """Whether boxes lie beyond a side of the grid: sign u z + limit z < 0, or with side 1 sign v z + limit z < 0."""
     m0, m1, m2, m3 = (
         tl.load(projection + 4 * side),
         tl.load(projection + 4 * side + 1),
@@ -80,11 +84,6 @@ def may_see(projection, height, width, near, x0, y0, z0, x1, y1, z1, reach, MARG
     return out == 0
 
 
-@triton.jit
-def larger(a, b):
-    return tl.maximum(tl.abs(a), tl.abs(b))
-
-
 @triton.jit(do_not_specialize=["points_total", "views", "blocks"])
 def cull_kernel(
     bounds,
@@ -102,8 +101,8 @@ def cull_kernel(
     MARGIN: tl.constexpr,
     BLOCKS: tl.constexpr,
 ):
-    """Writes masks (words, blocks): bit t % 32 of word t // 32 is set where view t may see the block; the numbers of those
-    blocks that some view may see, in any order; and how many those are."""
+    """Writes masks (words, blocks): bit t % 31 of word t // 31 is set where view t may see the block; the numbers of
+    the blocks that some view may see, in any order; and how many those are."""
     live = tl.cast(points_total, tl.int64)
     if num_points is not None:
         live = tl.minimum(live, tl.load(num_points))
@@ -112,17 +111,17 @@ def cull_kernel(
     box = bounds + block.to(tl.int64) * 6
     x0, y0, z0 = tl.load(box, real, other=0.0), tl.load(box + 1, real, other=0.0), tl.load(box + 2, real, other=0.0)
     x1, y1, z1 = tl.load(box + 3, real, other=0.0), tl.load(box + 4, real, other=0.0), tl.load(box + 5, real, other=0.0)
-    reach = larger(x0, x1) + larger(y0, y1) + larger(z0, z1)
+    # |x| + |y| + |z| of the points of a box, at most. Sums and not maxima, which would drop a NaN.
+    reach = (tl.abs(x0) + tl.abs(x1)) + (tl.abs(y0) + tl.abs(y1)) + (tl.abs(z0) + tl.abs(z1))
     reach = tl.where(reach <= _FAR, reach, float("inf"))
     some = tl.zeros((BLOCKS,), tl.int32)
-    for first in range(0, views, 32):
+    for first in range(0, views, _WORD_VIEWS):
         mask = tl.zeros((BLOCKS,), tl.int32)
-        for view in range(first, tl.minimum(first + 32, views)):
-            seen = real & may_see(
-                projections + view * 12, height, width, near, x0, y0, z0, x1, y1, z1, reach, MARGIN=MARGIN
-            )
+        for view in range(first, tl.minimum(first + _WORD_VIEWS, views)):
+            projection = projections + view * 12
+            seen = real & may_see(projection, height, width, near, x0, y0, z0, x1, y1, z1, reach, MARGIN=MARGIN)
             mask |= seen.to(tl.int32) << (view - first)
-        tl.store(masks + tl.cast(first >> 5, tl.int64) * blocks + block, mask, block < blocks)
+        tl.store(masks + tl.cast(first // _WORD_VIEWS, tl.int64) * blocks + block, mask, block < blocks)
         some |= mask
     listing = (some != 0).to(tl.int32)
     place = tl.atomic_add(listed, tl.sum(listing, axis=0), sem="relaxed") + tl.cumsum(listing, axis=0) - 1
@@ -144,10 +143,11 @@ def own_tokens(numbers, listed, live, POINTS: tl.constexpr):
 
 
 @triton.jit
-def may_hold(masks, blocks, token, view, mask):
-    """Whether a view may see the blocks of tokens."""
-    word = tl.load(masks + tl.cast(view >> 5, tl.int64) * blocks + token // _TOKENS, mask, other=0)
-    return ((word >> (view & 31)) & 1) != 0
+def may_hold(masks, blocks, token, view):
+    """Whether a view may see the block of a token."""
+    view = tl.cast(view, tl.int64)
+    word = tl.load(masks + view // _WORD_VIEWS * blocks + token // _TOKENS)
+    return ((word >> (view % _WORD_VIEWS)) & 1) != 0
 
 
 def cull(
@@ -160,12 +160,15 @@ def cull(
     near: float,
     margin: int,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, int]:
-    """``masks``, ``numbers``, ``listed`` and the number of blocks, see :func:`cull_kernel`; None without bounds."""
+    """``masks``, ``numbers``, ``listed`` and the number of blocks, see :func:`cull_kernel`; None without bounds.
+
+    ``margin`` is how many cells beyond its grid a view sees.
+    """
     views, total = projections.shape[0], points.shape[0]
     if bounds is None or views == 0 or total == 0:
         return None, None, None, 0
     blocks = cdiv(total, BLOCK)
-    masks = torch.empty((cdiv(views, 32), blocks), dtype=torch.int32, device=points.device)
+    masks = torch.empty((cdiv(views, WORD_VIEWS), blocks), dtype=torch.int32, device=points.device)
     numbers = torch.empty(blocks, dtype=torch.int32, device=points.device)
     listed = torch.zeros(1, dtype=torch.int32, device=points.device)
     cull_kernel[(cdiv(blocks, _BLOCKS),)](

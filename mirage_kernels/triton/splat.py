@@ -72,7 +72,7 @@ def nearest_kernel(
         for view in range(views):
             sees = True
             if masks is not None:
-                sees = may_hold(masks, blocks, begin, view, True)
+                sees = may_hold(masks, blocks, begin, view)
             if sees:
                 u, v, depth = project(projection, x, y, z)
                 visible = (index < live) & in_view(u, v, depth, height, width, near)

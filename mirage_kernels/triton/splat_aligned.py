@@ -183,7 +183,7 @@ def nearest_kernel(
         for view in range(views):
             sees = True
             if masks is not None:
-                sees = may_hold(masks, blocks, begin, view, True)
+                sees = may_hold(masks, blocks, begin, view)
             if sees:
                 u, v, depth, radius, _ = fit_tokens(
                     projections + view * 12, readers + view * 4, x, y, z, footprint, wx, wy, wz
@@ -258,7 +258,7 @@ def best_kernel(
         for view in range(views):
             sees = True
             if masks is not None:
-                sees = may_hold(masks, blocks, begin, view, True)
+                sees = may_hold(masks, blocks, begin, view)
             if sees:
                 u, v, depth, radius, lack = fit_tokens(
                     projections + view * 12, readers + view * 4, x, y, z, footprint, wx, wy, wz
