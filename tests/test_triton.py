@@ -1131,6 +1131,20 @@ def test_reads_look_at_no_token_of_blocks_that_bounds_put_out_of_view(name):
 
 
 @comparison
+@pytest.mark.parametrize(("distance", "footprint"), [(-0.2, 1e-3), (-1.4, 5.0)])
+def test_blocks_beside_the_grid_reach_into_its_border(distance, footprint):
+    """By half a cell and a little, or with wide tokens by more; nothing of them is in the view itself."""
+    points = torch.rand(60, 4, generator=torch.Generator().manual_seed(0))
+    points[:, 0] = distance - 0.2 * points[:, 0]
+    points[:, 2:] = torch.tensor([1.0, footprint])
+    cameras = torch.eye(3, dtype=torch.float64)[None], torch.eye(4, dtype=torch.float64)[None]
+    options = points, None, cameras, cameras, (1, 2)
+    expected = read("splat_aligned", False, *options)
+    agree(read("splat_aligned", True, *options, bounds_of(points)), expected)
+    assert expected[1].any() and not read("splat", False, *options)[1].any()
+
+
+@comparison
 def test_gradients_by_bounds_are_the_same():
     """Those of splat_aligned, whose backward reads the keys of its fits."""
     if not available_backends()["cpu"]:
