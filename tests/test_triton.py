@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mirage_kernels import available_backends, reference, splat, use_backend
+from mirage_kernels import available_backends, reference, splat, splat_aligned, use_backend
 from mirage_kernels.backends import triton_interpreted
 from mirage_kernels.schemas import SCHEMAS, private_operator
 
@@ -1016,6 +1016,208 @@ def test_view_overlap_strided_inputs():
     check_view_overlap(make_points(300).t().contiguous().t(), None, 2, 1)
 
 
+# ---------------------------------------------------------------------------------------------------------- bounds
+
+READS = ("splat", "splat_aligned", "view_overlap")
+BLOCK = reference.BLOCK
+
+
+def make_blocks(count: int, seed: int = 0) -> torch.Tensor:
+    """Clusters all round the cameras, a block each, the last one partial, one dead, all with dead tokens."""
+    random = torch.Generator().manual_seed(seed)
+    centres = torch.nn.functional.normalize(torch.randn(count, 3, generator=random), dim=1)
+    centres *= 0.5 + 4 * torch.rand(count, 1, generator=random)
+    points = torch.rand(count * BLOCK - 100, 4, generator=random)
+    points[:, :3] = centres.repeat_interleave(BLOCK, 0)[: len(points)] + points[:, :3] - 0.5
+    points[:-BLOCK, 3] *= 0.05  # only the others may be wide enough to close holes
+    for row, special in enumerate((math.nan, math.inf, -math.inf)):
+        points[row::9, row] = special
+    points[BLOCK : 2 * BLOCK] = math.nan
+    return points
+
+
+def bounds_of(points: torch.Tensor, live: torch.Tensor | None = None) -> torch.Tensor:
+    bounds = torch.empty(-(-len(points) // BLOCK), 6)
+    reference.block_bounds(points, live, bounds)
+    return bounds
+
+
+def read(name, triton, points, live, cameras, targets, size, bounds=None, float8=False):
+    """By the Triton kernels or, without bounds, by the definition."""
+    features, scales = float8_of(len(points), 3) if float8 else (features_of(len(points), 3, torch.float32), None)
+    frames = torch.arange(-1, len(points) - 1, dtype=torch.int32) % 4, 0.1 * torch.arange(9.0).view(3, 3)
+    if name == "view_overlap":
+        given, options, stored = (points, live, *cameras, *targets), (0.5, 0.05), ()
+    else:
+        aligned = name == "splat_aligned"
+        given = points, features, live, *(frames if aligned else ()), *cameras
+        options, stored = (0.05, *([20.0] if aligned else []), torch.float32), (scales,)
+    if triton:
+        return triton_operator(name, *given, *size, *options, bounds, *stored)[:4]
+    found = getattr(reference, name)(*given, size, *options, *stored)
+    return found if isinstance(found, tuple) else (found,)
+
+
+def culled(bounds, live, cameras, size, near=0.05, margin=0):
+    """(views, blocks) bool: which view may see which block; the list of blocks is held to it."""
+    from mirage_kernels.triton.cull import WORD_VIEWS, cull
+    from mirage_kernels.triton.launch import float32
+
+    projections = reference.make_projection(*cameras, torch.float32).view(-1, 12).to(DEVICE)
+    points = torch.empty(len(bounds) * BLOCK, 4, device=DEVICE)
+    counted = None if live is None else live.to(DEVICE)
+    masks, numbers, listed, blocks = cull(bounds.to(DEVICE), points, counted, projections, *size, float32(near), margin)
+    assert blocks == len(bounds)
+    views = torch.arange(len(projections))
+    seen = (masks.cpu()[views // WORD_VIEWS] >> (views % WORD_VIEWS)[:, None]) & 1 != 0
+    assert numbers[: listed.item()].sort().values.tolist() == seen.any(0).nonzero().flatten().tolist()
+    return seen
+
+
+@comparison
+@pytest.mark.parametrize("live", [None, 1100, 0])
+@pytest.mark.parametrize("name", READS)
+def test_reads_by_bounds_are_the_same_reads(name, live):
+    """Blocks before, behind and across the borders of the views; counts short of the capacity; float8 features."""
+    size, points = (6, 7), make_blocks(6, seed=26)
+    cameras, targets = make_cameras(3, size), make_cameras(2, size, 1)
+    cameras[1][2, :3, :3] *= torch.tensor([-1.0, 1.0, -1.0])  # looks back
+    live = None if live is None else torch.tensor(live)
+    bounds = bounds_of(points, live)
+    seen = culled(bounds, live, cameras, size)
+    assert not seen[:, 1].any()
+    if live is None:
+        assert seen.any(1).all() and 2 < seen.any(0).sum() < 6 and 3 < seen.sum() < 2 * seen.any(0).sum()
+    options = points, live, cameras, targets, size
+    got, expected = (read(name, triton, *options, bounds, live is not None) for triton in (True, False))
+    agree(got, expected)
+    assert expected[1 if len(expected) > 1 else 0].any() == (live is None or live > 0)
+
+
+@comparison
+@pytest.mark.parametrize("name", ["splat", "view_overlap"])
+def test_reads_by_bounds_of_more_views_than_a_word_has(name):
+    size, points = (2, 3), make_blocks(2, seed=3)
+    points[BLOCK:] = make_blocks(2, seed=4)[: len(points) - BLOCK]
+    cameras, targets = make_cameras(33, size), make_cameras(33, size, 1)
+    cameras[1][::2, :3, :3] *= torch.tensor([-1.0, 1.0, -1.0])
+    bounds = bounds_of(points)
+    seen = culled(bounds, None, cameras, size)
+    assert seen[31:].any() and not seen[31:].all()
+    agree(*(read(name, triton, points, None, cameras, targets, size, bounds) for triton in (True, False)))
+
+
+@comparison
+@pytest.mark.parametrize("name", READS)
+def test_reads_look_at_no_token_of_blocks_that_bounds_put_out_of_view(name):
+    """Bounds that break their promise hide tokens, from one view, from the other, from both or from none."""
+    size = (6, 7)
+    intrinsics, cam2world = make_cameras(2, size)
+    cam2world[:] = torch.eye(4, dtype=torch.float64)
+    cam2world[1, :3, :3] *= torch.tensor([-1.0, 1.0, -1.0])  # the two see nothing in common
+    points = torch.randn(5 * BLOCK - 50, 4, generator=torch.Generator().manual_seed(0))
+    points[:, 3] = 0.1
+    before, behind = [-0.1, -0.1, 1.0, 0.1, 0.1, 2.0], [-0.1, -0.1, -2.0, 0.1, 0.1, -1.0]
+    nothing, beside, all_round = [math.inf] * 3 + [-math.inf] * 3, [50.0, -1, -1, 60, 1, 1], [-9.0] * 3 + [9.0] * 3
+    bounds = torch.tensor([before, nothing, all_round, beside, behind])
+    block, promised = torch.arange(len(points)) // BLOCK, points.clone()
+    promised[(block == 1) | (block == 3)] = math.nan
+    promised[(block == 0) & (points[:, 2] < 0) | (block == 4) & (points[:, 2] > 0)] = math.nan
+    cameras = intrinsics, cam2world
+    options = None, cameras, tuple(x[:1] for x in cameras), size
+    expected = read(name, False, promised, *options)
+    agree(read(name, True, points, *options, bounds), expected)
+    assert not torch.equal(read(name, False, points, *options)[-1], expected[-1])
+
+
+@comparison
+@pytest.mark.parametrize(("distance", "footprint"), [(-0.2, 1e-3), (-1.4, 5.0)])
+def test_blocks_beside_the_grid_reach_into_its_border(distance, footprint):
+    """By half a cell and a little, or with wide tokens by more; nothing of them is in the view itself."""
+    points = torch.rand(60, 4, generator=torch.Generator().manual_seed(0))
+    points[:, 0] = distance - 0.2 * points[:, 0]
+    points[:, 2:] = torch.tensor([1.0, footprint])
+    cameras = torch.eye(3, dtype=torch.float64)[None], torch.eye(4, dtype=torch.float64)[None]
+    options = points, None, cameras, cameras, (1, 2)
+    expected = read("splat_aligned", False, *options)
+    agree(read("splat_aligned", True, *options, bounds_of(points)), expected)
+    assert expected[1].any() and not read("splat", False, *options)[1].any()
+
+
+@comparison
+def test_gradients_by_bounds_are_the_same():
+    """Those of splat_aligned, whose backward reads the keys of its fits."""
+    if not available_backends()["cpu"]:
+        pytest.skip("the CPU operators were not built: nothing to compare with")
+    size, points = (6, 7), torch.cat(make_blocks(6, seed=26).split(BLOCK)[:4:2])[: BLOCK + 40]
+    points[:, 3] = 1e-3  # closes no holes, which take the interpreter long
+    cameras = [x[::2] for x in make_cameras(3, size)]
+    cameras[1][1, :3, :3] *= torch.tensor([-1.0, 1.0, -1.0])
+    assert culled(bounds_of(points), None, cameras, size).tolist() == [[True, False], [False, True]]
+    features = torch.randn(len(points), 2, generator=torch.Generator().manual_seed(0))
+    frames = torch.zeros(len(points), dtype=torch.int32), torch.zeros(1, 3)
+    grads = []
+    for backend, device, bounds in (("triton", DEVICE, bounds_of(points).to(DEVICE)), ("cpu", "cpu", None)):
+        leaves = [x.to(device).detach().requires_grad_() for x in (points, features)]
+        rest = [x.to(device) for x in (*frames, *cameras)]
+        with use_backend(backend):
+            view = splat_aligned(*leaves, *rest, size, sharpness=2.0, bounds=bounds)
+            (view.latents * view.latents.detach()).sum().backward()
+        grads.append(tuple(x.grad for x in leaves))
+    assert all(x.any() for x in grads[1])
+    agree(*grads)
+
+
+@comparison
+@pytest.mark.parametrize("margin", [0, 2])
+@pytest.mark.parametrize("unit", [1e-30, 1e-18, 1.0, 1e14, 1e30])
+def test_no_block_in_view_is_culled(unit, margin):
+    """A token a block, on the borders of the frustum up to a few last bits to either side, and well off them."""
+    height, width = size = (5, 8)
+    near = 0.7 * unit
+    intrinsics, cam2world = make_cameras(2, size, 5)
+    cam2world[:, :3, 3] *= unit
+    random = torch.Generator().manual_seed(0)
+    side_u = torch.tensor([-margin, 0, 0.5 * width, width, width + margin, -margin - 0.1, width + margin + 0.1])
+    side_v = torch.tensor([-margin, 0, 0.5 * height, height, height + margin, -margin - 0.1, height + margin + 0.1])
+    depths = torch.tensor([-1.0, 0.6, 0.7, 1.0, 6.0])
+    u, v, z = (grid.flatten().double() for grid in torch.meshgrid(side_u, side_v, depths, indexing="ij"))
+    local = torch.stack([u * z, v * z, z]) * unit
+    world = cam2world[:, :3, :3] @ torch.linalg.solve(intrinsics, local) + cam2world[:, :3, 3:]
+    world = world.mT.reshape(-1, 3).float()
+    nudged = world.view(torch.int32) + torch.randint(-4, 5, world.shape, generator=random, dtype=torch.int32)
+    points = nudged.view(torch.float32)
+    seen = culled(points.repeat(1, 2), None, (intrinsics, cam2world), size, near, margin)
+    counts = []
+    for view, projection in enumerate(reference.make_projection(intrinsics, cam2world, torch.float32)):
+        column, row, depth = reference.project_points(points, projection)
+        visible = reference.in_view(
+            column + margin, row + margin, depth, (height + 2 * margin, width + 2 * margin), near
+        )
+        assert not (visible & ~seen[view]).any()
+        counts.append([int(visible.sum()), int(seen[view].sum())])
+    assert all(0 < visible <= kept for visible, kept in counts)
+    if unit == 1.0:  # what lies a tenth of a cell off is culled
+        own = seen.view(2, 2, -1)[[0, 1], [0, 1]]
+        off = (z < 0.65) | (u < -margin - 0.05) | (u > width + margin + 0.05)
+        off |= (v < -margin - 0.05) | (v > height + margin + 0.05)
+        assert not own[:, off].any() and own[:, ~off].any()
+
+
+@comparison
+def test_nothing_is_culled_by_what_is_no_number():
+    size = (4, 5)
+    intrinsics, cam2world = make_cameras(5, size)
+    cam2world[1], cam2world[2, :3, :3], cam2world[3, :3, 3] = math.nan, 0, 1e30
+    cam2world[4, :3, :3] *= 1e-25
+    behind = torch.tensor([[-1.0, -1.0, -10.0, 1.0, 1.0, -8.0]])
+    assert culled(behind, None, (intrinsics, cam2world), size).flatten().tolist() == [False, True, True, True, True]
+    loose = behind.repeat(12, 1)
+    loose[range(6), range(6)] = math.nan
+    loose[range(6, 12), range(6)] = torch.tensor([-math.inf] * 3 + [math.inf] * 3)
+    assert culled(loose, None, (intrinsics, cam2world), size).all()
+
+
 # ---------------------------------------------------------------------------------------------------- registration
 
 
@@ -1181,9 +1383,9 @@ def compile_launch(kernel, arguments: dict, options: dict, capability: int):
     ("name", "kernels"),
     [
         ("back_project", {"lift_kernel", "tokens_kernel"}),
-        ("splat", {"prepare_kernel", "nearest_kernel", "resolve_kernel"}),
+        ("splat", {"prepare_kernel", "cull_kernel", "nearest_kernel", "resolve_kernel"}),
         ("splat_backward", {"backward_kernel"}),
-        ("splat_aligned", {"prepare_kernel", "nearest_kernel", "best_kernel", "read_out_kernel"}),
+        ("splat_aligned", {"prepare_kernel", "cull_kernel", "nearest_kernel", "best_kernel", "read_out_kernel"}),
         ("splat_aligned_backward", {"prepare_kernel", "share_kernel", "gather_kernel"}),
         (
             "cache_write",
@@ -1206,7 +1408,7 @@ def compile_launch(kernel, arguments: dict, options: dict, capability: int):
         ),
         ("cache_trim", {"digit_kernel", "count_kernel", "scan_kernel", "move_kernel", "bounds_kernel"}),
         ("block_bounds", {"bounds_kernel"}),
-        ("view_overlap", {"prepare_kernel", "mark_kernel", "count_kernel"}),
+        ("view_overlap", {"prepare_kernel", "cull_kernel", "mark_kernel", "count_kernel"}),
     ],
 )
 @pytest.mark.parametrize("capability", [80, 90])
@@ -1239,10 +1441,17 @@ def test_compiles_for_large_cells_and_wide_indices(monkeypatch):
 @compiles
 @pytest.mark.parametrize(
     ("name", "changes"),
-    [("bounded_write", {4: None, 19: 0, 20: None}), ("cache_trim", {3: None, 4: None, 6: 2**62, 7: None})],
+    [
+        ("bounded_write", {4: None, 19: 0, 20: None}),
+        ("cache_trim", {3: None, 4: None, 6: 2**62, 7: None}),
+        ("splat", {2: None, 9: None}),
+        ("splat_aligned", {2: None, 12: None}),
+        ("view_overlap", {1: None, 10: None}),
+        ("view_overlap", {4: torch.empty(0, 3, 3, device="meta"), 5: torch.empty(0, 4, 4, device="meta")}),
+    ],
 )
-def test_compiles_without_votes_and_looks(name, changes, monkeypatch):
-    """Nor carving, nor eviction, nor bounds."""
+def test_compiles_without_what_may_be_left_out(name, changes, monkeypatch):
+    """Nor carving, nor eviction, nor counts, nor bounds, nor targets."""
     for kernel, arguments, options in record_launches(name, monkeypatch, changes):
         compile_launch(kernel, arguments, options, 90)
 

@@ -7,7 +7,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..reference import BLOCK
 from .camera import PROJECTION_SIZE, convert, in_view, load_points, make_projection, project, widen
+from .cull import cull, may_hold, own_tokens
 from .features import load_features, raw
 from .launch import EXACT, cdiv, device_of, float32, implements, power_of_2
 
@@ -21,7 +23,7 @@ _PREPARE_KEYS = 256
 _PREPARE_VIEWS = 32
 # 4 points a thread at 2 warps: several depth tests in flight each, and programs so small that the 31,680 tokens of one
 # written chunk make 124 of them.
-_NEAREST_POINTS = 256
+_NEAREST_POINTS = BLOCK
 # A row of 32 cells is 64 or 128 contiguous bytes to store, and 9 views of 44x80 make 990 programs: this kernel waits
 # for memory latency, so many small programs beat few large ones.
 _RESOLVE_CELLS = 32
@@ -38,33 +40,51 @@ def prepare_kernel(intrinsics, cam2world, projections, keys, views, total, KEYS:
     tl.store(keys + key, tl.full((KEYS,), _EMPTY_KEY, tl.int64), key < total)
 
 
-@triton.jit(do_not_specialize=["points_total", "views"])
+@triton.jit(do_not_specialize=["points_total", "views", "blocks"])
 def nearest_kernel(
-    points, num_points, projections, keys, points_total, views, cells, height, width, near, POINTS: tl.constexpr
+    points,
+    num_points,
+    masks,
+    numbers,
+    listed,
+    blocks,
+    projections,
+    keys,
+    points_total,
+    views,
+    cells,
+    height,
+    width,
+    near,
+    POINTS: tl.constexpr,
 ):
-    """Each program holds its points in registers and visits all views with them."""
+    """Each program holds its points in registers and visits with them all views that may see their block."""
     live = tl.cast(points_total, tl.int64)
     if num_points is not None:
         live = tl.minimum(live, tl.load(num_points))
-    begin = tl.program_id(0).to(tl.int64) * POINTS
+    begin, real = own_tokens(numbers, listed, live, POINTS=POINTS)
     # The buffers of a cache are longer than what lives in them: programs past the end have nothing to do.
-    if begin < live:
+    if real:
         index = begin + tl.arange(0, POINTS)
         x, y, z = load_points(points, index, index < live, POINTS)
         projection = projections
         grid = keys
-        for _ in range(views):
-            u, v, depth = project(projection, x, y, z)
-            visible = (index < live) & in_view(u, v, depth, height, width, near)
-            # Only what is in view is converted: a float outside the range of int32 has no defined conversion.
-            row = tl.where(visible, v, 0.0).to(tl.int32)
-            column = tl.where(visible, u, 0.0).to(tl.int32)
-            cell = row * width + column
-            key = (depth.to(tl.int32, bitcast=True).to(tl.int64) << 32) | index
-            # Early depth test. A key only ever falls, so a stale one costs an atomic too many and never a winner; from
-            # L2, since the copy in L1 stays as it was at the first touch.
-            closer = visible & (key < tl.load(grid + cell, visible, other=0, cache_modifier=".cg"))
-            tl.atomic_min(grid + cell, key, closer, sem="relaxed")
+        for view in range(views):
+            sees = True
+            if masks is not None:
+                sees = may_hold(masks, blocks, begin, view)
+            if sees:
+                u, v, depth = project(projection, x, y, z)
+                visible = (index < live) & in_view(u, v, depth, height, width, near)
+                # Only what is in view is converted: a float outside the range of int32 has no defined conversion.
+                row = tl.where(visible, v, 0.0).to(tl.int32)
+                column = tl.where(visible, u, 0.0).to(tl.int32)
+                cell = row * width + column
+                key = (depth.to(tl.int32, bitcast=True).to(tl.int64) << 32) | index
+                # Early depth test. A key only ever falls, so a stale one costs an atomic too many and never a winner;
+                # from L2, since the copy in L1 stays as it was at the first touch.
+                closer = visible & (key < tl.load(grid + cell, visible, other=0, cache_modifier=".cg"))
+                tl.atomic_min(grid + cell, key, closer, sem="relaxed")
             projection += 12
             grid += cells
 
@@ -171,9 +191,11 @@ def splat(
             **EXACT,
         )
         if points.shape[0] > 0:
+            seen = cull(bounds, points, num_points, projections, height, width, float32(near), 0)
             nearest_kernel[(cdiv(points.shape[0], _NEAREST_POINTS),)](
                 points.contiguous(),
                 num_points,
+                *seen,
                 projections,
                 keys,
                 points.shape[0],

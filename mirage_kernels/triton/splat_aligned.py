@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..reference import FITS, GATE, LARGEST_RATIO, RAY_WEIGHT, REACH, WIDEST
 from .camera import PROJECTION_SIZE, convert, floor_int, load_rows, make_projection, project, widen
+from .cull import cull, may_hold, own_tokens
 from .features import load_features, raw
 from .launch import EXACT, cdiv, device_of, float32, implements, power_of_2
 
@@ -145,10 +146,14 @@ def lower_depth(depths, cell, z, mask):
     tl.atomic_min(depths + cell, bits, closer, sem="relaxed")
 
 
-@triton.jit(do_not_specialize=["points_total", "views", "frames"])
+@triton.jit(do_not_specialize=["points_total", "views", "frames", "blocks"])
 def nearest_kernel(
     points,
     num_points,
+    masks,
+    numbers,
+    listed,
+    blocks,
     frame_ids,
     frame_centers,
     frames,
@@ -169,36 +174,40 @@ def nearest_kernel(
     live = tl.cast(points_total, tl.int64)
     if num_points is not None:
         live = tl.minimum(live, tl.load(num_points))
-    begin = tl.program_id(0).to(tl.int64) * POINTS
-    if begin < live:
+    begin, real = own_tokens(numbers, listed, live, POINTS=POINTS)
+    if real:
         index = begin + tl.arange(0, POINTS)
         x, y, z, footprint, wx, wy, wz = load_tokens(
             points, frame_ids, frame_centers, frames, index, index < live, POINTS
         )
         for view in range(views):
-            u, v, depth, radius, _ = fit_tokens(
-                projections + view * 12, readers + view * 4, x, y, z, footprint, wx, wy, wz
-            )
-            seen = (index < live) & around_view(u, v, depth, height, width, near)
-            grid = tl.cast(view, tl.int64) * cells
-            if HOLES:
-                seen = seen & (radius > _REACH)
-                if tl.max(seen.to(tl.int32), axis=0) > 0:
-                    home_column, home_row = floor_cell(u, seen), floor_cell(v, seen)
-                    for k in range(25):
-                        column, row = home_column + (k % 5 - 2), home_row + (k // 5 - 2)
+            sees = True
+            if masks is not None:
+                sees = may_hold(masks, blocks, begin, view)
+            if sees:
+                u, v, depth, radius, _ = fit_tokens(
+                    projections + view * 12, readers + view * 4, x, y, z, footprint, wx, wy, wz
+                )
+                seen = (index < live) & around_view(u, v, depth, height, width, near)
+                grid = tl.cast(view, tl.int64) * cells
+                if HOLES:
+                    seen = seen & (radius > _REACH)
+                    if tl.max(seen.to(tl.int32), axis=0) > 0:
+                        home_column, home_row = floor_cell(u, seen), floor_cell(v, seen)
+                        for k in range(25):
+                            column, row = home_column + (k % 5 - 2), home_row + (k // 5 - 2)
+                            meets = seen & in_grid(column, row, height, width)
+                            meets = meets & (cell_distance(u, v, column, row) <= radius * radius)
+                            cell = grid + row * width + column
+                            hole = meets & (tl.load(narrow + cell, meets, other=0) == _NO_DEPTH)
+                            lower_depth(wide, cell, depth, hole)
+                else:
+                    left, top = floor_cell(u - 0.5, seen), floor_cell(v - 0.5, seen)
+                    for k in range(4):
+                        column, row = left + k % 2, top + k // 2
                         meets = seen & in_grid(column, row, height, width)
-                        meets = meets & (cell_distance(u, v, column, row) <= radius * radius)
-                        cell = grid + row * width + column
-                        hole = meets & (tl.load(narrow + cell, meets, other=0) == _NO_DEPTH)
-                        lower_depth(wide, cell, depth, hole)
-            else:
-                left, top = floor_cell(u - 0.5, seen), floor_cell(v - 0.5, seen)
-                for k in range(4):
-                    column, row = left + k % 2, top + k // 2
-                    meets = seen & in_grid(column, row, height, width)
-                    meets = meets & (cell_distance(u, v, column, row) <= _REACH * _REACH)
-                    lower_depth(narrow, grid + row * width + column, depth, meets)
+                        meets = meets & (cell_distance(u, v, column, row) <= _REACH * _REACH)
+                        lower_depth(narrow, grid + row * width + column, depth, meets)
 
 
 @triton.jit
@@ -213,10 +222,14 @@ def insert_keys(keys, cell, key, mask):
         mask = mask & (key != _NO_FIT)
 
 
-@triton.jit(do_not_specialize=["points_total", "views", "frames"])
+@triton.jit(do_not_specialize=["points_total", "views", "frames", "blocks"])
 def best_kernel(
     points,
     num_points,
+    masks,
+    numbers,
+    listed,
+    blocks,
     frame_ids,
     frame_centers,
     frames,
@@ -236,39 +249,43 @@ def best_kernel(
     live = tl.cast(points_total, tl.int64)
     if num_points is not None:
         live = tl.minimum(live, tl.load(num_points))
-    begin = tl.program_id(0).to(tl.int64) * POINTS
-    if begin < live:
+    begin, real = own_tokens(numbers, listed, live, POINTS=POINTS)
+    if real:
         index = begin + tl.arange(0, POINTS)
         x, y, z, footprint, wx, wy, wz = load_tokens(
             points, frame_ids, frame_centers, frames, index, index < live, POINTS
         )
         for view in range(views):
-            u, v, depth, radius, lack = fit_tokens(
-                projections + view * 12, readers + view * 4, x, y, z, footprint, wx, wy, wz
-            )
-            seen = (index < live) & around_view(u, v, depth, height, width, near)
-            grid = tl.cast(view, tl.int64) * cells
-            left, top = floor_cell(u - 0.5, seen), floor_cell(v - 0.5, seen)
-            for k in range(4):
-                column, row = left + k % 2, top + k // 2
-                distance = cell_distance(u, v, column, row)
-                meets = seen & in_grid(column, row, height, width) & (distance <= _REACH * _REACH)
-                cell = grid + row * width + column
-                surface = tl.load(narrow + cell, meets, other=0).to(tl.float32, bitcast=True)
-                score = (distance + lack).to(tl.int32, bitcast=True).to(tl.int64)
-                insert_keys(keys, cell, (score << 32) | index, meets & (depth <= _GATE * surface))
-            seen = seen & (radius > _REACH)
-            if tl.max(seen.to(tl.int32), axis=0) > 0:
-                home_column, home_row = floor_cell(u, seen), floor_cell(v, seen)
-                for k in range(25):
-                    column, row = home_column + (k % 5 - 2), home_row + (k // 5 - 2)
+            sees = True
+            if masks is not None:
+                sees = may_hold(masks, blocks, begin, view)
+            if sees:
+                u, v, depth, radius, lack = fit_tokens(
+                    projections + view * 12, readers + view * 4, x, y, z, footprint, wx, wy, wz
+                )
+                seen = (index < live) & around_view(u, v, depth, height, width, near)
+                grid = tl.cast(view, tl.int64) * cells
+                left, top = floor_cell(u - 0.5, seen), floor_cell(v - 0.5, seen)
+                for k in range(4):
+                    column, row = left + k % 2, top + k // 2
                     distance = cell_distance(u, v, column, row)
-                    meets = seen & in_grid(column, row, height, width) & (distance <= radius * radius)
+                    meets = seen & in_grid(column, row, height, width) & (distance <= _REACH * _REACH)
                     cell = grid + row * width + column
-                    meets = meets & (tl.load(narrow + cell, meets, other=0) == _NO_DEPTH)
-                    surface = tl.load(wide + cell, meets, other=0).to(tl.float32, bitcast=True)
+                    surface = tl.load(narrow + cell, meets, other=0).to(tl.float32, bitcast=True)
                     score = (distance + lack).to(tl.int32, bitcast=True).to(tl.int64)
                     insert_keys(keys, cell, (score << 32) | index, meets & (depth <= _GATE * surface))
+                seen = seen & (radius > _REACH)
+                if tl.max(seen.to(tl.int32), axis=0) > 0:
+                    home_column, home_row = floor_cell(u, seen), floor_cell(v, seen)
+                    for k in range(25):
+                        column, row = home_column + (k % 5 - 2), home_row + (k // 5 - 2)
+                        distance = cell_distance(u, v, column, row)
+                        meets = seen & in_grid(column, row, height, width) & (distance <= radius * radius)
+                        cell = grid + row * width + column
+                        meets = meets & (tl.load(narrow + cell, meets, other=0) == _NO_DEPTH)
+                        surface = tl.load(wide + cell, meets, other=0).to(tl.float32, bitcast=True)
+                        score = (distance + lack).to(tl.int32, bitcast=True).to(tl.int64)
+                        insert_keys(keys, cell, (score << 32) | index, meets & (depth <= _GATE * surface))
 
 
 @triton.jit
@@ -603,7 +620,8 @@ def splat_aligned(
     with device_of(points):
         projections, readers = prepare(intrinsics, cam2world, narrow, wide, keys, points)
         if total > 0:
-            tokens = points, num_points, frame_ids, frame_centers, frames, projections, readers, narrow, wide
+            seen = cull(bounds, points, num_points, projections, height, width, float32(near), _MARGIN.value)
+            tokens = points, num_points, *seen, frame_ids, frame_centers, frames, projections, readers, narrow, wide
             shape = total, views, cells, height, width, float32(near)
             for holes in (False, True):
                 nearest_kernel[(cdiv(total, _POINTS),)](

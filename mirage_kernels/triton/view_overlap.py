@@ -7,11 +7,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..reference import BLOCK
 from .camera import PROJECTION_SIZE, in_view, load_points, make_projection, project, voxel_key
+from .cull import WORD_VIEWS, cull
 from .launch import EXACT, cdiv, device_of, float32, implements
 
 # A word marks 31 views and, in its sign bit, the targets: memory stays bounded however many views there are.
-_WORD_VIEWS = 31
+_WORD_VIEWS = tl.constexpr(WORD_VIEWS)
+_TOKENS = tl.constexpr(BLOCK)
 
 # One warp: the few programs that compose matrices use one lane a view.
 _PREPARE_POINTS = 256
@@ -49,10 +52,35 @@ def prepare_kernel(
     tl.store(keys + index, voxel_key(x, y, z, voxel_size), index < points_total)
 
 
-@triton.jit(do_not_specialize=["points_total", "views", "targets"])
+@triton.jit
+def join_bits(a, b):
+    return a | b
+
+
+@triton.jit
+def views_of(held, projections, views, x, y, z, height, width, near, POINTS: tl.constexpr):
+    """Bit t of a word a point: view t sees it. ``held`` says likewise which views may; None, that all may."""
+    word = tl.zeros((POINTS,), tl.int32)
+    if held is not None:
+        some = tl.reduce(held, 0, join_bits)
+    for view in range(views):
+        sees = True
+        if held is not None:
+            sees = ((some >> view) & 1) != 0
+        if sees:
+            u, v, depth = project(projections + view * 12, x, y, z)
+            word |= in_view(u, v, depth, height, width, near).to(tl.int32) << view
+    if held is not None:
+        word &= held
+    return word
+
+
+@triton.jit(do_not_specialize=["points_total", "views", "targets", "blocks"])
 def mark_kernel(
     points,
     num_points,
+    masks,
+    target_masks,
     order,
     voxels,
     projections,
@@ -61,12 +89,13 @@ def mark_kernel(
     points_total,
     views,
     targets,
+    blocks,
     height,
     width,
     near,
     POINTS: tl.constexpr,
 ):
-    """Points in the order of their voxels, so that the marks of neighbours lie together."""
+    """Points in the order of their voxels, so that the marks of neighbours lie together. Masks: ``cull_kernel``."""
     rank = tl.program_id(0).to(tl.int64) * POINTS + tl.arange(0, POINTS)
     inside = rank < points_total
     index = tl.load(order + rank, inside, other=0)
@@ -74,15 +103,29 @@ def mark_kernel(
     live = inside
     if num_points is not None:
         live = inside & (index < tl.load(num_points))
+    held = None
+    if masks is not None:
+        # Points lie scattered in this order: those of blocks that nothing sees are not fetched.
+        held = tl.load(masks + index // _TOKENS, live, other=0)
+        some = held
+        if target_masks is not None:
+            for first in range(0, targets, _WORD_VIEWS):
+                row = target_masks + tl.cast(first // _WORD_VIEWS, tl.int64) * blocks
+                some |= tl.load(row + index // _TOKENS, live, other=0)
+        live = some != 0
     x, y, z = load_points(points, index, live, POINTS)
     seen = tl.zeros((POINTS,), tl.int32)
-    for target in range(targets):
-        u, v, depth = project(target_projections + target * 12, x, y, z)
-        seen |= in_view(u, v, depth, height, width, near).to(tl.int32)
-    word = seen << 31
-    for view in range(views):
-        u, v, depth = project(projections + view * 12, x, y, z)
-        word |= in_view(u, v, depth, height, width, near).to(tl.int32) << view
+    for first in range(0, targets, _WORD_VIEWS):
+        target_held = None
+        if target_masks is not None:
+            row = target_masks + tl.cast(first // _WORD_VIEWS, tl.int64) * blocks
+            target_held = tl.load(row + index // _TOKENS, live, other=0)
+        here = tl.minimum(_WORD_VIEWS, targets - first)
+        seen |= views_of(
+            target_held, target_projections + first * 12, here, x, y, z, height, width, near, POINTS=POINTS
+        )
+    word = (seen != 0).to(tl.int32) << 31
+    word |= views_of(held, projections, views, x, y, z, height, width, near, POINTS=POINTS)
     tl.atomic_or(marks + voxel, word, live & (word != 0), sem="relaxed")
 
 
@@ -147,12 +190,17 @@ def view_overlap(
         torch.ne(keys[1:], keys[:-1], out=begins[1:])
         voxels = begins.cumsum(0)
         marks = torch.empty(total, dtype=torch.int32, device=points.device)
-        for first in range(0, views, _WORD_VIEWS):
-            here = min(_WORD_VIEWS, views - first)
+        view = height, width, float32(near)
+        masks, _, _, blocks = cull(bounds, points, num_points, projections, *view, 0)
+        target_masks, *_ = cull(bounds, points, num_points, target_projections, *view, 0)
+        for word, first in enumerate(range(0, views, WORD_VIEWS)):
+            here = min(WORD_VIEWS, views - first)
             marks.zero_()
             mark_kernel[(cdiv(total, _MARK_POINTS),)](
                 points,
                 num_points,
+                None if masks is None else masks[word:],
+                target_masks,
                 order,
                 voxels,
                 projections[first:],
@@ -161,9 +209,8 @@ def view_overlap(
                 total,
                 here,
                 targets,
-                height,
-                width,
-                float32(near),
+                blocks,
+                *view,
                 POINTS=_MARK_POINTS,
                 num_warps=4,
                 **EXACT,
