@@ -14,6 +14,7 @@ from mirage_kernels.storage import format_version, read_metadata
 
 from . import __version__
 from .extras import MissingExtraError, import_extra
+from .memories import MEMORIES
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -81,6 +82,7 @@ def _add_generate(commands: Any) -> None:
         default="geometric",
         help="none, or names joined by +: geometric, sky, sam2, sam3, confidence",
     )
+    add("--memory", choices=MEMORIES, default="ours", help="what remembers; the model must be trained on it (ours)")
     add("--steps", type=int, default=20, help="denoising steps (20)")
     add("--guidance", type=float, default=1.0, help="guidance scale; 1 is none (1)")
     add("--chunk-frames", type=int, default=33, help="frames at a time, 4 n + 1 (33)")

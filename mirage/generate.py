@@ -19,6 +19,7 @@ from mirage_kernels.storage import replace_file
 
 from .extras import import_extra
 from .figures import Panel, contact_sheet, load_video
+from .memories import memory_options
 from .rgbd import stereo_motorcycle
 from .run_store import CACHE
 from .session import METRICS_LINES, VIDEO
@@ -50,6 +51,7 @@ class GenerateOptions:
     depth: Path | None = None
     depth_estimator: str | None = None
     static_filter: str = "geometric"
+    memory: str = "ours"
     steps: int = 20
     guidance: float = 1.0
     chunk_frames: int = 33
@@ -109,7 +111,6 @@ def run_generate(options: GenerateOptions, progress: bool = True) -> dict[str, A
             start.prompt,
             depth=start.depth,
             depth_estimator=options.depth_estimator,
-            static_filter=options.static_filter,
             num_frames=options.frames,
             height=height,
             width=width,
@@ -121,6 +122,7 @@ def run_generate(options: GenerateOptions, progress: bool = True) -> dict[str, A
             resume=options.resume,
             fps=options.fps,
             callback_on_step_end=step_done,
+            **{"static_filter": options.static_filter} | memory_options(options.memory, pipeline),
         )
         bar.update(session.num_chunks * options.steps)
         if cameras is None:
