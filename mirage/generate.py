@@ -26,6 +26,7 @@ from .session import METRICS_LINES, VIDEO
 from .trajectories import TRAJECTORIES, load_npz, load_trajectory, make_trajectory, save_npz
 
 CONTACT, TRAJECTORY, PATH = "contact.png", "trajectory.npz", "trajectory.json"
+LORA = "lora.safetensors"
 TINY_RANDOM, MIRAGE_TINY = "tiny-random", "mirage-tiny"
 
 _PICTURES = 12
@@ -182,6 +183,8 @@ def load_pipeline(options: GenerateOptions) -> Any:
         pipeline = mirage_tiny_pipeline(dtype)
     else:
         pipeline = MiragePipeline.from_pretrained(options.model, dtype=dtype)
+        if options.lora is None and (beside := Path(options.model) / LORA).is_file():
+            load_lora(pipeline.transformer, beside)
     if options.adapter is not None:
         if Path(options.adapter).is_file():  # of the published release
             adapter = MirageMemoryAdapter.from_transformer(pipeline.transformer)
