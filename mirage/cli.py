@@ -45,6 +45,7 @@ def make_parser() -> argparse.ArgumentParser:
     _add_generate(commands)
     _add_train(commands)
     _add_evaluate(commands)
+    _add_worldscore(commands)
 
     info = commands.add_parser("info", help="describe a saved cache")
     info.add_argument("cache", type=Path, metavar="cache.safetensors")
@@ -151,6 +152,34 @@ def _add_evaluate(commands: Any) -> None:
     parser.set_defaults(run=evaluate_command)
 
 
+def _add_worldscore(commands: Any) -> None:
+    parser = commands.add_parser(
+        "worldscore",
+        help="generate WorldScore's videos, in the folders that its scripts read",
+        description="Writes DIR/worldscore_output. Goes on with what is there.",
+    )
+    add = parser.add_argument
+    add("--model", required=True, help="as of `mirage generate`")
+    add("--adapter", metavar="DIR_OR_ID_OR_FILE", help="memory adapter")
+    add("--lora", metavar="FILE", help="LoRA of the transformer")
+    add("--dataset", type=Path, metavar="DIR", required=True, help="WorldScore-Dataset")
+    add("--movement", choices=("static", "dynamic"), default="static", help="which half of the data set (static)")
+    add("--limit", type=int, metavar="N", help="the first N instances alone")
+    add("--out", type=Path, metavar="DIR", default=Path("mirage-worldscore"), help="where to write")
+    add("--frames", type=int, default=49, help="of a camera move, 4 n + 1 (49)")
+    add("--size", type=_parse_size, metavar="HxW", default=(704, 1280), help="multiples of 32 (704x1280)")
+    add("--memory", choices=MEMORIES, default="ours", help="what remembers; the model must be trained on it (ours)")
+    add("--depth-estimator", metavar="NAME", help="as of `mirage generate`; default the model's depth head")
+    add("--static-filter", default="geometric", help="as of `mirage generate` (geometric)")
+    add("--steps", type=int, default=20, help="denoising steps (20)")
+    add("--guidance", type=float, default=1.0, help="guidance scale; 1 is none (1)")
+    add("--seed", type=int, default=0)
+    add("--fps", type=float, default=24.0)
+    add("--device", choices=("cpu", "cuda"), default="cpu")
+    add("--dtype", choices=("float32", "bfloat16", "float16"), help="default bfloat16 on cuda, float32 on cpu")
+    parser.set_defaults(run=worldscore_command)
+
+
 def _parse_seeds(text: str) -> range:
     try:
         first, stop = map(int, text.split(":"))
@@ -197,6 +226,17 @@ def evaluate_command(options: argparse.Namespace) -> int:
     asked = EvaluateOptions(**given | {"weights": dict(options.weights)})
     print(format_report(run_evaluate(asked)))
     print(f"written to {asked.out}: {REPORT} {TABLE} {PLOTS}/ {CONTACT} {VIDEO}")
+    return 0
+
+
+def worldscore_command(options: argparse.Namespace) -> int:
+    """Generate WorldScore's videos, print how many."""
+    from .worldscore import OUTPUT, WorldScoreOptions, run_worldscore
+
+    given = {name: value for name, value in vars(options).items() if name not in ("run", "command")}
+    report = run_worldscore(WorldScoreOptions(**given))
+    where = options.out / OUTPUT
+    print(f"{report['written']} videos written to {where}, {report['present']} were there already")
     return 0
 
 
