@@ -389,7 +389,7 @@ def _sheet(options: EvaluateOptions, report: dict[str, Any]) -> Any:
     rows = {"true": room.render(cameras[numbers], [0.0] * len(numbers)).images}
     for name in options.memory:
         video = load_video(_rooms_shown(options, name)[0])
-        rows[_caption(report, name)] = torch.stack([frame for i, frame in enumerate(video) if i in numbers])
+        rows[name] = torch.stack([frame for i, frame in enumerate(video) if i in numbers])
     panels = [
         [
             Panel(picture, f"{name}: frame {number}" if i == 0 else f"frame {number}")

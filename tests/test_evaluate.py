@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 import xml.etree.ElementTree
 from pathlib import Path
 from typing import Any
@@ -20,10 +21,10 @@ from mirage.checkpoints import save_lora
 from mirage.evaluate import LOOPS, make_loop, measure
 from mirage.evaluation_report import goals, summarise
 from mirage.figures import line_chart, load_video
-from mirage.metrics import LAG, MOST_PSNR, consistency, find_first_visits, find_revisits, psnr, ssim
+from mirage.metrics import LAG, MOST_PSNR, consistency, find_first_visits, find_revisits, load_lpips, psnr, ssim
 
 SIZE = (64, 96)
-QUICK = ["--frames", "17", "--chunk-frames", "5", "--size", "64x96", "--steps", "1", "--seeds", "10000:10002"]
+QUICK = ["--frames", "17", "--chunk-frames", "5", "--size", "32x64", "--steps", "1", "--seeds", "10000:10002"]
 
 
 @pytest.fixture(autouse=True)
@@ -47,6 +48,23 @@ def test_psnr_and_ssim_are_those_of_others() -> None:
         )
         assert value == pytest.approx(float(np.mean(full[:, 5:-5, 5:-5])), abs=1e-4)
     assert psnr(left, left).tolist() == [MOST_PSNR] * 2 and ssim(left, left).tolist() == pytest.approx([1.0] * 2)
+
+
+def test_lpips_is_measured_where_it_is_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "lpips.py").write_text(
+        "import torch\n"
+        "class LPIPS(torch.nn.Module):\n"
+        "    def __init__(self, net, verbose):\n"
+        "        super().__init__()\n"
+        "    def forward(self, left, right):\n"
+        "        return (left - right).abs().mean((1, 2, 3), keepdim=True)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    distance = load_lpips()
+    monkeypatch.delitem(sys.modules, "lpips")
+    assert distance is not None
+    left, right = torch.rand(9, 3, 8, 8), torch.rand(9, 3, 8, 8)  # in [0, 1], which it takes in [-1, 1]
+    assert torch.allclose(distance(left, right), 2 * (left - right).abs().mean((1, 2, 3)))
 
 
 def test_revisits_are_the_same_pose_far_enough_apart() -> None:
@@ -157,7 +175,7 @@ def test_the_command_films_measures_reports_and_goes_on(
         assert 0 < figures["revisit_psnr"] <= MOST_PSNR and 0 < figures["novel_psnr"] <= MOST_PSNR
         assert len(figures["revisit_psnr_per_chunk"]) == 4 and figures["revisit_psnr_per_chunk"][0] is None
         assert figures["depth"] == ("unused" if name == "none" else "true")
-    assert report["memory"]["none"]["tokens"] == 0 and report["memory"]["pixel"]["tokens"] > 20_000
+    assert report["memory"]["none"]["tokens"] == 0 and report["memory"]["pixel"]["tokens"] > 8_000
     assert report["memory"]["pixel"]["weights"] == str(model / "pixel")
     assert report["memory"]["none"]["weights"] == "the model's own"
     assert report["ceiling"]["rooms"] == 2 and report["goals"] == {"true": []}
@@ -168,7 +186,7 @@ def test_the_command_films_measures_reports_and_goes_on(
         xml.etree.ElementTree.parse(out / "plots" / f"{name}.svg")
     assert PIL.Image.open(out / "contact.png").width == 1600
     video = list(load_video(out / "side_by_side.mp4"))
-    assert len(video) == 2 * 17 and video[0].shape == (3, 28 + 3 * 64, 3 * 3 * 96)
+    assert len(video) == 2 * 17 and video[0].shape == (3, 28 + 5 * 32, 3 * 5 * 64)
 
     # Goes on: what is there stays, what is missing is made, half a file is none.
     kept = out / "rooms" / "true" / "none" / "010000.json"
@@ -183,7 +201,7 @@ def test_the_command_films_measures_reports_and_goes_on(
     assert set(report["memory_by_depth"]) == {"true", "head"} and report["memory"] == report["memory_by_depth"]["true"]
     assert report["memory_by_depth"]["head"]["ours"]["depth"] == "head"
     assert report["memory_by_depth"]["head"]["none"] == report["memory_by_depth"]["true"]["none"]
-    assert {goal["goal"] for goal in report["goals"]["head"]} >= {"revisit PSNR above no memory's, dB"}
+    assert {goal["goal"] for goal in report["goals"]["head"]} >= {"revisit PSNR less that of no memory, dB"}
 
     # Not with other settings, nor with other weights.
     capsys.readouterr()
