@@ -27,7 +27,7 @@ from .chunks import STRIDE, check_num_frames, plan_chunks
 from .evaluation_report import OWN, format_report, goals, summarise
 from .extras import import_extra
 from .figures import Panel, contact_sheet, label, line_chart, load_video, save_video
-from .generate import LORA, GenerateOptions, load_pipeline
+from .generate import LORA, MIRAGE_TINY, GenerateOptions, load_pipeline
 from .memories import MEMORIES, memory_options
 from .metrics import consistency, find_first_visits, find_revisits, load_lpips, psnr, ssim
 from .synthetic import SyntheticFrames, SyntheticRoom
@@ -278,7 +278,9 @@ def _load(options: EvaluateOptions, name: str) -> tuple[Any, str]:
 def _weights_of(options: EvaluateOptions, name: str) -> Path | None:
     if name in options.weights:
         return options.weights[name]
-    beside = Path(options.model) / "memories" / name
+    from .tiny import FOLDER
+
+    beside = (FOLDER if options.model == MIRAGE_TINY else Path(options.model)) / "memories" / name
     return beside if beside.is_dir() else None
 
 

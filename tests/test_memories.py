@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -140,6 +141,17 @@ def test_training_reads_the_memory_it_is_asked_for() -> None:
     assert all(seen[name].float().mean() > 0.3 for name in ("nearest", "ours", "pixel"))
     assert (seen["pixel"] == seen["ours"]).float().mean() > 0.8
     assert not torch.equal(contexts["nearest"], contexts["ours"])
+
+
+def test_a_run_from_before_there_were_other_memories_goes_on(tmp_path: Path) -> None:
+    train(config("adapter", tmp_path, steps=1), progress=False)
+    record = json.loads((tmp_path / "config.json").read_text())
+    assert record["objective"].pop("memory") == "ours"
+    record["objective"]["splat"] = "aligned"
+    (tmp_path / "config.json").write_text(json.dumps(record))
+    assert train(config("adapter", tmp_path, steps=2), progress=False)["steps"] == 2
+    with pytest.raises(ValueError, match="only with what it was started with: objective was"):
+        train(config("adapter", tmp_path, objective={"memory": "nearest"}), progress=False)
 
 
 @pytest.mark.parametrize(("name", "stage"), [("pixel", "adapter"), ("none", "lora")])

@@ -117,7 +117,7 @@ class ChunkMaker:
         self._vae_word = models.vae_word()
         self._scores: dict[tuple[int, ...], Tensor] = {}
         self._keeps_pictures = config.data.cache
-        self._pictures_of: dict[str, Tensor] = {}
+        self._pictures_of: dict[tuple[str, float], Tensor] = {}
 
     @torch.no_grad()
     def __call__(self, drawn: Sequence[Drawn]) -> Chunk:
@@ -260,13 +260,14 @@ class ChunkMaker:
 
     def _pictures(self, clip: Clip, latents: Tensor) -> Tensor:
         """(F, 3, H, W) in [0, 1]: the clip's keyframes as generation would have them, decoded."""
-        known = self._pictures_of.get(clip.name)
+        which = clip.name, latents.double().sum().item()  # clips of two sources may be of one name
+        known = self._pictures_of.get(which)
         if known is None:
             pieces = StreamingDecoder(self.models.vae).iterate(latents.movedim(0, 1)[None])
             keyframes = torch.cat([piece[:, :, -1] for piece in pieces]).float() * 0.5 + 0.5
             known = (keyframes.clamp(0, 1) * 255.0).round().byte().cpu()
             if self._keeps_pictures:
-                self._pictures_of[clip.name] = known
+                self._pictures_of[which] = known
         return known.to(self.device) / 255.0
 
     def _write(
