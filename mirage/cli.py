@@ -14,6 +14,7 @@ from mirage_kernels.storage import format_version, read_metadata
 
 from . import __version__
 from .extras import MissingExtraError, import_extra
+from .memories import MEMORIES
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -43,6 +44,8 @@ def make_parser() -> argparse.ArgumentParser:
 
     _add_generate(commands)
     _add_train(commands)
+    _add_evaluate(commands)
+    _add_worldscore(commands)
 
     info = commands.add_parser("info", help="describe a saved cache")
     info.add_argument("cache", type=Path, metavar="cache.safetensors")
@@ -81,6 +84,7 @@ def _add_generate(commands: Any) -> None:
         default="geometric",
         help="none, or names joined by +: geometric, sky, sam2, sam3, confidence",
     )
+    add("--memory", choices=MEMORIES, default="ours", help="what remembers; the model must be trained on it (ours)")
     add("--steps", type=int, default=20, help="denoising steps (20)")
     add("--guidance", type=float, default=1.0, help="guidance scale; 1 is none (1)")
     add("--chunk-frames", type=int, default=33, help="frames at a time, 4 n + 1 (33)")
@@ -115,6 +119,86 @@ def _add_train(commands: Any) -> None:
         parser.add_argument("overrides", nargs="*", metavar="key=value", help="in place of the file's, data.frames=33")
 
 
+def _add_evaluate(commands: Any) -> None:
+    parser = commands.add_parser(
+        "evaluate",
+        help="closed loops in synthetic rooms: what a memory is worth",
+        description="Films loops with each memory and compares them with themselves and with the truth. Goes on with"
+        " what is in DIR. Weights of a memory are those of --weights, or of MODEL/memories/NAME, else the model's own.",
+    )
+    add = parser.add_argument
+    add("--model", required=True, help="as of `mirage generate`")
+    add("--adapter", metavar="DIR_OR_ID_OR_FILE", help="memory adapter of the model's own memory")
+    add("--lora", metavar="FILE", help="LoRA of the model's own memory")
+    add(
+        "--weights",
+        type=_parse_weights,
+        action="append",
+        default=[],
+        metavar="NAME=DIR",
+        help="what a memory's model was trained to: a folder as `mirage train` leaves it; may come several times",
+    )
+    add("--seeds", type=_parse_seeds, default="10000:10032", help="FIRST:STOP, rooms never trained on (10000:10032)")
+    add("--frames", type=int, default=97, help="of a loop, 4 n + 1 (97)")
+    add("--memory", type=_parse_names, default=MEMORIES, help=f"of {','.join(MEMORIES)} (all of them)")
+    add("--depth", type=_parse_names, default=("true", "head"), help="true, head: whose depth is written (true,head)")
+    add("--out", type=Path, metavar="DIR", default=Path("mirage-evaluation"), help="where to write")
+    add("--size", type=_parse_size, metavar="HxW", default=(96, 160), help="of the frames, multiples of 32 (96x160)")
+    add("--steps", type=int, default=20, help="denoising steps (20)")
+    add("--guidance", type=float, default=1.0, help="guidance scale; 1 is none (1)")
+    add("--chunk-frames", type=int, default=33, help="frames at a time, 4 n + 1 (33)")
+    add("--device", choices=("cpu", "cuda"), default="cpu")
+    add("--dtype", choices=("float32", "bfloat16", "float16"), help="default bfloat16 on cuda, float32 on cpu")
+    parser.set_defaults(run=evaluate_command)
+
+
+def _add_worldscore(commands: Any) -> None:
+    parser = commands.add_parser(
+        "worldscore",
+        help="generate WorldScore's videos, in the folders that its scripts read",
+        description="Writes DIR/worldscore_output. Goes on with what is there.",
+    )
+    add = parser.add_argument
+    add("--model", required=True, help="as of `mirage generate`")
+    add("--adapter", metavar="DIR_OR_ID_OR_FILE", help="memory adapter")
+    add("--lora", metavar="FILE", help="LoRA of the transformer")
+    add("--dataset", type=Path, metavar="DIR", required=True, help="WorldScore-Dataset")
+    add("--movement", choices=("static", "dynamic"), default="static", help="which half of the data set (static)")
+    add("--limit", type=int, metavar="N", help="the first N instances alone")
+    add("--out", type=Path, metavar="DIR", default=Path("mirage-worldscore"), help="where to write")
+    add("--frames", type=int, default=49, help="of a camera move, 4 n + 1 (49)")
+    add("--size", type=_parse_size, metavar="HxW", default=(704, 1280), help="multiples of 32 (704x1280)")
+    add("--memory", choices=MEMORIES, default="ours", help="what remembers; the model must be trained on it (ours)")
+    add("--depth-estimator", metavar="NAME", help="as of `mirage generate`; default the model's depth head")
+    add("--static-filter", default="geometric", help="as of `mirage generate` (geometric)")
+    add("--steps", type=int, default=20, help="denoising steps (20)")
+    add("--guidance", type=float, default=1.0, help="guidance scale; 1 is none (1)")
+    add("--seed", type=int, default=0)
+    add("--fps", type=float, default=24.0)
+    add("--device", choices=("cpu", "cuda"), default="cpu")
+    add("--dtype", choices=("float32", "bfloat16", "float16"), help="default bfloat16 on cuda, float32 on cpu")
+    parser.set_defaults(run=worldscore_command)
+
+
+def _parse_seeds(text: str) -> range:
+    try:
+        first, stop = map(int, text.split(":"))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be FIRST:STOP such as 10000:10032, got {text!r}") from None
+    return range(first, stop)
+
+
+def _parse_names(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(","))
+
+
+def _parse_weights(text: str) -> tuple[str, Path]:
+    name, equals, folder = text.partition("=")
+    if not equals or not folder:
+        raise argparse.ArgumentTypeError(f"must be NAME=DIR, got {text!r}")
+    return name, Path(folder)
+
+
 def _parse_size(text: str) -> tuple[int, int]:
     try:
         height, width = map(int, text.lower().split("x"))
@@ -130,6 +214,29 @@ def generate_command(options: argparse.Namespace) -> int:
     given = {name: value for name, value in vars(options).items() if name not in ("run", "command")}
     asked = GenerateOptions(**given)
     print(format_report(asked, run_generate(asked)))
+    return 0
+
+
+def evaluate_command(options: argparse.Namespace) -> int:
+    """Evaluate a model, print the tables and where the report is."""
+    from .evaluate import CONTACT, PLOTS, REPORT, TABLE, VIDEO, EvaluateOptions, run_evaluate
+    from .evaluation_report import format_report
+
+    given = {name: value for name, value in vars(options).items() if name not in ("run", "command")}
+    asked = EvaluateOptions(**given | {"weights": dict(options.weights)})
+    print(format_report(run_evaluate(asked)))
+    print(f"written to {asked.out}: {REPORT} {TABLE} {PLOTS}/ {CONTACT} {VIDEO}")
+    return 0
+
+
+def worldscore_command(options: argparse.Namespace) -> int:
+    """Generate WorldScore's videos, print how many."""
+    from .worldscore import OUTPUT, WorldScoreOptions, run_worldscore
+
+    given = {name: value for name, value in vars(options).items() if name not in ("run", "command")}
+    report = run_worldscore(WorldScoreOptions(**given))
+    where = options.out / OUTPUT
+    print(f"{report['written']} videos written to {where}, {report['present']} were there already")
     return 0
 
 

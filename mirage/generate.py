@@ -19,12 +19,14 @@ from mirage_kernels.storage import replace_file
 
 from .extras import import_extra
 from .figures import Panel, contact_sheet, load_video
+from .memories import memory_options
 from .rgbd import stereo_motorcycle
 from .run_store import CACHE
 from .session import METRICS_LINES, VIDEO
 from .trajectories import TRAJECTORIES, load_npz, load_trajectory, make_trajectory, save_npz
 
 CONTACT, TRAJECTORY, PATH = "contact.png", "trajectory.npz", "trajectory.json"
+LORA = "lora.safetensors"
 TINY_RANDOM, MIRAGE_TINY = "tiny-random", "mirage-tiny"
 
 _PICTURES = 12
@@ -50,6 +52,7 @@ class GenerateOptions:
     depth: Path | None = None
     depth_estimator: str | None = None
     static_filter: str = "geometric"
+    memory: str = "ours"
     steps: int = 20
     guidance: float = 1.0
     chunk_frames: int = 33
@@ -109,7 +112,6 @@ def run_generate(options: GenerateOptions, progress: bool = True) -> dict[str, A
             start.prompt,
             depth=start.depth,
             depth_estimator=options.depth_estimator,
-            static_filter=options.static_filter,
             num_frames=options.frames,
             height=height,
             width=width,
@@ -121,6 +123,7 @@ def run_generate(options: GenerateOptions, progress: bool = True) -> dict[str, A
             resume=options.resume,
             fps=options.fps,
             callback_on_step_end=step_done,
+            **{"static_filter": options.static_filter} | memory_options(options.memory, pipeline),
         )
         bar.update(session.num_chunks * options.steps)
         if cameras is None:
@@ -180,6 +183,8 @@ def load_pipeline(options: GenerateOptions) -> Any:
         pipeline = mirage_tiny_pipeline(dtype)
     else:
         pipeline = MiragePipeline.from_pretrained(options.model, dtype=dtype)
+        if options.lora is None and (beside := Path(options.model) / LORA).is_file():
+            load_lora(pipeline.transformer, beside)
     if options.adapter is not None:
         if Path(options.adapter).is_file():  # of the published release
             adapter = MirageMemoryAdapter.from_transformer(pipeline.transformer)

@@ -39,6 +39,7 @@ from .conditioning import CleanFrames, make_memory_context, make_scores
 from .depth import DepthEstimator, GivenDepth, make_depth_estimator
 from .extras import import_extra
 from .latent_depth import LatentDepth
+from .pixel_memory import CHANNELS, make_pixel_cache
 from .run_store import RunStore
 from .session import DepthSources, MirageChunk, MirageSession, Prompt, Settings
 from .static_filter import StaticFilter, make_static_filter
@@ -327,6 +328,7 @@ class MiragePipeline(DiffusionPipeline, WanLoraLoaderMixin):
         reference_voxel_size: float = 0.1,
         preceding_frames: int = 2,
         decode: str = "chunk",
+        points: str = "latents",
         cache: LatentCache | None = None,
         generator: torch.Generator | None = None,
         run_dir: str | os.PathLike[str] | None = None,
@@ -361,8 +363,10 @@ class MiragePipeline(DiffusionPipeline, WanLoraLoaderMixin):
             preceding_frames: latent frames before the shared one that the chunk sees.
             decode: "chunk" decodes every chunk (streaming: the frames are those of decoding all at once); "end" decodes
                 nothing until the end, which needs depth and filters that look at no frames.
+            points: what the memory's points are: "latents", or "pixels", for a comparison: RGB points, which are
+                rasterised and encoded for every chunk, see :mod:`mirage.pixel_memory`.
             cache: the memory to use, which may hold a scene already, in whose world `cameras` are then. Default a new
-                one in the transformer's dtype.
+                one in the transformer's dtype, or one of :func:`~mirage.pixel_memory.make_pixel_cache`.
             generator: of the noise; its state is saved with a run.
             run_dir: folder where every chunk is saved, so that a killed run can be resumed; None saves nothing. The
                 session holds it until it is closed.
@@ -415,14 +419,18 @@ class MiragePipeline(DiffusionPipeline, WanLoraLoaderMixin):
             preceding_frames=preceding_frames,
             decode=decode,
             fps=fps,
+            points=points,
         )
         _check_settings(settings)
         device = self._execution_device
-        channels = self.vae.config.z_dim
-        if cache is None:
+        channels = CHANNELS if points == "pixels" else self.vae.config.z_dim
+        if cache is None and points == "pixels":
+            cache = make_pixel_cache(device)
+        elif cache is None:
             cache = LatentCache(channels, dtype=self.transformer.dtype, device=device)
         elif cache.channels != channels:
-            raise ValueError(f"cache must have {channels} channels like the VAE, got {cache.channels}")
+            whose = "a cloud of pixels" if points == "pixels" else "the VAE"
+            raise ValueError(f"cache must have {channels} channels like {whose}, got {cache.channels}")
         filter_ = make_static_filter(static_filter, device) if isinstance(static_filter, str) else static_filter
         for name, part in (("static_filter", filter_), ("depth_estimator", depth_estimator)):
             protocol = StaticFilter if name == "static_filter" else DepthEstimator
@@ -777,6 +785,10 @@ def check_models(
 
 
 def _check_settings(settings: Settings) -> None:
+    if settings.points not in ("latents", "pixels"):
+        raise ValueError(f'points must be "latents" or "pixels", got {settings.points!r}')
+    if settings.points == "pixels" and settings.decode != "chunk":
+        raise ValueError(f'decode must be "chunk" with points="pixels", which are of frames, got {settings.decode!r}')
     if settings.splat not in SPLATS:
         raise ValueError(f"splat must be one of {', '.join(SPLATS)}, got {settings.splat!r}")
     for name, least in (("num_inference_steps", 1), ("max_reference_frames", 0), ("preceding_frames", 0)):

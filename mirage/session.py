@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from mirage_kernels import Cameras, LatentCache, View
-from mirage_kernels.cache import CacheMark
+from mirage_kernels.cache import CacheMark, WriteReport
 from mirage_kernels.storage import replace_file
 
 from .chunks import CHUNK_FRAMES, STRIDE, Chunk, check_num_frames, plan_chunks
@@ -30,6 +30,7 @@ from .conditioning import choose_references
 from .depth import DepthEstimator, GivenDepth, align_depth
 from .figures import join_videos, save_video
 from .latent_depth import LatentDepth
+from .pixel_memory import read_pixels, write_pixels
 from .run_store import CACHE, DECODER, SEGMENT, RunStore
 from .static_filter import ChunkViews, StaticFilter
 from .streaming import StreamingDecoder
@@ -57,6 +58,7 @@ class Settings:
     preceding_frames: int
     decode: str
     fps: float
+    points: str = "latents"
 
 
 @dataclass(frozen=True)
@@ -230,8 +232,7 @@ class MirageSession:
         frames = (self._image * 0.5 + 0.5).clamp(0, 1)
         depth, confidence, _ = self._estimate_depth([0], frames, latent, camera, None)
         static = self._find_static((1,), frames, depth, confidence, camera)
-        device = self.cache.device
-        self.cache.write(latent.to(device), depth.to(device), camera, static.to(device))
+        self._write(latent, frames, depth, camera, static)
         self._seeded_with = _Seed(camera, latent)
         return depth[0]
 
@@ -268,7 +269,7 @@ class MirageSession:
             if chunk.index == 0 and self._seeded_with is None:
                 self._mark_memory()
                 self.seed(cameras[0])
-            made = self._generate(chunk, new_views)
+            made = self._generate(chunk, cameras, new_views)
         finally:
             # Whatever has happened: the chunk is there and counts, or nothing of it is.
             if not self._store.count_chunk(chunk, new_views):
@@ -340,8 +341,11 @@ class MirageSession:
 
     # How a chunk is made.
 
-    def _generate(self, chunk: Chunk, new_views: Cameras) -> MirageChunk | None:
-        """The chunk, on disk and in the memory; None when interrupted. `new_views`: of its new latent frames."""
+    def _generate(self, chunk: Chunk, new_cameras: Cameras, new_views: Cameras) -> MirageChunk | None:
+        """The chunk, on disk and in the memory; None when interrupted.
+
+        `new_cameras` are of its new pixel frames, `new_views` of its new latent frames.
+        """
         settings, store = self._settings, self._store
         seconds: dict[str, float] = {}
         # The first target is there already: the image, or the last latent frame of the chunk before.
@@ -351,7 +355,11 @@ class MirageSession:
         preceding = list(range(max(last - settings.preceding_frames, 0), last)) if shared else []
 
         with self._timed(seconds, "read"):
-            view = self.cache.read(targets, size=self.latent_size, splat=settings.splat)
+            if settings.points == "pixels":
+                every = Cameras.cat([targets[0], new_cameras]) if shared else new_cameras
+                view = read_pixels(self.cache, self._pipeline.vae, every)
+            else:
+                view = self.cache.read(targets, size=self.latent_size, splat=settings.splat)
             references, overlaps = self._choose_references(targets)
         with self._timed(seconds, "denoise"):
             latents = self._pipeline.denoise(
@@ -407,11 +415,11 @@ class MirageSession:
             first = 1 if chunk.index == 0 else 0  # frame 0 was written by seed()
             self._mark_memory()
             with self._timed(seconds, "write"):
-                report = self.cache.write(
-                    made.latents[first:].to(self.cache.device),
-                    made.depth[first:].to(self.cache.device),
-                    made.cameras[first:],
-                    made.static[first:].to(self.cache.device),
+                keyframes = None
+                if made.frames is not None:
+                    keyframes = made.frames[[frame - chunk.start for frame in chunk.keyframes[first:]]]
+                report = self._write(
+                    made.latents[first:], keyframes, made.depth[first:], made.cameras[first:], made.static[first:]
                 )
             metrics |= {
                 "written": report.as_dict(),
@@ -425,6 +433,16 @@ class MirageSession:
                 self.cache.save(draft / CACHE)
             metrics["seconds"] = seconds | {"save": time.perf_counter() - began - seconds["write"]}
             store.finish_chunk(chunk, draft, metrics)
+
+    def _write(
+        self, latents: Tensor, frames: Tensor | None, depth: Tensor, cameras: Cameras, static: Tensor
+    ) -> WriteReport:
+        """Latents into the memory, or the frames (F, 3, H, W) that they are."""
+        device = self.cache.device
+        if self._settings.points == "pixels":
+            assert frames is not None  # start() has seen to it
+            return write_pixels(self.cache, frames, depth.to(device), cameras, static.to(device))
+        return self.cache.write(latents.to(device), depth.to(device), cameras, static.to(device))
 
     def _mark_memory(self) -> None:
         """Before the first write of a step, and no sooner: a mark may hold a copy of the memory."""

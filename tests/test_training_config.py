@@ -11,6 +11,7 @@ pytest.importorskip("yaml", reason="the extra train is not installed")
 
 import yaml
 
+from mirage.memories import MEMORIES
 from mirage.training import load_config, make_config
 
 LEAST: dict[str, Any] = {"stage": "adapter", "out": "runs/a", "data": {"sources": [{"kind": "synthetic"}]}}
@@ -61,7 +62,7 @@ def test_defaults_and_overrides(tmp_path: Path) -> None:
         ("objective.drop_memory", 1.5, r"objective.drop_memory must be in \[0, 1\], got 1.5"),
         ("objective.chunk_frames", 32, "objective.chunk_frames must be 4 n . 1 .*, got 32; nearest: 29 or 33"),
         ("objective.chunk_frames", 97, "objective.chunk_frames must be at most data.frames, 65, got 97"),
-        ("objective.splat", "soft", "objective.splat must be one of aligned, nearest, got 'soft'"),
+        ("objective.memory", "soft", "objective.memory must be one of none, nearest, ours, pixel, got 'soft'"),
         ("objective.depth_noise", -1, "objective.depth_noise must be at least 0, got -1.0"),
         ("lora.targets", ["q", "z"], "lora.targets must be one of q, k, v, o, ffn, got 'z'"),
         ("lora.rank", 0, "lora.rank must be positive and finite, got 0"),
@@ -105,7 +106,13 @@ def test_files_of_the_repository(file: Path) -> None:
         for path in needed:
             if isinstance(path, str):
                 assert path.split("/")[:2] == ["runs", "tiny"]
-                assert order.index(path.split("/")[2]) < order.index(file.stem)
+                before, own = path.split("/")[2], file.stem
+                stage, _, memory = own.partition("-")
+                if memory in MEMORIES:  # behind its own adapter, or what all have in common
+                    assert config.objective.memory == memory
+                    before, own = before.removesuffix(f"-{memory}"), stage
+                    assert before != "adapter" or path.split("/")[2] == f"adapter-{memory}"
+                assert order.index(before) < order.index(own)
         assert config.models.text_length == (None if file.stem.startswith("vae") else 96)
 
 

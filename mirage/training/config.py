@@ -14,6 +14,7 @@ from typing import Any
 
 from ..chunks import CHUNK_FRAMES, check_num_frames
 from ..extras import import_extra
+from ..memories import MEMORIES
 
 STAGES = ("vae", "backbone", "adapter", "lora")
 SCHEDULES = ("constant", "linear", "cosine")
@@ -96,7 +97,9 @@ class ObjectiveConfig:
             in generation.
         max_references, preceding_frames: as in generation, at most; how many are drawn anew.
         drop_references, drop_preceding, drop_memory, drop_prompt: chance that a step goes without.
-        reference_threshold, reference_voxel_size, splat: as in generation.
+        reference_threshold, reference_voxel_size: as in generation.
+        memory: on whose read-outs the model is trained, one of :data:`~mirage.memories.MEMORIES`. "none" trains
+            without any and without reference frames; "pixel" decodes the clips.
         drop_tokens: share of the memory's tokens that is missing, at most, in patches.
         depth_noise: standard deviation of ln depth, of a written frame and of patches of it.
         pose_noise: of the writing cameras: metres, and a tenth of it in radians.
@@ -115,7 +118,7 @@ class ObjectiveConfig:
     drop_prompt: float = 0.1
     reference_threshold: float = 0.04
     reference_voxel_size: float = 0.1
-    splat: str = "aligned"
+    memory: str = "ours"
     drop_tokens: float = 0.3
     depth_noise: float = 0.02
     pose_noise: float = 0.01
@@ -238,7 +241,7 @@ def make_config(given: dict[str, Any]) -> TrainConfig:
     _one_of("stage", config.stage, STAGES)
     _one_of("schedule", config.schedule, SCHEDULES)
     _one_of("mixed_precision", config.mixed_precision, PRECISIONS)
-    _one_of("objective.splat", config.objective.splat, ("aligned", "nearest"))
+    _one_of("objective.memory", config.objective.memory, MEMORIES)
     for name, least in (("steps", 1), ("batch_size", 1), ("gradient_accumulation", 1), ("save_every", 1), ("keep", 1)):
         _at_least(name, getattr(config, name), least)
     for name, number in (

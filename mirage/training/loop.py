@@ -303,6 +303,8 @@ def _record(accelerator: Accelerator, config: TrainConfig, out: Path) -> None:
             for name in _FREE:
                 settings.pop(name, None)
             settings.get("data", {}).pop("workers", None)
+            splat = settings["objective"].pop("splat", None)  # of runs from before there were other memories
+            settings["objective"].setdefault("memory", "nearest" if splat == "nearest" else "ours")
         names = sorted(name for name in {*before, *now} if before.get(name) != now.get(name))
         if names:
             listed = "; ".join(f"{name} was {before.get(name)!r}, got {now.get(name)!r}" for name in names)

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from diffusers import AutoencoderKLWan
 from torch import Tensor, nn
 
 from mirage_kernels import Cameras, LatentCache, View
@@ -20,7 +21,9 @@ from mirage_kernels import Cameras, LatentCache, View
 from ..chunks import latent_count
 from ..conditioning import CleanFrames, choose_references, make_memory_context, make_scores
 from ..latent_depth import latent_depth_loss, pluecker_rays
-from ..streaming import encode_frames
+from ..memories import SPLATS
+from ..pixel_memory import between, make_pixel_cache, read_pixels, write_pixels
+from ..streaming import StreamingDecoder, encode_frames
 from .config import ObjectiveConfig, TrainConfig
 from .data import Clip, Drawn, mix
 from .models import Models, trained
@@ -72,6 +75,38 @@ class _Seen:
     references: list[int]
 
 
+class _LatentMemory:
+    """Of a clip's latent frames. Everything is kept: chance has thinned out what is written."""
+
+    def __init__(self, latents: Tensor, splat: str) -> None:
+        self.latents, self.splat = latents, splat
+        self.cache = LatentCache(latents.shape[1], device=latents.device, write_policy="append")
+
+    def write(self, frames: list[int], depth: Tensor, cameras: Cameras, static: Tensor) -> None:
+        self.cache.write(self.latents[frames], depth, cameras, static)
+
+    def read(self, cameras: Cameras, begin: int, start: int, stop: int, size: tuple[int, int]) -> View:
+        """At latent frames [start, stop) of the clip, whose F cameras these are, in a chunk that begins at `begin`."""
+        return self.cache.read(cameras[start:stop], size, splat=self.splat)
+
+
+class _PixelMemory:
+    """Of a clip's pictures (F, 3, H, W)."""
+
+    def __init__(self, pictures: Tensor, vae: AutoencoderKLWan, device: torch.device) -> None:
+        self.pictures, self.vae, self.cache = pictures, vae, make_pixel_cache(device)
+
+    def write(self, frames: list[int], depth: Tensor, cameras: Cameras, static: Tensor) -> None:
+        write_pixels(self.cache, self.pictures[frames], depth, cameras, static)
+
+    def read(self, cameras: Cameras, begin: int, start: int, stop: int, size: tuple[int, int]) -> View:
+        """As of :class:`_LatentMemory`; the chunk's pictures are encoded as one video."""
+        if start == stop:
+            return LatentCache(self.vae.config.z_dim, device=self.cache.device).read(cameras[:0], size)
+        view = read_pixels(self.cache, self.vae, between(cameras[begin:stop]))
+        return View(*(part[start - begin :] for part in view))
+
+
 class ChunkMaker:
     """Clips to chunks. Every draw of chance is a function of the run's seed and the clip's number."""
 
@@ -81,6 +116,8 @@ class ChunkMaker:
         self.has_depth = models.latent_depth is not None
         self._vae_word = models.vae_word()
         self._scores: dict[tuple[int, ...], Tensor] = {}
+        self._keeps_pictures = config.data.cache
+        self._pictures_of: dict[tuple[str, float], Tensor] = {}
 
     @torch.no_grad()
     def __call__(self, drawn: Sequence[Drawn]) -> Chunk:
@@ -185,9 +222,12 @@ class ChunkMaker:
         """
         config, cameras = self.config, clip.cameras.to(self.device)
         size = (int(latents.shape[2]), int(latents.shape[3]))
-        cache = LatentCache(latents.shape[1], device=self.device, write_policy="append")
         targets, ahead = cameras[start : start + length], cameras[start - preceding : start]
-        nothing = [cache.read(views, size, splat=config.splat) for views in (targets, ahead)]
+        empty = LatentCache(latents.shape[1], device=self.device)
+        nothing = [empty.read(views, size) for views in (targets, ahead)]
+        if config.memory == "none":
+            return _Seen(nothing[0], nothing[1], [])
+        memory = self._new_memory(clip, latents)
         kept = 0.3 + 0.7 * float(torch.rand((), generator=chance))
         others = list(range(start))
         if _happens(chance, 0.5):
@@ -195,13 +235,13 @@ class ChunkMaker:
         others = [frame for frame in others if _happens(chance, kept)]
         before = [frame for frame in others if frame <= max(start - length + 1, 0)]
         since = [frame for frame in others if frame not in before]
-        self._write(chance, cache, clip, latents, before)
-        at_preceding = cache.read(ahead, size, splat=config.splat)
-        self._write(chance, cache, clip, latents, [*since, start])
-        at_target = cache.read(targets, size, splat=config.splat)
+        self._write(chance, memory, clip, before)
+        at_preceding = memory.read(cameras, max(start - preceding - 1, 0), start - preceding, start, size)
+        self._write(chance, memory, clip, [*since, start])
+        at_target = memory.read(cameras, start, start, start + length, size)
         past = [*before, *since, start]
         chosen, _ = choose_references(
-            cache,
+            memory.cache,
             cameras[past],
             targets,
             size,
@@ -213,8 +253,25 @@ class ChunkMaker:
             at_target, at_preceding = nothing
         return _Seen(at_target, at_preceding, [past[i] for i in chosen])
 
+    def _new_memory(self, clip: Clip, latents: Tensor) -> _LatentMemory | _PixelMemory:
+        if self.config.memory == "pixel":
+            return _PixelMemory(self._pictures(clip, latents), self.models.vae, self.device)
+        return _LatentMemory(latents, SPLATS[self.config.memory])
+
+    def _pictures(self, clip: Clip, latents: Tensor) -> Tensor:
+        """(F, 3, H, W) in [0, 1]: the clip's keyframes as generation would have them, decoded."""
+        which = clip.name, latents.double().sum().item()  # clips of two sources may be of one name
+        known = self._pictures_of.get(which)
+        if known is None:
+            pieces = StreamingDecoder(self.models.vae).iterate(latents.movedim(0, 1)[None])
+            keyframes = torch.cat([piece[:, :, -1] for piece in pieces]).float() * 0.5 + 0.5
+            known = (keyframes.clamp(0, 1) * 255.0).round().byte().cpu()
+            if self._keeps_pictures:
+                self._pictures_of[which] = known
+        return known.to(self.device) / 255.0
+
     def _write(
-        self, chance: torch.Generator, cache: LatentCache, clip: Clip, latents: Tensor, frames: list[int]
+        self, chance: torch.Generator, memory: _LatentMemory | _PixelMemory, clip: Clip, frames: list[int]
     ) -> None:
         """Write frames with depth and poses that are a little wrong, and without some of their tokens."""
         if not frames:
@@ -226,8 +283,8 @@ class ChunkMaker:
         missing = config.drop_tokens * float(torch.rand((), generator=chance))
         present = _patches(chance, torch.rand, count, rows, columns) >= missing
         cameras = _shaken(chance, clip.cameras[frames], config.pose_noise)
-        cache.write(
-            latents[frames],
+        memory.write(
+            frames,
             depth.to(self.device),
             cameras.to(self.device),
             (clip.static[frames] & present).to(self.device),

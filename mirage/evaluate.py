@@ -1,0 +1,460 @@
+"""`mirage evaluate`: what a memory is worth. Loops through synthetic rooms, where every true picture is known.
+
+A loop starts from a room's true first picture and its depth; everything after is generated. When the camera comes back,
+the frame is compared with its first visit ("revisit") and with the true picture; frames of poses that are new are
+compared with the true pictures ("novel"). Every memory films the same rooms with the same noise. Rooms are static.
+
+    rooms/<depth>/<memory>/001000.json, .mp4    one room: there whole or not at all, so that a run goes on
+    report.json report.md plots/*.svg contact.png side_by_side.mp4    all rooms
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mirage_kernels import Cameras
+from mirage_kernels.storage import replace_file
+
+from .chunks import STRIDE, check_num_frames, plan_chunks
+from .evaluation_report import OWN, format_report, goals, summarise
+from .extras import import_extra
+from .figures import Panel, contact_sheet, label, line_chart, load_video, save_video
+from .generate import LORA, MIRAGE_TINY, GenerateOptions, load_pipeline
+from .memories import MEMORIES, memory_options
+from .metrics import consistency, find_first_visits, find_revisits, load_lpips, psnr, ssim
+from .synthetic import SyntheticFrames, SyntheticRoom
+
+REPORT, TABLE, PLOTS, CONTACT, VIDEO = "report.json", "report.md", "plots", "contact.png", "side_by_side.mp4"
+DEPTHS = ("true", "head")
+LOOPS = ("walk-and-back", "orbit-and-back", "pan-and-back", "around")
+"""Out and back, bit for bit the same views on both ways, or around the room to where it began; by the seed."""
+
+CEILING = "codec"
+"""The true pictures, encoded and decoded: what no memory can be better than."""
+
+_VERSION = 1
+_SHOWN = 4  # rooms in the video
+_PRECEDING = 2  # latent frames before a chunk that the model sees anyway
+
+
+@dataclass(frozen=True)
+class EvaluateOptions:
+    """What `mirage evaluate` is asked for; :func:`mirage.cli.make_parser` says what each is."""
+
+    out: Path
+    model: str
+    adapter: str | None = None
+    lora: str | None = None
+    weights: dict[str, Path] = field(default_factory=dict)
+    seeds: range = range(10_000, 10_032)
+    frames: int = 97
+    memory: tuple[str, ...] = MEMORIES
+    depth: tuple[str, ...] = DEPTHS
+    size: tuple[int, int] = (96, 160)
+    steps: int = 20
+    guidance: float = 1.0
+    chunk_frames: int = 33
+    device: str = "cpu"
+    dtype: str | None = None
+
+
+def run_evaluate(options: EvaluateOptions, progress: bool = True) -> dict[str, Any]:
+    """Film every room with every memory, measure, and write the report into `options.out`.
+
+    Rooms that are there already are not filmed again. Each memory is run with its own weights, `options.weights` or
+    `MODEL/memories/NAME` (what `mirage train` leaves: memory_adapter/, lora.safetensors, latent_depth/), or, where
+    there are none, with the model's own; the report says which.
+
+    Returns:
+        The report: `memory` {name: figures} with the first of `options.depth`, `memory_by_depth` {depth: {name:
+        figures}}, `ceiling`, `goals`, and how it was made. Figures are means over rooms of means over a room's frames;
+        `*_stderr` is the standard error over rooms.
+
+    Raises:
+        MissingExtraError: a package of the extra `generate` is not installed.
+        OSError, ValueError: naming what cannot be used; what is in `out` was made with other settings or weights.
+    """
+    began = time.perf_counter()
+    for module in ("diffusers", "transformers", "accelerate", "peft", "ftfy", "tqdm", "PIL", "imageio_ffmpeg"):
+        import_extra(module, "generate")
+    _check(options)
+    lpips = load_lpips(options.device)
+    _record(options)
+    total = len(options.seeds) * (1 + len(options.memory) * len(options.depth))
+    with import_extra("tqdm", "generate").tqdm(total=total, disable=not progress, leave=False) as bar:
+        measured: dict[str, dict[str, list[dict[str, Any]]]] = {depth: {} for depth in options.depth}
+        used: dict[str, str] = {}
+        for name in options.memory:
+            pipeline, used[name] = _load(options, name)
+            if CEILING not in used:
+                used[CEILING] = "the VAE alone"
+                ceiling = _all_rooms(options, pipeline, CEILING, "true", lpips, bar)
+            for depth in options.depth:
+                if depth == "head" and pipeline.latent_depth is None:
+                    raise ValueError(f"depth must be true: {used[name]} of memory {name} has no latent_depth")
+                source = options.depth[0] if name == "none" else depth  # nothing is written: depth is of no account
+                measured[depth][name] = _all_rooms(options, pipeline, name, source, lpips, bar)
+            del pipeline
+    report = _report(options, measured, ceiling, used, lpips is not None) | {"seconds": time.perf_counter() - began}
+    _write_text(options.out / REPORT, json.dumps(report, indent=2) + "\n")
+    _write_text(options.out / TABLE, format_report(report))
+    _draw(options, report)
+    return report
+
+
+# One room.
+
+
+def make_loop(seed: int, frames: int, size: Sequence[int]) -> tuple[SyntheticRoom, str, Cameras]:
+    """The room of a seed, the kind of its loop, and the loop: what is filmed for it."""
+    room, kind = SyntheticRoom(seed, moving=0), LOOPS[seed % len(LOOPS)]
+    return room, kind, room.path(kind, frames, size)
+
+
+def _all_rooms(
+    options: EvaluateOptions, pipeline: Any, name: str, depth: str, lpips: Callable[..., Tensor] | None, bar: Any
+) -> list[dict[str, Any]]:
+    made = []
+    for seed in options.seeds:
+        bar.set_description(f"{name}, {depth} depth, room {seed}")
+        made.append(_one_room(options, pipeline, name, depth, seed, lpips))
+        bar.update()
+    return made
+
+
+def _one_room(
+    options: EvaluateOptions, pipeline: Any, name: str, depth: str, seed: int, lpips: Callable[..., Tensor] | None
+) -> dict[str, Any]:
+    """The measurements of a room: from its file, or filmed and measured now."""
+    path = _room_path(options, depth, name, seed)
+    weights = _fingerprints(pipeline, name)
+    if path.exists():
+        done: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        if done["weights"] != weights:
+            raise ValueError(f"{path}: made with other weights than those of memory {name} now: name another --out")
+        return done
+    room, kind, cameras = make_loop(seed, options.frames, options.size)
+    true = room.render(cameras)
+    began = time.perf_counter()
+    frames, cost = _recode(pipeline, true) if name == CEILING else _film(options, pipeline, name, depth, room, true)
+    measured = {
+        "version": _VERSION,
+        "seed": seed,
+        "loop": kind,
+        "depth": depth,
+        "weights": weights,
+        **measure(frames, true, options.chunk_frames, lpips),
+        **cost,
+        "seconds": time.perf_counter() - began,
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_video(path.with_suffix(".mp4"), frames, fps=24.0)
+    _write_text(path, json.dumps(measured) + "\n")  # the last act: from now on the room is done
+    return measured
+
+
+def _film(
+    options: EvaluateOptions, pipeline: Any, name: str, depth: str, room: SyntheticRoom, true: SyntheticFrames
+) -> tuple[Tensor, dict[str, Any]]:
+    """The loop as the model makes it, (N, 3, H, W), and what it cost."""
+    with pipeline.start(
+        true.images[0],
+        room.prompt,
+        depth=true.depth if depth == "true" else None,
+        num_frames=options.frames,
+        height=options.size[0],
+        width=options.size[1],
+        num_inference_steps=options.steps,
+        guidance_scale=options.guidance,
+        preceding_frames=_PRECEDING,
+        generator=torch.Generator().manual_seed(room.seed),
+        **{"static_filter": "none"} | memory_options(name, pipeline),
+    ) as session:
+        chunks = list(session.run(true.cameras, options.chunk_frames))
+    frames = torch.cat([chunk.frames.cpu() for chunk in chunks])
+    cost = {
+        "memory_bytes": chunks[-1].metrics["cache_bytes"],
+        "tokens": chunks[-1].metrics["tokens"],
+        "coverage": [chunk.metrics["coverage"] for chunk in chunks],
+        "read_seconds": sum(chunk.metrics["seconds"]["read"] for chunk in chunks) / len(chunks),
+    }
+    return frames, cost
+
+
+@torch.no_grad()
+def _recode(pipeline: Any, true: SyntheticFrames) -> tuple[Tensor, dict[str, Any]]:
+    from .streaming import StreamingDecoder, encode_frames
+
+    latents = encode_frames(pipeline.vae, true.images.movedim(0, 1)[None] * 2.0 - 1.0)
+    video = StreamingDecoder(pipeline.vae).decode(latents)[0].movedim(1, 0)
+    return (video.float() * 0.5 + 0.5).clamp(0, 1).cpu(), {}
+
+
+def measure(
+    frames: Tensor, true: SyntheticFrames, chunk_frames: int = 33, lpips: Callable[..., Tensor] | None = None
+) -> dict[str, Any]:
+    """Compare a filmed loop with the true one, and with itself where it comes back.
+
+    Args:
+        frames: (N, 3, H, W) float32 in [0, 1].
+        true: the N true frames.
+        chunk_frames: as generated. A revisit counts where its first visit is so far back that the model cannot have
+            seen it but through a memory: a chunk and the latent frames that precede it.
+        lpips: of :func:`~mirage.metrics.load_lpips`.
+
+    Returns:
+        Plain values: chunks [[start, stop], ..]; true {psnr, ssim, mse, lpips: one value a frame}; revisits [[first
+        visit, revisit], ..]; revisit {psnr, ssim, lpips: one value a revisit}; first_visits, photometric, reprojection.
+    """
+    apart = chunk_frames + STRIDE * _PRECEDING
+    revisits = find_revisits(true.cameras, apart)
+    before, after = ([pair[i] for pair in revisits] for i in (0, 1))
+
+    def compare(left: Tensor, right: Tensor) -> dict[str, Any]:
+        if not len(left):
+            return {"psnr": [], "ssim": [], "lpips": None if lpips is None else []}
+        return {
+            "psnr": psnr(left, right).tolist(),
+            "ssim": ssim(left, right).tolist(),
+            "lpips": None if lpips is None else lpips(left, right).tolist(),
+        }
+
+    return {
+        "chunks": [[chunk.start, chunk.stop] for chunk in plan_chunks(len(frames), chunk_frames)],
+        "true": compare(frames, true.images) | {"mse": (frames - true.images).square().flatten(1).mean(1).tolist()},
+        "revisits": [list(pair) for pair in revisits],
+        "revisit": compare(frames[after], frames[before]),
+        "first_visits": find_first_visits(true.cameras),
+        **consistency(frames, true.images, true.depth, true.cameras),
+    }
+
+
+# Weights.
+
+
+def _load(options: EvaluateOptions, name: str) -> tuple[Any, str]:
+    """The pipeline on the weights of a memory, and where they are from."""
+    from .adapter import MirageMemoryAdapter
+    from .checkpoints import load_lora
+    from .latent_depth import LatentDepth
+    from .pipeline import check_models
+
+    loading = GenerateOptions(
+        out=options.out,
+        model=options.model,
+        adapter=options.adapter,
+        lora=options.lora,
+        device=options.device,
+        dtype=options.dtype,
+    )
+    pipeline = load_pipeline(loading)
+    folder = _weights_of(options, name)
+    if folder is None:
+        return pipeline, OWN
+    parts = {"memory_adapter": MirageMemoryAdapter, "latent_depth": LatentDepth}
+    if not any((folder / part).exists() for part in (*parts, LORA)):
+        raise FileNotFoundError(f"{folder}: must hold {', '.join(parts)} or {LORA}, as `mirage train` leaves them")
+    for part, cls in parts.items():
+        if (folder / part).is_dir():
+            model = cls.from_pretrained(folder / part, torch_dtype=pipeline.transformer.dtype).to(options.device)
+            pipeline.register_modules(**{part: model.eval()})
+    check_models(pipeline.vae, pipeline.transformer, pipeline.memory_adapter, pipeline.latent_depth)
+    if getattr(pipeline.transformer, "peft_config", None):
+        pipeline.transformer.unload_lora()
+    if (folder / LORA).is_file():
+        load_lora(pipeline.transformer, folder / LORA)
+        pipeline.transformer.to(options.device)
+    return pipeline, str(folder)
+
+
+def _weights_of(options: EvaluateOptions, name: str) -> Path | None:
+    if name in options.weights:
+        return options.weights[name]
+    from .tiny import FOLDER
+
+    beside = (FOLDER if options.model == MIRAGE_TINY else Path(options.model)) / "memories" / name
+    return beside if beside.is_dir() else None
+
+
+def _fingerprints(pipeline: Any, name: str) -> dict[str, str | None]:
+    from .pipeline import fingerprint
+
+    parts = ("vae",) if name == CEILING else ("vae", "transformer", "memory_adapter", "latent_depth")
+    return {part: fingerprint(getattr(pipeline, part)) for part in parts}
+
+
+# All rooms.
+
+
+def _report(
+    options: EvaluateOptions,
+    measured: dict[str, dict[str, list[dict[str, Any]]]],
+    ceiling: list[dict[str, Any]],
+    used: dict[str, str],
+    has_lpips: bool,
+) -> dict[str, Any]:
+    by_depth = {
+        depth: {
+            name: {"depth": "unused" if name == "none" else depth, "weights": used[name]} | summarise(rooms)
+            for name, rooms in memories.items()
+        }
+        for depth, memories in measured.items()
+    }
+    primary = by_depth[options.depth[0]]
+    return {
+        "version": _VERSION,
+        "model": options.model,
+        "seeds": [options.seeds.start, options.seeds.stop],
+        "rooms": len(options.seeds),
+        "loops": list(LOOPS),
+        "frames": options.frames,
+        "size": list(options.size),
+        "steps": options.steps,
+        "guidance": options.guidance,
+        "chunk_frames": options.chunk_frames,
+        "torch": torch.__version__,
+        "device": torch.cuda.get_device_name() if options.device == "cuda" else "cpu",
+        "lpips": has_lpips,
+        "depth": options.depth[0],
+        "memory": primary,
+        "memory_by_depth": by_depth,
+        "ceiling": summarise(ceiling),
+        "goals": {depth: goals(figures) for depth, figures in by_depth.items()},
+    }
+
+
+# For people.
+
+
+def _draw(options: EvaluateOptions, report: dict[str, Any]) -> None:
+    """Plots, the contact sheet and the video."""
+    folder = options.out / PLOTS
+    folder.mkdir(exist_ok=True)
+    for depth, memories in report["memory_by_depth"].items():
+        frames = {name: dict(enumerate(one["true_psnr_per_frame"])) for name, one in memories.items()}
+        frames["VAE"] = dict(enumerate(report["ceiling"]["true_psnr_per_frame"]))
+        chunks = {
+            name: {i: v for i, v in enumerate(one["revisit_psnr_per_chunk"], 1) if v is not None}
+            for name, one in memories.items()
+        }
+        what = "true depth" if depth == "true" else "the head's depth"
+        for name, series, title, axis in (
+            ("true_psnr", frames, f"against the true pictures, {what}", "frame"),
+            ("revisit_psnr", chunks, f"revisits against first visits, {what}", "chunk"),
+        ):
+            drawn = {label_: {float(x): y for x, y in points.items() if x} for label_, points in series.items()}
+            _write_text(folder / f"{name}_{depth}.svg", line_chart(title, drawn, axis, "PSNR, dB"))
+    shown = {name: _rooms_shown(options, name) for name in options.memory}
+    replace_file(options.out / CONTACT, lambda draft: _sheet(options, report).save(draft, "PNG"))
+    save_video(options.out / VIDEO, _side_by_side(options, report, shown), fps=24.0)
+
+
+def _rooms_shown(options: EvaluateOptions, name: str) -> list[Path]:
+    depth = options.depth[0]
+    return [_room_path(options, depth, name, seed).with_suffix(".mp4") for seed in list(options.seeds)[:_SHOWN]]
+
+
+def _caption(report: dict[str, Any], name: str) -> str:
+    value = report["memory"][name]["revisit_psnr"]
+    return name if value is None else f"{name}, revisits {value:.1f} dB"
+
+
+def _side_by_side(options: EvaluateOptions, report: dict[str, Any], shown: dict[str, list[Path]]) -> Iterator[Tensor]:
+    """The first rooms one after the other: the truth, and what each memory made of it."""
+    for number, seed in enumerate(list(options.seeds)[:_SHOWN]):
+        room, _, cameras = make_loop(seed, options.frames, options.size)
+        true = room.render(cameras).images
+        videos = [load_video(paths[number]) for paths in shown.values()]
+        for row in zip(true, *videos, strict=False):
+            captions = ["true", *(_caption(report, name) for name in shown)]
+            tiles = [label(picture, caption) for picture, caption in zip(row, captions, strict=True)]
+            columns = (len(tiles) + 1) // 2 if len(tiles) > 3 else len(tiles)
+            tiles += [torch.zeros_like(tiles[0])] * (-len(tiles) % columns)
+            rows = [torch.cat(tiles[i : i + columns], 2) for i in range(0, len(tiles), columns)]
+            yield torch.cat(rows, 1)
+
+
+def _sheet(options: EvaluateOptions, report: dict[str, Any]) -> Any:
+    """The first room's way out, turn and way back: a row for each memory."""
+    seed = options.seeds[0]
+    room, kind, cameras = make_loop(seed, options.frames, options.size)
+    last = options.frames - 1
+    numbers = sorted({0, last // 4, last // 2, last - last // 4, last})
+    rows = {"true": room.render(cameras[numbers], [0.0] * len(numbers)).images}
+    for name in options.memory:
+        video = load_video(_rooms_shown(options, name)[0])
+        rows[name] = torch.stack([frame for i, frame in enumerate(video) if i in numbers])
+    panels = [
+        [
+            Panel(picture, f"{name}: frame {number}" if i == 0 else f"frame {number}")
+            for i, (picture, number) in enumerate(zip(pictures, numbers, strict=True))
+        ]
+        for name, pictures in rows.items()
+    ]
+    lines = [f"{options.model}, room {seed}, {kind}, {report['depth']} depth"]
+    return contact_sheet("Out, around and back", lines, panels)
+
+
+# Files.
+
+
+def _room_path(options: EvaluateOptions, depth: str, name: str, seed: int) -> Path:
+    depth = options.depth[0] if name == "none" else "true" if name == CEILING else depth
+    return options.out / "rooms" / depth / name / f"{seed:06d}.json"
+
+
+def _record(options: EvaluateOptions) -> None:
+    """Write down what rooms are filmed with, or check that it is what they were filmed with."""
+    path = options.out / "settings.json"
+    names = ("frames", "size", "steps", "guidance", "chunk_frames", "dtype")
+    now = json.loads(json.dumps({"version": _VERSION} | {name: getattr(options, name) for name in names}))
+    if path.exists():
+        before = json.loads(path.read_text(encoding="utf-8"))
+        differences = [
+            f"{name} was {before.get(name)!r}, got {now[name]!r}" for name in now if before.get(name) != now[name]
+        ]
+        if differences:
+            raise ValueError(f"{options.out} goes on only with what it was begun with: {'; '.join(differences)}")
+    else:
+        options.out.mkdir(parents=True, exist_ok=True)
+        _write_text(path, json.dumps(now, indent=2) + "\n")
+
+
+def _write_text(path: Path, content: str) -> None:
+    def write(draft: str) -> None:
+        Path(draft).write_text(content, encoding="utf-8")
+
+    replace_file(path, write)
+
+
+def _check(options: EvaluateOptions) -> None:
+    check_num_frames("frames", options.frames)
+    check_num_frames("chunk-frames", options.chunk_frames)
+    if not len(options.seeds) or options.seeds.start < 0:
+        raise ValueError(
+            f"seeds must be FIRST:STOP with 0 <= FIRST < STOP, got {options.seeds.start}:{options.seeds.stop}"
+        )
+    for name, values, allowed in (
+        ("memory", options.memory, MEMORIES),
+        ("depth", options.depth, DEPTHS),
+        ("weights", tuple(options.weights), MEMORIES),
+    ):
+        wrong = [value for value in values if value not in allowed]
+        if wrong or len(set(values)) < len(values) or (not values and name != "weights"):
+            raise ValueError(
+                f"{name} must be different ones of {', '.join(allowed)}, got {', '.join(values) or 'none'}"
+            )
+    if min(options.size) < 32 or any(side % 32 for side in options.size):
+        raise ValueError(f"size must be multiples of 32, got {options.size[0]}x{options.size[1]}")
+    if options.steps < 1:
+        raise ValueError(f"steps must be at least 1, got {options.steps}")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device cuda is not available: torch {torch.__version__} sees no GPU")

@@ -1,0 +1,54 @@
+"""The memories that are compared, by name: for generation, for training and for `mirage evaluate`.
+
+"none": nothing is ever remembered, and no reference frame is found; the frames before a chunk are all it knows.
+"nearest": the published memory, every token kept, the nearest read. "ours": bounded, reads aligned, the default.
+"pixel": RGB points, see :mod:`mirage.pixel_memory`. A model shows what a memory is worth only where it was trained on
+that memory's read-outs, see `objective.memory` in :mod:`mirage.training.config`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mirage_kernels import LatentCache
+
+from .static_filter import ChunkViews
+
+MEMORIES = ("none", "nearest", "ours", "pixel")
+SPLATS = {"none": "aligned", "nearest": "nearest", "ours": "aligned", "pixel": "aligned"}
+"""How each is read."""
+
+
+class KeepNothing:
+    """A static filter to which nothing is static: the memory stays empty."""
+
+    needs_frames = False
+
+    def __call__(self, views: ChunkViews) -> Tensor:
+        return torch.zeros_like(views.depth, dtype=torch.bool)
+
+
+def memory_options(name: str, pipeline: Any) -> dict[str, Any]:
+    """Arguments of :meth:`~mirage.pipeline.MiragePipeline.start` with which a session runs on the memory of this name.
+
+    Raises:
+        ValueError: no such memory.
+    """
+    if name not in MEMORIES:
+        raise ValueError(f"memory must be one of {', '.join(MEMORIES)}, got {name!r}")
+    options: dict[str, Any] = {"splat": SPLATS[name]}
+    if name == "none":
+        options["static_filter"] = KeepNothing()
+    if name == "nearest":
+        options["cache"] = LatentCache(
+            pipeline.vae.config.z_dim,
+            dtype=pipeline.transformer.dtype,
+            device=pipeline._execution_device,
+            write_policy="append",
+        )
+    if name == "pixel":
+        options["points"] = "pixels"
+    return options

@@ -1,0 +1,124 @@
+"""A memory of RGB points, to compare with: every pixel of every written frame, rasterised and encoded for each chunk.
+
+Points lie in a :class:`~mirage_kernels.LatentCache` of their own whose tokens are pixels; its channels are red, green,
+blue, and an unused one, so that a row is one 16-byte load. Everything is appended. A chunk's pictures are read at full
+resolution by the same operator as latents are, `splat_aligned`, which closes the gaps between points and blends those
+that fit; holes are black. The VAE encodes the pictures, all frames of the chunk and not the keyframes alone.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKLWan
+from torch import Tensor
+
+from mirage_kernels import Cameras, LatentCache, View
+from mirage_kernels.cache import WriteReport
+from mirage_kernels.reference import pool_depth
+
+from .chunks import STRIDE
+from .streaming import encode_frames
+
+CHANNELS = 4
+
+_EDGE = 1.1  # depths of neighbouring tokens with a greater ratio are of two surfaces
+
+
+def make_pixel_cache(device: torch.device | str = "cpu") -> LatentCache:
+    """An empty cloud of pixels."""
+    return LatentCache(CHANNELS, dtype=torch.float32, device=device, write_policy="append")
+
+
+def write_pixels(
+    cache: LatentCache, frames: Tensor, depth: Tensor, cameras: Cameras, static: Tensor | None = None
+) -> WriteReport:
+    """Append every static pixel of known depth.
+
+    Args:
+        cache: of :func:`make_pixel_cache`.
+        frames: (T, 3, H, W) float in [0, 1].
+        depth: (T, H', W') float, z in world units; where coarser than the frames, as a depth head gives it, see
+            :func:`refine_depth`.
+        cameras: T views.
+        static: (T, H', W') bool, True = static, keep; None keeps everything.
+
+    Raises:
+        ValueError, TypeError: as of `LatentCache.write`.
+    """
+    size = (frames.shape[2], frames.shape[3])
+    if depth.shape[1] < size[0] or depth.shape[2] < size[1]:
+        depth = refine_depth(depth, size)
+        if static is not None:
+            static = F.interpolate(static[:, None].float(), size, mode="nearest-exact")[:, 0] > 0
+    rows = F.pad(frames.float(), (0, 0, 0, 0, 0, CHANNELS - 3))
+    return cache.write(rows.to(cache.device), depth.to(cache.device), cameras, static)
+
+
+def read_pixels(cache: LatentCache, vae: AutoencoderKLWan, cameras: Cameras) -> View:
+    """What 4 n + 1 views see of the points, on the latent grid: rasterised, then encoded.
+
+    Args:
+        cache: of :func:`make_pixel_cache`.
+        vae: whose encoder is used.
+        cameras: of 4 n + 1 consecutive frames; their image size is that of the pictures, multiples of 16.
+
+    Returns:
+        :class:`~mirage_kernels.View` of the n + 1 latent frames. Latents are float32, normalised, and those of the
+        black of a hole where there is one. The mask is True where half of the pixels of its up to four pictures show
+        a point, and those of its keyframe; depth is that of :func:`~mirage_kernels.reference.pool_depth` there. There
+        is no index: it is -1.
+
+    Raises:
+        ValueError: another number of views.
+    """
+    if len(cameras) % STRIDE != 1:
+        raise ValueError(f"cameras must be 4 n + 1 views, got {len(cameras)}")
+    seen = cache.read(cameras, cameras.image_size)
+    pictures = seen.latents[:, :3].movedim(0, 1)[None]
+    latents = encode_frames(vae, pictures * 2.0 - 1.0)[0].movedim(1, 0).to(cache.device)
+    size = (latents.shape[2], latents.shape[3])
+    share = F.adaptive_avg_pool2d(seen.mask[:, None].float(), size)[:, 0]
+    share = torch.cat([share[:1], share[1:].unflatten(0, (-1, STRIDE)).mean(1)])
+    depth = pool_depth(torch.where(seen.mask, seen.depth, 0.0)[::STRIDE], size)
+    mask = (share >= 0.5) & (depth > 0)
+    return View(latents, mask, torch.where(mask, depth, 0.0), torch.full(mask.shape, -1, device=cache.device))
+
+
+def refine_depth(depth: Tensor, size: tuple[int, int]) -> Tensor:
+    """Token depth (T, h, w) at pixels (T, H, W): inverse depth is linear on a plane, and interpolated linearly where
+    neighbours are of one surface; at edges and unknown tokens each pixel takes its token's.
+
+    Args:
+        depth: float, z in world units; 0 and negative mean unknown.
+        size: (H, W), at least (h, w).
+    """
+    depth = depth[:, None].float().nan_to_num(0.0, 0.0, 0.0).clamp(min=0.0)
+    around = F.pad(depth, (1, 1, 1, 1), mode="replicate")
+    high, low = F.max_pool2d(around, 3, 1), -F.max_pool2d(-around, 3, 1)
+    smooth = ((low > 0) & (high < low * _EDGE)).float()
+    nearest = F.interpolate(depth, size, mode="nearest-exact")
+    inverse = F.interpolate(1.0 / depth.clamp(min=1e-6), size, mode="bilinear", align_corners=False)
+    inside = F.interpolate(smooth, size, mode="nearest-exact") > 0
+    return torch.where(inside, 1.0 / inverse, nearest)[:, 0]
+
+
+def between(cameras: Cameras) -> Cameras:
+    """Views of every frame, 4 (F - 1) + 1, of F >= 1 keyframes: the keyframes themselves, and three between each two.
+
+    Centres lie on the line between their keyframes; rotations are the nearest ones to the blend of theirs, which is
+    the shortest turn for the small turns of neighbouring keyframes.
+    """
+    poses, lenses = [cameras.cam2world[:1]], [cameras.intrinsics[:1]]
+    for (before, after), (wide, narrow) in zip(
+        zip(cameras.cam2world[:-1], cameras.cam2world[1:], strict=True),
+        zip(cameras.intrinsics[:-1], cameras.intrinsics[1:], strict=True),
+        strict=True,
+    ):
+        shares = torch.arange(1, STRIDE, dtype=torch.float64, device=cameras.device)[:, None, None] / STRIDE
+        blend = torch.lerp(before.expand(STRIDE - 1, 4, 4), after.expand(STRIDE - 1, 4, 4), shares)
+        left, _, right = torch.linalg.svd(blend[:, :3, :3])
+        blend[:, :3, :3] = left @ right
+        poses += [blend, after[None]]
+        lenses += [torch.lerp(wide.expand(STRIDE - 1, 3, 3), narrow.expand(STRIDE - 1, 3, 3), shares), narrow[None]]
+    return Cameras(torch.cat(lenses), torch.cat(poses), cameras.image_size)

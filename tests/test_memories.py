@@ -1,0 +1,160 @@
+"""The memories that are compared: pixels rasterised and encoded, one that stays empty, and training on each."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import generation
+import pytest
+import torch
+from training_runs import config, draw, models_of
+
+from mirage.memories import MEMORIES, memory_options
+from mirage.pixel_memory import between, make_pixel_cache, read_pixels, refine_depth, write_pixels
+from mirage.streaming import encode_frames
+from mirage.synthetic import SyntheticRoom
+from mirage.tiny import tiny_random_pipeline
+from mirage.training.loop import train
+from mirage.training.objective import ChunkMaker
+from mirage_kernels import Cameras
+from mirage_kernels.reference import pool_depth
+
+SIZE = (64, 96)
+
+
+@pytest.fixture(autouse=True)
+def one_thread(threads: Any) -> None:
+    threads(1)
+
+
+def test_pixels_come_back_where_they_were_written() -> None:
+    room = SyntheticRoom(3, moving=0)
+    cameras = room.path("walk", 9, SIZE)
+    made = room.render(cameras)
+    vae = tiny_random_pipeline().vae
+    cache = make_pixel_cache()
+    empty = read_pixels(cache, vae, cameras)
+    assert not empty.mask.any() and not empty.depth.any() and empty.latents.shape == (3, 48, 4, 6)
+
+    report = write_pixels(cache, made.images, made.depth, cameras)
+    assert report.written == len(cache) == int((made.depth > 0).sum())
+    pictures = cache.read(cameras, SIZE)
+    seen = pictures.mask[:, None].expand(-1, 3, -1, -1)
+    assert seen.float().mean() > 0.9 and (pictures.latents[:, :3] - made.images)[seen].abs().mean() < 0.02
+    view = read_pixels(cache, vae, cameras)
+    assert view.mask.float().mean() > 0.9 and (view.index == -1).all()
+    true = pool_depth(made.depth[::4], (4, 6))
+    assert ((view.depth - true).abs() / true)[view.mask & (true > 0)].median() < 0.02
+    pictures_of = torch.where(seen, pictures.latents[:, :3], 0.0)
+    encoded = encode_frames(vae, pictures_of.movedim(0, 1)[None] * 2 - 1)[0].movedim(1, 0)
+    assert torch.equal(view.latents, encoded)
+    with pytest.raises(ValueError, match="cameras must be 4 n \\+ 1 views, got 8"):
+        read_pixels(cache, vae, cameras[:8])
+
+
+def test_static_pixels_alone_are_written() -> None:
+    camera = Cameras([[48.0, 0.0, 48.0], [0.0, 48.0, 32.0], [0.0, 0.0, 1.0]], torch.eye(4)[None], SIZE)
+    frames, static = torch.rand(1, 3, *SIZE), torch.zeros(1, 4, 6, dtype=torch.bool)
+    static[0, 1, 2] = True
+    cache = make_pixel_cache()
+    write_pixels(cache, frames, torch.full((1, 4, 6), 2.0), camera, static)
+    assert len(cache) == 16 * 16 and torch.equal(cache.features[0, :3], frames[0, :, 16, 32])
+
+
+def test_token_depth_of_a_plane_is_exact_at_pixels_and_edges_stay_edges() -> None:
+    """A plane's inverse depth is linear in the picture."""
+    v, u = torch.meshgrid(torch.arange(64) + 0.5, torch.arange(96) + 0.5, indexing="ij")
+    plane = 1.0 / (0.3 + 0.0006 * u + 0.0003 * v)
+    tokens = 1.0 / (1.0 / plane).view(4, 16, 6, 16).mean((1, 3))
+    fine = refine_depth(tokens[None], SIZE)[0]
+    inside = (slice(8, -8), slice(8, -8))
+    assert torch.allclose(fine[inside], plane[inside], rtol=1e-5)
+    step = torch.full((4, 6), 1.0)
+    step[:, 3:] = 3.0
+    step[0, 0] = 0.0
+    fine = refine_depth(step[None], SIZE)[0]
+    assert set(fine.unique().tolist()) == {0.0, 1.0, 3.0} and (fine[:, 48:] == 3.0).all() and not fine[:16, :16].any()
+
+
+def test_views_between_keyframes() -> None:
+    cameras = SyntheticRoom(4, moving=0).path("walk", 17, SIZE)
+    found = between(cameras[::4])
+    assert len(found) == 17 and torch.equal(found.cam2world[::4], cameras[::4].cam2world)
+    assert (found.centers - cameras.centers).norm(dim=1).max() < 0.02
+    turn = found.cam2world[:, :3, :3].transpose(1, 2) @ cameras.cam2world[:, :3, :3]
+    assert turn.diagonal(dim1=1, dim2=2).sum(1).min() > 3.0 - 2e-3
+    assert len(between(cameras[:1])) == 1
+
+
+@pytest.mark.parametrize("name", MEMORIES)
+def test_a_session_runs_on_each_memory(name: str, tmp_path: Path) -> None:
+    def run(folder: Path, frames: int, **more: Any) -> Any:
+        pipe = generation.make_pipeline(control_channels=49)
+        asked = generation.options(17) | {"num_frames": frames, "run_dir": folder} | more
+        return pipe(**asked | memory_options(name, pipe))
+
+    output = run(tmp_path / "whole", 17)
+    tokens, channels = len(output.cache), output.cache.channels
+    assert channels == (4 if name == "pixel" else 48)
+    counts = {"none": [0], "nearest": [120], "ours": range(1, 121), "pixel": [5 * 64 * 96]}
+    assert tokens in counts[name]
+    metrics = (tmp_path / "whole" / "metrics.jsonl").read_text()
+    assert ('"coverage": 0.0' in metrics) == (name == "none")
+    # The same bits where it stopped half-way and went on.
+    run(tmp_path / "halves", 9)
+    again = run(tmp_path / "halves", 17, resume=True)
+    assert torch.equal(again.frames, output.frames) and torch.equal(again.cache.features, output.cache.features)
+
+
+def test_what_pixels_refuse() -> None:
+    pipe = generation.make_pipeline()
+    views = generation.options(9)
+    for changes, message in (
+        ({"points": "dots"}, 'points must be "latents" or "pixels", got \'dots\''),
+        ({"points": "pixels", "decode": "end"}, 'decode must be "chunk" with points="pixels"'),
+        ({"points": "pixels", "cache": memory_options("nearest", pipe)["cache"]}, "must have 4 channels like a cloud"),
+        ({"cache": make_pixel_cache()}, "must have 48 channels like the VAE, got 4"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            pipe(**views | changes)
+    with pytest.raises(ValueError, match="memory must be one of none, nearest, ours, pixel, got 'all'"):
+        memory_options("all", pipe)
+
+
+def test_training_reads_the_memory_it_is_asked_for() -> None:
+    contexts = {}
+    drawn = [draw(config("adapter"), number) for number in (0, 1)]
+    for name in MEMORIES:
+        asked = config(
+            "adapter",
+            models={"memory_adapter": {"control_channels": 49}},
+            objective={"memory": name, "drop_memory": 0.0, "drop_references": 0.0},
+        )
+        maker = ChunkMaker(asked, models_of(asked), torch.device("cpu"))
+        chunks = [maker(clips) for clips in drawn]
+        contexts[name] = torch.cat([chunk.memory_context for chunk in chunks], 2)  # type: ignore[misc]
+        if name == "none":
+            assert not contexts[name].any() and not any(chunk.clean.references.shape[2] for chunk in chunks)
+    seen = {name: context[:, -1] > 0 for name, context in contexts.items()}
+    assert all(seen[name].float().mean() > 0.3 for name in ("nearest", "ours", "pixel"))
+    assert (seen["pixel"] == seen["ours"]).float().mean() > 0.8
+    assert not torch.equal(contexts["nearest"], contexts["ours"])
+
+
+def test_a_run_from_before_there_were_other_memories_goes_on(tmp_path: Path) -> None:
+    train(config("adapter", tmp_path, steps=1), progress=False)
+    record = json.loads((tmp_path / "config.json").read_text())
+    assert record["objective"].pop("memory") == "ours"
+    record["objective"]["splat"] = "aligned"
+    (tmp_path / "config.json").write_text(json.dumps(record))
+    assert train(config("adapter", tmp_path, steps=2), progress=False)["steps"] == 2
+    with pytest.raises(ValueError, match="only with what it was started with: objective was"):
+        train(config("adapter", tmp_path, objective={"memory": "nearest"}), progress=False)
+
+
+@pytest.mark.parametrize(("name", "stage"), [("pixel", "adapter"), ("none", "lora")])
+def test_three_steps_on_another_memory(name: str, stage: str, tmp_path: Path) -> None:
+    report = train(config(stage, tmp_path, objective={"memory": name}, data={"cache": True}), progress=False)
+    assert report["steps"] == 3 and "memory_adapter" in report["saved"]
