@@ -1,18 +1,21 @@
 """The tables of README.md and benchmarks/README.md, from the results: ``python -m benchmarks.tables --write``.
 
 A table stands between ``<!-- bench:NAME -->`` and ``<!-- /bench -->``. ``--check`` fails where a file does not say what
-the results say. Nothing here is computed from anything but ``benchmarks/results/*/results.json``.
+the results say. Nothing here is computed from anything but ``benchmarks/results/*/results.json``, and the
+``fidelity/fidelity.json`` beside one of them.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from .fidelity import find
 from .goals import Outcome, outcomes
 from .report import (
     NOT_MEASURED,
@@ -174,18 +177,22 @@ def growth(results: Results) -> str:
             reads = [r for r in found if r["variant"] == variant and r["size"].endswith(f" of {place}")]
             held = [find_row(rows, "growth", f"{walk}: held", variant, r["size"]) for r in (reads[0], reads[-1])]
             views = [find_row(rows, "growth", f"{walk}: in view", variant, r["size"]) for r in (reads[0], reads[-1])]
+            writes = [find_row(rows, "growth", f"{walk}: write", variant, r["size"]) for r in (reads[0], reads[-1])]
             lines.append(
                 [
                     f"{walk}, {place}",
                     variant,
-                    f"{seconds_text(reads[0]['median_s'])} to {seconds_text(reads[-1]['median_s'])}",
+                    *[
+                        f"{seconds_text(a['median_s'])} to {seconds_text(b['median_s'])}" if a and b else ""
+                        for a, b in ((reads[0], reads[-1]), writes)
+                    ],
                     *[
                         f"{bytes_text(a['bytes'])} to {bytes_text(b['bytes'])}" if a and b else ""
                         for a, b in (held, views)
                     ],
                 ]
             )
-    head = ["from chunk 1 to 50, CPU", "side", "read", "held", "in view"]
+    head = ["from chunk 1 to 50, CPU", "side", "read", "write, once", "held", "in view"]
     return _table(head, lines) if lines else NOT_MEASURED
 
 
@@ -242,7 +249,81 @@ def goals(results: Results) -> str:
     return _table(["goal", "figure", "met", "run"], all_lines)
 
 
+def load_fidelity() -> dict[str, list[dict[str, Any]]]:
+    """What `benchmarks.fidelity` measured, of the first machine that has it; empty where none has."""
+    path = next(iter(sorted((ROOT / "benchmarks/results").glob("*/fidelity/fidelity.json"))), None)
+    found: dict[str, list[dict[str, Any]]] = {} if path is None else json.loads(path.read_text())
+    return found
+
+
+_READS = {
+    "published (`mirage_kernels.compat`)": ("published", "nearest"),
+    "nearest": ("append", "nearest"),
+    "aligned, sharpness 0": ("append", "aligned, sharpness 0"),
+    "aligned, sharpness 15": ("append", "aligned, sharpness 15"),
+    "aligned, sharpness 30 (the default)": ("append", "aligned"),
+    "aligned, sharpness 40": ("append", "aligned, sharpness 40"),
+}
+_POLICIES = {
+    "append (published policy)": ("append", "aligned"),
+    "bounded (the default)": ("bounded", "aligned"),
+    "bounded, float8": ("bounded, float8", "aligned"),
+    '`views_per_voxel=1, merge="mean"`': ("mean, 1 a voxel", "aligned"),
+}
+
+
+def _fidelity(chosen: dict[str, tuple[str, str]], first: str) -> str:
+    rows = load_fidelity().get("fidelity")
+    if not rows:
+        return NOT_MEASURED
+    head = [first, "tokens", "held-out error", "energy", "written-pose error", "energy", "coverage"]
+    lines = []
+    for name, (memory, way) in chosen.items():
+        row = find(rows, memory, way)
+        scores = [
+            f"{row[poses][key]:{form}}"
+            for poses in ("held-out", "written")
+            for key, form in (("error", ".3f"), ("energy", ".2f"))
+        ]
+        lines.append([name, f"{row['tokens']:,}", *scores, f"{row['held-out']['coverage']:.3f}"])
+    return _table(head, lines)
+
+
+def fidelity_reads(results: Results) -> str:
+    return _fidelity(_READS, "read-out")
+
+
+def fidelity_policies(results: Results) -> str:
+    return _fidelity(_POLICIES, "memory")
+
+
+def fidelity_laps(results: Results) -> str:
+    laps = load_fidelity().get("laps")
+    if not laps:
+        return NOT_MEASURED
+    head = ["after lap", "tokens", "error at written poses"]
+    return _table(
+        head, [[str(row["lap"]), f"{row['tokens']:,}", f"{row['error']:.3f}"] for row in (laps[0], laps[4], laps[-1])]
+    )
+
+
+def fidelity_time(results: Results) -> str:
+    times = load_fidelity().get("speed")
+    if not times:
+        return NOT_MEASURED
+    slow = min(row["read_ms"] for row in times if row["memory"].startswith("reference"))
+    lines = [
+        [row["memory"], f"{row['tokens']:,}", f"{row['read_ms']:.2f} ms", ratio_text(slow / row["read_ms"])]
+        for row in times
+    ]
+    return _table(["9 views of 120 frames", "tokens", "read", "against the faster reference"], lines)
+
+
 BLOCKS: dict[str, Callable[[Results], str]] = {
+    "fidelity-reads": fidelity_reads,
+    "fidelity-policies": fidelity_policies,
+    "fidelity-laps": fidelity_laps,
+    "fidelity-time": fidelity_time,
     "machine": machine,
     "read": read,
     "condition": condition,

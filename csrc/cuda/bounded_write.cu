@@ -163,13 +163,12 @@ __device__ __forceinline__ void count_in_voxel(const Voxels& voxels, const float
 // Whether a view sees through a token: what its cell shows lies behind, and no cell around shows anything at its depth.
 __device__ __forceinline__ bool sees_through(const Seen& seen, const Projected& at, float surface, const Grid& grid) {
   if (!clearly_behind(surface, at.z)) return false;
-  bool through = true;
-#pragma unroll
+#pragma unroll 1  // four cells at once spill
   for (int k = 0; k < 4; ++k) {
     const int cell = surrounding_cell(at.u, at.v, grid.height, grid.width, k);
-    through &= shows_nothing_at(at.z, __ldg(seen.nearest + cell), __ldg(seen.depths + cell));
+    if (!shows_nothing_at(at.z, __ldg(seen.nearest + cell), __ldg(seen.depths + cell))) return false;
   }
-  return through;
+  return true;
 }
 
 // A held token looks at a view: the view's vote on it, whether its voxel is one that the view comes to, and how well it
