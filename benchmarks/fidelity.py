@@ -285,9 +285,10 @@ def removal(
         cache = LatentCache(CHANNELS)
         cache.write(latents[views], with_box, cameras[views])
 
-        def of_box(cache: LatentCache, low: Tensor = low, high: Tensor = high) -> int:
+        def of_box(cache: LatentCache, low: Tensor = low, high: Tensor = high, frames: int = len(views)) -> int:
             reach = cache.footprints[:, None]
-            return int(((cache.points > low - reach) & (cache.points < high + reach)).all(1).sum())
+            inside = ((cache.points > low - reach) & (cache.points < high + reach)).all(1)
+            return int((inside & (cache.frame_ids < frames)).sum())  # what is written there later is the room
 
         held = of_box(cache)
         for view in views[-3:]:
