@@ -662,7 +662,7 @@ def bounded_write(
         cam2world: (T, 4, 4) float.
         looks: (capacity,) uint8, written in place: looks averaged in each token. None keeps tokens as they were seen.
         bounds: (ceil(capacity / 256), 6) float32, as of :func:`block_bounds`, written in place: what is far from the
-            views is then passed over; no result changes.
+            views is then passed over, by Triton only in reads that follow; no result changes.
         scales: (capacity,) uint8, written in place, with float8_e4m3fn features and only with them, as in
             :func:`cache_write`.
         mask: (T, H', W') bool, True = static.
