@@ -72,6 +72,21 @@ class Bench:
         self._wait()
         return timing.time_cpu(function, rounds, warmup=warmup, setup=setup)
 
+    def seconds_of_both(
+        self, one: Callable[[], Any], other: Callable[[], Any], rounds: int, *, warmup: int = 1
+    ) -> tuple[list[float], list[float]]:
+        """Seconds of two functions that take turns, so that what else the machine does is alike for both."""
+        both: tuple[list[float], list[float]] = ([], [])
+        self._wait()
+        for k in range(warmup + rounds):
+            for function, seconds in zip((one, other), both, strict=True):
+                if self.device.type == "cuda":
+                    taken = timing.time_cuda(function, 1, graph=False, cold=False, warmup=1 if k == 0 else 0)
+                else:
+                    taken = timing.time_cpu(function, 1, warmup=0)
+                seconds += taken if k >= warmup else []
+        return both
+
     def _wait(self) -> None:
         if not self.quick:
             timing.wait_for_quiet()

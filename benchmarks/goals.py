@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from . import scenes
 from .pixel_memory import FULL_WIDTH
-from .report import NOT_MEASURED, Row, bytes_text, find_row, ratio_text, seconds_text
+from .report import BESIDE, NOT_MEASURED, Row, bytes_text, find_row, ratio_text, seconds_text
 
 _GOAL = scenes.GOAL.label
 _GPU_MANY = scenes.GPU_SIZES[-1].label
@@ -63,6 +63,9 @@ def growth(rows: list[Row], walk: str, variant: str = "latent, bf16") -> tuple[f
     first, last = (find_row(rows, "growth", f"{walk}: in view", variant, row["size"]) for row in (reads[0], reads[-1]))
     if first is None or last is None:
         return None
+    beside = [find_row(rows, "growth", f"{walk}: {name}", variant, last["size"]) for name in BESIDE]
+    if beside[0] is not None and beside[1] is not None:  # read in turns, see test_growth.py
+        return beside[0]["median_s"] / beside[1]["median_s"], last["bytes"] / first["bytes"]
     return reads[-1]["median_s"] / reads[0]["median_s"], last["bytes"] / first["bytes"]
 
 

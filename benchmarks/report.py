@@ -25,6 +25,8 @@ Row = dict[str, Any]
 RESULTS = Path(__file__).parent / "results"
 NOT_MEASURED = "not measured yet"
 GROUPS = ("read", "write", "condition", "growth", "memory", "chunk", "drop_in")
+BESIDE = ("read beside", "first chunk beside")
+"""Of ``growth``: the memory and one of its first chunk alone, read in turns."""
 
 
 def make_row(

@@ -18,6 +18,7 @@ from typing import Any
 from .fidelity import find
 from .goals import Outcome, outcomes
 from .report import (
+    BESIDE,
     NOT_MEASURED,
     Row,
     bytes_text,
@@ -178,6 +179,7 @@ def growth(results: Results) -> str:
             held = [find_row(rows, "growth", f"{walk}: held", variant, r["size"]) for r in (reads[0], reads[-1])]
             views = [find_row(rows, "growth", f"{walk}: in view", variant, r["size"]) for r in (reads[0], reads[-1])]
             writes = [find_row(rows, "growth", f"{walk}: write", variant, r["size"]) for r in (reads[0], reads[-1])]
+            turns = [find_row(rows, "growth", f"{walk}: {beside}", variant, reads[-1]["size"]) for beside in BESIDE]
             lines.append(
                 [
                     f"{walk}, {place}",
@@ -190,9 +192,10 @@ def growth(results: Results) -> str:
                         f"{bytes_text(a['bytes'])} to {bytes_text(b['bytes'])}" if a and b else ""
                         for a, b in (held, views)
                     ],
+                    ratio_text(turns[0]["median_s"] / turns[1]["median_s"]) if turns[0] and turns[1] else "",
                 ]
             )
-    head = ["from chunk 1 to 50, CPU", "side", "read", "write, once", "held", "in view"]
+    head = ["from chunk 1 to 50, CPU", "side", "read", "write, once", "held", "in view", "reads in turns"]
     return _table(head, lines) if lines else NOT_MEASURED
 
 

@@ -2,6 +2,9 @@
 
 At sampled chunks the next chunk is read and 8 frames are written, both timed on the memory as it is then. ``in view``
 are the bytes of the tokens (or points) in the read views' frustums, occluded or not: what a read cannot do without.
+
+How much a read grew is a few hundredths, and the machine's speed drifts by more from minute to minute. So a second memory
+of the first chunk alone is kept, and at the end the two are read in turns: ``read beside`` and ``first chunk beside``.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ from mirage_kernels.cache import WRITE_POLICIES
 from . import memories, scenes
 from .pixel_memory import BYTES_PER_POINT
 from .reference_memory import ReferenceMemory
+from .report import BESIDE
 from .scenes import Size
 
 CHUNKS = 50
@@ -94,6 +98,9 @@ def test_growth(walk: str, variant: str, stored: Size, bench: Any) -> None:
     frames = scenes.pictures(path, depth.cpu()) if side.pixel else scenes.latents(scenes.WRITE_VIEWS, size.grid)
     frames = frames.to(bench.device)
     slow = side.pixel or variant == "reference"
+    first = None if slow else _Side(variant, bench.device, size)
+    if first is not None:
+        first.write(frames, depth, path.to(bench.device))
     for chunk in range(1, sampled[-1] + 1):
         room = chunk - 1 if new_rooms else 0
         cameras = scenes.moved_room(path, room).to(bench.device)
@@ -112,5 +119,10 @@ def test_growth(walk: str, variant: str, stored: Size, bench: Any) -> None:
             seen = memories.count_in_view(side.points(), scenes.latent_views(views), size.grid)
             share = side.nbytes * seen // max(len(side.memory), 1)
             bench.record("growth", f"{walk}: in view", variant, label, nbytes=share)
+        if first is not None and chunk == sampled[-1]:
+            alone = functools.partial(first.read, scenes.moved_room(look, 0).to(bench.device))
+            beside = bench.seconds_of_both(functools.partial(side.read, views), alone, 101, warmup=5)
+            for name, taken in zip(BESIDE, beside, strict=True):
+                bench.file("growth", f"{walk}: {name}", variant, label, None, taken)
     if variant == "pixel, plain":
         assert side.nbytes == sampled[-1] * size.pixels * BYTES_PER_POINT

@@ -230,6 +230,47 @@ def test_far_blocks_change_nothing(backend):
     assert_equal_bits([near.bounds], [block_bounds(near.points, num_points=near.count)])
 
 
+def layers(backend, shift=0.0, unit=1.0):
+    """Blocks of held tokens one behind the other along the views of `room`, some on its wall, most behind it."""
+    rng = np.random.default_rng(7)
+    held = both(backend, 40 * BLOCK + 400)
+    depths = np.linspace(3.5, 9.0, 40) + shift
+    points = rng.normal(size=(40, BLOCK, 3)) * 0.4 * depths[:, None, None]
+    points[..., 2] = depths[:, None] + rng.uniform(-0.01, 0.01, (40, BLOCK))
+    rows = torch.from_numpy(np.concatenate([points, points[..., 2:] / 16], 2)).float().flatten(0, 1) * unit
+    for side in held:
+        side.points[: len(rows)] = rows.to(side.points)
+        side.features[: len(rows)], side.frame_ids[: len(rows)], side.votes[: len(rows)] = 0, 0, 1
+        side.count.fill_(len(rows))
+        side.centers[0], side.frames = 0, 1
+        side.bounds = block_bounds(side.points, num_points=side.count)
+    return held
+
+
+@pytest.mark.parametrize("unit", [1e-18, 1.0, 1e14])
+def test_blocks_behind_all_that_a_view_shows(backend, unit):
+    """A view passes over what lies behind its farthest depth, to the last token that is on a surface or seen through."""
+    total = dict.fromkeys(WRITE_REPORT, 0)
+    for shift in (0.0, 0.013, 0.05):
+        held = layers(backend, shift, unit)
+        for seed in range(3):
+            latents, depth, intrinsics, cam2world = room(seed, box=False)
+            cam2world[:, :3, 3] *= unit
+            options = dict(min_depth=0.0, near=0.05 * unit, carve_views=3)
+            report = write_both(held, (latents, depth * unit, intrinsics, cam2world), **options)
+            total = {name: total[name] + report[name] for name in total}
+    assert total["carved"] > 100 and total["written"] + total["replaced"] > 100
+
+
+def test_a_backend_goes_by_the_far_end_of_bounds(cpu_backend):
+    """With bounds that say that all lies behind the wall, nothing is carved: a broken promise shows that they count."""
+    for behind, carved in ((0.0, True), (7.0, False)):
+        side = layers(cpu_backend)[0]
+        side.bounds[:, 2::3] += behind
+        report = side.write(*room(0, box=False), carve_views=2)
+        assert (report["carved"] > 0) == carved
+
+
 # ---------------------------------------------------------------------------------------------- against the brute force
 
 

@@ -68,6 +68,9 @@ MIRAGE_HD bool on_surface(float depth, float surface) {
   return (surface > 0.0f) & (depth <= kGate * surface) & (surface <= kGate * depth);
 }
 
+// What lies farther than this is neither on a surface at `surface` or before nor seen through from there.
+MIRAGE_HD float farthest_touched(float surface) { return kGate * 1.00001f * surface; }
+
 MIRAGE_HD bool shows(float score, float lack) { return (score <= kCovered) | (lack <= kSameLook); }
 
 // Whether a new look takes the place of the one that shows it.

@@ -17,6 +17,7 @@ constexpr float kFar = 1e15f;
 struct Frustum {
   float normal[5][3], offset[5];
   float length[5], slack[5];  // |normal|, and the share of a point's |x| + |y| + |z| that covers rounding
+  float least;  // normal[0] x + least is no more than a point's z, but for its slack
 };
 
 // z > near, u >= -margin, u < width + margin, and v likewise, each multiplied by z > 0; `margin` in cells. Float arithmetic
@@ -48,8 +49,12 @@ MIRAGE_HD Frustum make_frustum(const Projection& projection, float near, int wid
         sqrt(normal[0] * normal[0] + normal[1] * normal[1] + normal[2] * normal[2]) * (1.0 + kSlack));
     frustum.slack[f] = static_cast<float>(kSlack * most + 1e-25);
   }
-  if (!within)  // or NaN
+  const double start = m[2][3];
+  frustum.least = static_cast<float>(start - kSlack * fabs(start) - 1e-25);
+  if (!within) {  // or NaN
     for (int f = 0; f < 5; ++f) frustum.offset[f] = frustum.length[f] = bits_float(0x7f800000u);
+    frustum.least = bits_float(0xff800000u);
+  }
   return frustum;
 }
 
@@ -78,6 +83,13 @@ MIRAGE_HD bool may_see(const Frustum& frustum, const float* box) {
     outside |= bound < 0.0f;
   }
   return !outside;
+}
+
+// Whether all points of a box lie farther than `depth` along the view's axis. The corner nearest along it decides.
+MIRAGE_HD bool lies_beyond(const Frustum& frustum, float depth, const float* box) {
+  float least = frustum.least - frustum.slack[0] * box_reach(box);
+  for (int j = 0; j < 3; ++j) least += frustum.normal[0][j] * (frustum.normal[0][j] < 0.0f ? box[3 + j] : box[j]);
+  return least > depth;
 }
 
 }  // namespace mirage

@@ -10,7 +10,8 @@ namespace mirage::cpu {
 namespace {
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
-constexpr int kTile = 64;  // blocks tested at once, a bit each of one word
+constexpr int kTile = 64;   // blocks tested at once, a bit each of one word
+constexpr int kBundle = 8;  // tiles
 
 typedef float Row __attribute__((vector_size(4 * sizeof(float))));
 
@@ -59,6 +60,27 @@ void load_tile(const float* bounds, int count, Tile& tile) {
       reach += low > high ? low : high;
     }
     tile.reach[b] = limited_reach(reach);
+  }
+}
+
+// The box around `count` boxes; of NaN where one of them has one.
+MIRAGE_SIMD
+void bound_boxes(const float* boxes, int count, float* around) {
+  typedef int32_t Flags __attribute__((vector_size(sizeof(Row))));
+  Row low = Row{} + kInfinity, high = Row{} - kInfinity;
+  Flags nan = Flags{};
+  for (int b = 0; b < count; ++b) {
+    Row lower, upper;  // x, y, z, and one side of the other corner
+    __builtin_memcpy(&lower, boxes + kBoxSize * b, sizeof(lower));
+    __builtin_memcpy(&upper, boxes + kBoxSize * b + 2, sizeof(upper));
+    nan |= (lower != lower) | (upper != upper);
+    low = lower < low ? lower : low;
+    high = upper > high ? upper : high;
+  }
+  const bool known = ((nan[0] | nan[1]) | (nan[2] | nan[3])) == 0;
+  for (int j = 0; j < 3; ++j) {
+    around[j] = known ? low[j] : std::numeric_limits<float>::quiet_NaN();
+    around[3 + j] = known ? high[1 + j] : std::numeric_limits<float>::quiet_NaN();
   }
 }
 
@@ -137,11 +159,34 @@ SeenBlocks::SeenBlocks(const std::optional<Tensor>& bounds_, index_t capacity, i
   const float* boxes = input<float>(bounds);
   tiles_ = divide_up(blocks, kTile);
   seen_.resize(std::max<index_t>(1, views * tiles_));
-  torch::stable::parallel_for(0, tiles_, 1 + 512 / (views + 4), [&](int64_t begin, int64_t end) {
+  // What no view sees is left by the box around eight tiles, or around one.
+  const index_t grain = 1 + 512 / ((views + 4) * kBundle);
+  torch::stable::parallel_for(0, divide_up(tiles_, kBundle), grain, [&](int64_t begin, int64_t end) {
     Tile tile;
-    for (int64_t k = begin; k < end; ++k) {
-      load_tile(boxes + kBoxSize * kTile * k, static_cast<int>(std::min<index_t>(kTile, blocks - k * kTile)), tile);
-      for (index_t t = 0; t < views; ++t) seen_[t * tiles_ + k] = see_tile(tile, frusta[t]);
+    float around[kBundle][kBoxSize], all[kBoxSize];
+    for (int64_t first = begin * kBundle; first < std::min<int64_t>(end * kBundle, tiles_); first += kBundle) {
+      const int bundle = static_cast<int>(std::min<index_t>(kBundle, tiles_ - first));
+      const auto boxes_in = [&](int i) {
+        return static_cast<int>(std::min<index_t>(kTile, blocks - (first + i) * kTile));
+      };
+      const auto from = [&](int i) { return boxes + kBoxSize * kTile * (first + i); };
+      for (int i = 0; i < bundle; ++i) bound_boxes(from(i), boxes_in(i), around[i]);
+      bound_boxes(around[0], bundle, all);
+      int loaded = -1;
+      for (index_t t = 0; t < views; ++t) {
+        uint64_t* seen = seen_.data() + t * tiles_ + first;
+        const bool any = may_see(frusta[t], all);
+        for (int i = 0; i < bundle; ++i) seen[i] = any && may_see(frusta[t], around[i]) ? ~uint64_t{0} : 0;
+      }
+      for (int i = 0; i < bundle; ++i) {
+        for (index_t t = 0; t < views; ++t) {
+          uint64_t& seen = seen_[t * tiles_ + first + i];
+          if (seen == 0) continue;
+          if (loaded != i) load_tile(from(i), boxes_in(i), tile);
+          loaded = i;
+          seen = see_tile(tile, frusta[t]);
+        }
+      }
     }
   });
   for (index_t k = 0; k < tiles_; ++k) {

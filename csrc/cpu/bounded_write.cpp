@@ -199,13 +199,14 @@ struct VoxelBox {
   }
 };
 
-// Blocks of held tokens that the view may see, or that may share a voxel with what it writes.
-void find_blocks(const float* bounds, index_t live, const Frustum& frustum, const VoxelBox& voxels,
+// Blocks of held tokens that the view may see up to `depth`, or that may share a voxel with what it writes.
+void find_blocks(const float* bounds, index_t live, const Frustum& frustum, float depth, const VoxelBox& voxels,
                  std::vector<uint32_t>& blocks) {
   blocks.clear();
   for (index_t b = 0; b < divide_up(live, kBlockTokens); ++b) {
     const float* box = bounds ? bounds + kBoxSize * b : nullptr;
-    if (!box || voxels.meets(box) || may_see(frustum, box)) blocks.push_back(static_cast<uint32_t>(b));
+    if (!box || voxels.meets(box) || (may_see(frustum, box) && !lies_beyond(frustum, depth, box)))
+      blocks.push_back(static_cast<uint32_t>(b));
   }
 }
 
@@ -403,7 +404,9 @@ Tensor bounded_write(Tensor points, Tensor features, Tensor frame_ids, Tensor vo
       voxel_of[cell] = voxels.insert(held.voxel(seen.tokens[cell]));
       voxel_box.add(seen.tokens[cell]);
     }
-    find_blocks(boxes, live, make_frustum(readers[t].projection, grid.near, grid.width, grid.height, 0), voxel_box, blocks);
+    const float farthest = *std::max_element(seen.depths, seen.depths + grid.cells);
+    find_blocks(boxes, live, make_frustum(readers[t].projection, grid.near, grid.width, grid.height, 0),
+                farthest_touched(farthest), voxel_box, blocks);
 
     const index_t number = std::clamp<index_t>(static_cast<index_t>(blocks.size()) / 16, 1, most);
     torch::stable::parallel_for(0, number, 1, [&](int64_t begin, int64_t end) {

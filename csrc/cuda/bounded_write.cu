@@ -50,7 +50,7 @@ struct Seen {
   const Reader* reader;
   const Frustum* frustum;
   const unsigned* voxel_box;  // around the voxels of its tokens: least x, y, z as orderly numbers, the bits of greatest
-                              // ones inverted, so that all are minima
+                              // ones inverted, so that all are minima; then the inverted bits of its greatest depth
   const float4* tokens;
   const float* depths;   // 0 where unknown
   const float* nearest;  // least depth, infinite where there is none
@@ -101,11 +101,14 @@ __global__ void make_readers_kernel(const double* intrinsics, const double* cam2
   frusta[t] = make_frustum(reader.projection, near, static_cast<int>(source.width), static_cast<int>(source.height), 0);
 }
 
+constexpr int kViewBox = kBoxSize + 1;
+
 // Enters the voxels of all new tokens, each view's in a table of its own, and widens the view's box around them. Which
 // slot a voxel gets may change from run to run; that it gets one is all that counts.
 __global__ void __launch_bounds__(kThreads)
-    enter_kernel(const float4* __restrict__ tokens, const uint8_t* __restrict__ verdicts, index_t cells, index_t size,
-                 unsigned long long* keys, unsigned* boxes, int32_t* __restrict__ slots) {
+    enter_kernel(const float4* __restrict__ tokens, const uint8_t* __restrict__ verdicts,
+                 const float* __restrict__ depths, index_t cells, index_t size, unsigned long long* keys, unsigned* boxes,
+                 int32_t* __restrict__ slots) {
   const index_t parts = (cells + kThreads - 1) / kThreads, t = blockIdx.x / parts;
   const index_t cell = blockIdx.x % parts * kThreads + threadIdx.x, token = t * cells + cell;
   const bool enters = cell < cells && verdicts[token] == kKeep;
@@ -131,10 +134,12 @@ __global__ void __launch_bounds__(kThreads)
     const int low = warp_min(enters ? ordered(static_cast<int>(float_bits(xyz[j] - reach))) : 0x7fffffff);
     const int high = warp_max(enters ? ordered(static_cast<int>(float_bits(xyz[j] + reach))) : ~0x7fffffff);
     if (threadIdx.x % 32 == 0) {
-      atomicMin(boxes + t * kBoxSize + j, static_cast<unsigned>(low) ^ 0x80000000u);
-      atomicMin(boxes + t * kBoxSize + 3 + j, ~(static_cast<unsigned>(high) ^ 0x80000000u));
+      atomicMin(boxes + t * kViewBox + j, static_cast<unsigned>(low) ^ 0x80000000u);
+      atomicMin(boxes + t * kViewBox + 3 + j, ~(static_cast<unsigned>(high) ^ 0x80000000u));
     }
   }
+  const int depth = warp_max(cell < cells ? static_cast<int>(float_bits(depths[token])) : 0);
+  if (threadIdx.x % 32 == 0) atomicMin(boxes + t * kViewBox + kBoxSize, ~static_cast<unsigned>(depth));
 }
 
 // Whether tokens of a block may matter to the view. Where it comes to no voxel its box is NaN, and nothing shares one.
@@ -148,7 +153,8 @@ __device__ __forceinline__ bool may_matter(const Bounds& bounds, index_t block, 
   for (int j = 0; j < 3; ++j)
     shares &= (box[j] <= from_orderly(~__ldg(seen.voxel_box + 3 + j))) &
               (box[3 + j] >= from_orderly(__ldg(seen.voxel_box + j)));
-  return shares || may_see(*seen.frustum, box);
+  const float farthest = farthest_touched(bits_float(~__ldg(seen.voxel_box + kBoxSize)));
+  return shares || (may_see(*seen.frustum, box) && !lies_beyond(*seen.frustum, farthest, box));
 }
 
 __device__ __forceinline__ void count_in_voxel(const Voxels& voxels, const float4& p) {
@@ -444,9 +450,9 @@ Tensor bounded_write(Tensor points, Tensor features, Tensor frame_ids, Tensor vo
   index_t size = 2;
   while (size < 2 * cells) size *= 2;
   const Tensor lifts = make_lifts(intrinsics, cam2world, source, stream);
-  static_assert(sizeof(Reader) == 16 * sizeof(float) && sizeof(Frustum) == 30 * sizeof(float));
+  static_assert(sizeof(Reader) == 16 * sizeof(float) && sizeof(Frustum) == 31 * sizeof(float));
   Tensor readers = new_tensor(latents, {views, 16}, ScalarType::Float);
-  Tensor frusta = new_tensor(latents, {views, 30}, ScalarType::Float);
+  Tensor frusta = new_tensor(latents, {views, 31}, ScalarType::Float);
   Tensor live = new_tensor(latents, {views + 1}, ScalarType::Long);
   Tensor lifted = new_tensor(latents, {tokens, 4}, ScalarType::Float);
   Tensor depths = new_tensor(latents, {tokens}, ScalarType::Float);
@@ -461,7 +467,7 @@ Tensor bounded_write(Tensor points, Tensor features, Tensor frame_ids, Tensor vo
   // of voxels and numbers of tokens added by view, and which blocks are touched.
   Tensor ones = new_tensor(latents, {views * size + cells}, ScalarType::Long);
   Tensor zeros = new_tensor(latents, {views * (size + blocks + groups) + held_blocks}, ScalarType::Int);
-  Tensor voxel_boxes = new_tensor(latents, {views, kBoxSize}, ScalarType::Int);
+  Tensor voxel_boxes = new_tensor(latents, {views, kViewBox}, ScalarType::Int);
   fill_bytes(ones, 0xff, stream);
   fill_bytes(zeros, 0, stream);
   fill_bytes(voxel_boxes, 0xff, stream);
@@ -489,7 +495,7 @@ Tensor bounded_write(Tensor points, Tensor features, Tensor frame_ids, Tensor vo
     STD_CUDA_KERNEL_LAUNCH_CHECK();
   });
   enter_kernel<<<static_cast<unsigned>(views * divide_up(cells, kThreads)), kThreads, 0, stream>>>(
-      input<float4>(lifted), input<uint8_t>(verdicts), cells, size, keys, output<unsigned>(voxel_boxes),
+      input<float4>(lifted), input<uint8_t>(verdicts), input<float>(depths), cells, size, keys, output<unsigned>(voxel_boxes),
       output<int32_t>(slots));
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 
@@ -510,7 +516,7 @@ Tensor bounded_write(Tensor points, Tensor features, Tensor frame_ids, Tensor vo
     const index_t first = t * cells;
     const Seen seen{input<Reader>(readers) + t,
                     input<Frustum>(frusta) + t,
-                    input<unsigned>(voxel_boxes) + t * kBoxSize,
+                    input<unsigned>(voxel_boxes) + t * kViewBox,
                     input<float4>(lifted) + first,
                     input<float>(depths) + first,
                     carve_views > 0 ? input<float>(nearest) + first : nullptr,
