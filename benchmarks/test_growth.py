@@ -3,7 +3,7 @@
 At sampled chunks the next chunk is read and 8 frames are written, both timed on the memory as it is then. ``in view``
 are the bytes of the tokens (or points) in the read views' frustums, occluded or not: what a read cannot do without.
 
-How much a read grew is a few hundredths, and the machine's speed drifts by more from minute to minute. So a second memory
+A read grows by hundredths, and the machine's speed drifts by more from minute to minute. So a second memory
 of the first chunk alone is kept, and at the end the two are read in turns: ``read beside`` and ``first chunk beside``.
 """
 

@@ -249,7 +249,7 @@ def layers(backend, shift=0.0, unit=1.0):
 
 @pytest.mark.parametrize("unit", [1e-18, 1.0, 1e14])
 def test_blocks_behind_all_that_a_view_shows(backend, unit):
-    """A view passes over what lies behind its farthest depth, to the last token that is on a surface or seen through."""
+    """A view passes over what lies behind its farthest depth, but not over what is on a surface or seen through."""
     total = dict.fromkeys(WRITE_REPORT, 0)
     for shift in (0.0, 0.013, 0.05):
         held = layers(backend, shift, unit)
