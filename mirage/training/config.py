@@ -19,6 +19,8 @@ from ..memories import MEMORIES
 STAGES = ("vae", "backbone", "adapter", "lora")
 SCHEDULES = ("constant", "linear", "cosine")
 PRECISIONS = ("no", "bf16", "fp16")
+OPTIMIZERS = ("adamw", "muon")
+SAVED = ("float32", "bfloat16")
 
 
 @dataclass(frozen=True)
@@ -164,9 +166,11 @@ class TrainConfig:
         out: folder of the run.
         steps: optimiser steps.
         batch_size, gradient_accumulation: clips per process and forward pass; passes per step.
+        optimizer: "adamw", or "muon": Muon for matrices, AdamW for the rest, at one learning rate.
         train_adapter: in stage "lora", whether the adapter is trained on.
         resume: whether to go on with the run in `out`, if there is one.
         save_every, keep: steps between checkpoints, and how many are kept.
+        save_dtype: of the models that are left when training ends, "float32" or "bfloat16".
         tensorboard: whether to write TensorBoard's files beside metrics.jsonl.
     """
 
@@ -182,6 +186,7 @@ class TrainConfig:
     gradient_accumulation: int = 1
     mixed_precision: str = "no"
     gradient_checkpointing: bool = False
+    optimizer: str = "adamw"
     learning_rate: float = 1e-4
     warmup: int = 0
     schedule: str = "cosine"
@@ -190,6 +195,7 @@ class TrainConfig:
     train_adapter: bool = True
     save_every: int = 500
     keep: int = 2
+    save_dtype: str = "float32"
     resume: bool = True
     tensorboard: bool = True
     seed: int = 0
@@ -241,6 +247,8 @@ def make_config(given: dict[str, Any]) -> TrainConfig:
     _one_of("stage", config.stage, STAGES)
     _one_of("schedule", config.schedule, SCHEDULES)
     _one_of("mixed_precision", config.mixed_precision, PRECISIONS)
+    _one_of("optimizer", config.optimizer, OPTIMIZERS)
+    _one_of("save_dtype", config.save_dtype, SAVED)
     _one_of("objective.memory", config.objective.memory, MEMORIES)
     for name, least in (("steps", 1), ("batch_size", 1), ("gradient_accumulation", 1), ("save_every", 1), ("keep", 1)):
         _at_least(name, getattr(config, name), least)

@@ -34,12 +34,13 @@ from .config import TrainConfig
 from .data import Clips, Drawn, Numbers, list_broken, mix, write_bytes
 from .models import Models, add_lora, load_models, save_models, trained
 from .objective import ChunkMaker, DiffusionObjective, VaeObjective, VideoMaker, measure_latents
+from .optimiser import make_optimiser
 
 METRICS, CONFIG, CHECKPOINTS, TENSORBOARD = "metrics.jsonl", "config.json", "checkpoints", "tensorboard"
 TRAINED = "trained.safetensors"
 
 # What may change when a run goes on.
-_FREE = ("out", "steps", "save_every", "keep", "resume", "tensorboard")
+_FREE = ("out", "steps", "save_every", "keep", "save_dtype", "resume", "tensorboard")
 
 
 @dataclass
@@ -104,9 +105,7 @@ class _Run:
         else:
             objective, self.make = DiffusionObjective(config, models), ChunkMaker(config, models, accelerator.device)
         objective.train()
-        optimiser = torch.optim.AdamW(
-            list(trained(objective).values()), lr=config.learning_rate, weight_decay=config.weight_decay
-        )
+        optimiser = make_optimiser(config, trained(objective).values())
         # Not prepared: accelerate would step it once a process.
         self.schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: _rate(config, step))
         self.objective, self.optimiser = accelerator.prepare(objective, optimiser)
@@ -248,12 +247,16 @@ class _Run:
         config, accelerator = self.config, self.accelerator
         saved: list[str] = []
         if accelerator.is_main_process:
+            dtype = getattr(torch, config.save_dtype)
+            with torch.no_grad():
+                for parameter in self._parameters():  # as it will be read
+                    parameter.copy_(parameter.to(dtype))
             if config.stage == "vae" and config.vae.statistics:
                 count = min(config.vae.statistics, len(self.clips))
                 self.models.vae.eval()
                 mean, std = measure_latents(self.models, [self.clips[i].clip for i in range(count)], accelerator.device)
                 self.models.vae.register_to_config(latents_mean=mean, latents_std=std)
-            saved = save_models(self.out, self.models, config.stage, config.train_adapter)
+            saved = save_models(self.out, self.models, config.stage, config.train_adapter, dtype)
         accelerator.wait_for_everyone()
         accelerator.end_training()
         tail = self.losses[-max(len(self.losses) // 10, 1) :]
@@ -303,6 +306,7 @@ def _record(accelerator: Accelerator, config: TrainConfig, out: Path) -> None:
             for name in _FREE:
                 settings.pop(name, None)
             settings.get("data", {}).pop("workers", None)
+            settings.setdefault("optimizer", "adamw")  # of runs from before there was another
             splat = settings["objective"].pop("splat", None)  # of runs from before there were other memories
             settings["objective"].setdefault("memory", "nearest" if splat == "nearest" else "ours")
         names = sorted(name for name in {*before, *now} if before.get(name) != now.get(name))

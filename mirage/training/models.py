@@ -203,8 +203,8 @@ def trained(module: nn.Module) -> dict[str, Tensor]:
     return {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
 
 
-def save_models(out: Path, models: Models, stage: str, train_adapter: bool) -> list[str]:
-    """Save what a stage has trained, each part whole or not at all; their names in `out`."""
+def save_models(out: Path, models: Models, stage: str, train_adapter: bool, dtype: torch.dtype) -> list[str]:
+    """Save what a stage has trained, each part whole or not at all; their names in `out`. The models become `dtype`."""
     saved: list[str] = []
     parts: dict[str, Sequence[str]] = {
         "vae": ["vae"],
@@ -215,10 +215,12 @@ def save_models(out: Path, models: Models, stage: str, train_adapter: bool) -> l
     for name in parts[stage]:
         model = getattr(models, name)
         if model is not None:
-            replace_folder(out / name, model.save_pretrained)
+            replace_folder(out / name, model.to(dtype).save_pretrained)
             saved.append(name)
     if stage == "lora":
         assert models.transformer is not None
+        for parameter in trained(models.transformer).values():
+            parameter.data = parameter.data.to(dtype)
         save_lora(models.transformer, out / LORA)
         saved.append(LORA)
     return saved

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from types import MethodType
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKLWan
+from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d
 from torch import Tensor, nn
 
 from mirage_kernels import Cameras, LatentCache, View
@@ -407,6 +409,8 @@ class VaeObjective(nn.Module):
     def __init__(self, config: TrainConfig, models: Models) -> None:
         super().__init__()
         self.vae, self.kl_weight = models.vae, config.vae.kl_weight
+        if config.vae.frames == 1:
+            _convolve_pictures(self.vae)
 
     def forward(self, videos: tuple[Tensor, int]) -> dict[str, Tensor]:
         """`loss`, and its parts; `psnr` in dB of pixels in [0, 1]."""
@@ -418,6 +422,24 @@ class VaeObjective(nn.Module):
         divergence = 0.5 * (posterior.mean.square() + posterior.var - 1.0 - posterior.logvar).float().mean()
         loss = F.l1_loss(again, video) + squared + self.kl_weight * divergence
         return {"loss": loss, "divergence": divergence, "psnr": -10.0 * (0.25 * squared.detach()).log10()}
+
+
+def _convolve_pictures(vae: AutoencoderKLWan) -> None:
+    """Have a VAE's causal convolutions of a single picture leave out their taps on the zeros before it, two of three.
+
+    The same sums but for those zeros, in about half of the time.
+    """
+
+    def convolve(self: WanCausalConv3d, x: Tensor, cache_x: Tensor | None = None) -> Tensor:
+        if cache_x is not None or x.shape[2] != 1 or self.stride != (1, 1, 1):
+            return type(self).forward(self, x, cache_x)
+        columns, _, rows, _, *_ = self._padding
+        weight, picture = self.weight[:, :, -1], x[:, :, 0]
+        return F.conv2d(picture, weight, self.bias, padding=(rows, columns))[:, :, None]
+
+    for module in vae.modules():
+        if isinstance(module, WanCausalConv3d):
+            module.forward = MethodType(convolve, module)  # type: ignore[method-assign]
 
 
 @torch.no_grad()
