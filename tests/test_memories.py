@@ -143,6 +143,38 @@ def test_training_reads_the_memory_it_is_asked_for() -> None:
     assert not torch.equal(contexts["nearest"], contexts["ours"])
 
 
+@pytest.mark.parametrize("memory", ["ours", "pixel"])
+def test_read_outs_that_are_kept(memory: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A few of each clip are made, once; a step's is a function of its number all the same, in any process."""
+    objective = {"memory": memory, "readouts": 2, "drop_memory": 0.0, "preceding_frames": 1}
+    models = {"memory_adapter": {"control_channels": 49}}
+    asked = config("adapter", models=models, objective=objective, data={"frames": 17})
+    made: list[Any] = []
+    remember = ChunkMaker._remember
+    monkeypatch.setattr(ChunkMaker, "_remember", lambda *given: (made.append(1), remember(*given))[1])
+    maker = ChunkMaker(asked, models_of(asked), torch.device("cpu"))
+    drawn = [draw(asked, number)[0] for number in range(40)]
+    chunks = [maker([one]) for one in drawn]
+    assert len({one.clip.name for one in drawn}) == 4 and 8 < len(made) <= 12  # at the first frame, and two others
+    contexts: dict[str, set[int]] = {}
+    for one, chunk in zip(drawn, chunks, strict=True):
+        assert chunk.memory_context is not None
+        target = chunk.memory_context[:, :, :3]  # behind it come preceding frames, or none
+        contexts.setdefault(one.clip.name, set()).add(hash(target.numpy().tobytes()))
+    assert {len(found) for found in contexts.values()} <= {2, 3}
+    assert len({chunk.clean.references.shape[2] for chunk in chunks}) > 2
+    assert {chunk.clean.preceding.shape[2] for chunk in chunks} == {0, 1}
+    fresh = ChunkMaker(asked, models_of(asked), torch.device("cpu"))
+    for number in (31, 2):
+        again = fresh([drawn[number]])
+        for name in ("noisy", "memory_context", "levels"):
+            assert torch.equal(getattr(again, name), getattr(chunks[number], name))
+        assert torch.equal(again.clean.references, chunks[number].clean.references)
+    dropped = config("adapter", models=models, objective=objective | {"drop_memory": 1.0}, data={"frames": 17})
+    context = ChunkMaker(dropped, models_of(dropped), torch.device("cpu"))([drawn[0]]).memory_context
+    assert context is not None and not context.any()
+
+
 def test_a_run_from_before_there_were_other_memories_goes_on(tmp_path: Path) -> None:
     train(config("adapter", tmp_path, steps=1), progress=False)
     record = json.loads((tmp_path / "config.json").read_text())

@@ -102,6 +102,8 @@ class ObjectiveConfig:
         reference_threshold, reference_voxel_size: as in generation.
         memory: on whose read-outs the model is trained, one of :data:`~mirage.memories.MEMORIES`. "none" trains
             without any and without reference frames; "pixel" decodes the clips.
+        readouts: how many read-outs of a clip are made and kept, to be drawn again, as the published code, which
+            precomputes them; for the memories that a read of which costs more than a step. None: each step's is new.
         drop_tokens: share of the memory's tokens that is missing, at most, in patches.
         depth_noise: standard deviation of ln depth, of a written frame and of patches of it.
         pose_noise: of the writing cameras: metres, and a tenth of it in radians.
@@ -121,6 +123,7 @@ class ObjectiveConfig:
     reference_threshold: float = 0.04
     reference_voxel_size: float = 0.1
     memory: str = "ours"
+    readouts: int | None = None
     drop_tokens: float = 0.3
     depth_noise: float = 0.02
     pose_noise: float = 0.01
@@ -266,6 +269,8 @@ def make_config(given: dict[str, Any]) -> TrainConfig:
         ("vae.statistics", config.vae.statistics),
     ):
         _at_least(name, number, 0)
+    if config.objective.readouts is not None:
+        _at_least("objective.readouts", config.objective.readouts, 1)
     for name, positive in (
         ("learning_rate", config.learning_rate),
         ("max_grad_norm", config.max_grad_norm),

@@ -76,6 +76,19 @@ class _Seen:
     preceding: View
     references: list[int]
 
+    def part(self, preceding: int, references: int) -> _Seen:
+        """With so many preceding frames, the last ones, and at most so many references, the best."""
+        first = len(self.preceding.mask) - preceding
+        return _Seen(self.target, View(*(part[first:] for part in self.preceding)), self.references[:references])
+
+    def without_memory(self) -> _Seen:
+        """Where nothing is remembered, and frames are references all the same."""
+        nothing = [
+            View(*(torch.full_like(part, -1 if name == "index" else 0) for name, part in view._asdict().items()))
+            for view in (self.target, self.preceding)
+        ]
+        return _Seen(nothing[0], nothing[1], self.references)
+
 
 class _LatentMemory:
     """Of a clip's latent frames. Everything is kept: chance has thinned out what is written."""
@@ -120,6 +133,7 @@ class ChunkMaker:
         self._scores: dict[tuple[int, ...], Tensor] = {}
         self._keeps_pictures = config.data.cache
         self._pictures_of: dict[tuple[str, float], Tensor] = {}
+        self._readouts: dict[tuple[str, float, int], _Seen] = {}
 
     @torch.no_grad()
     def __call__(self, drawn: Sequence[Drawn]) -> Chunk:
@@ -140,19 +154,28 @@ class ChunkMaker:
 
         # The first chunk of a video has nothing before it; it comes as often as any other place.
         last = frames - length
-        starts = [0] * len(clips)
+        starts, kept = [0] * len(clips), [0] * len(clips)
         if _below(chance, last + 1) > 0:
-            starts = [1 + _below(chance, last) for _ in clips]
+            if config.readouts is None:
+                starts = [1 + _below(chance, last) for _ in clips]
+            else:
+                kept = [1 + _below(chance, config.readouts) for _ in clips]
+                starts = [self._place(clip, which, last) for clip, which in zip(clips, kept, strict=True)]
         preceding = min(config.preceding_frames, *starts)
         if _happens(chance, config.drop_preceding):
             preceding = 0
         references = 1 + _below(chance, config.max_references) if config.max_references else 0
         if _happens(chance, config.drop_references) or max(starts) == 0:
             references = 0
-        seen = [
-            self._remember(chance, clip, one, start, length, preceding, references)
-            for clip, one, start in zip(clips, latents, starts, strict=True)
-        ]
+        seen = []
+        for clip, one, start, which in zip(clips, latents, starts, kept, strict=True):
+            if config.readouts is None:
+                shown = self._remember(chance, clip, one, start, length, preceding, references)
+            else:
+                shown = self._remember_once(clip, one, start, length, which).part(preceding, references)
+            if config.memory != "none" and _happens(chance, config.drop_memory):
+                shown = shown.without_memory()
+            seen.append(shown)
         references = min(references, *(len(one.references) for one in seen))
 
         def gather(rows: Sequence[Sequence[int]]) -> Tensor:
@@ -207,6 +230,21 @@ class ChunkMaker:
                 embeds.append(F.pad(clip.prompt_embeds, (0, 0, 0, padding)))
         return torch.stack([one.float() for one in embeds]).to(self.device)
 
+    def _place(self, clip: Clip, which: int, last: int) -> int:
+        """The latent frame in [1, last] at which the chunk of a clip's read-out begins."""
+        return 1 + _below(torch.Generator().manual_seed(mix(self.seed, "place", clip.name, which)), last)
+
+    def _remember_once(self, clip: Clip, latents: Tensor, start: int, length: int, which: int) -> _Seen:
+        """A clip's read-out of this number, with all the references and preceding frames that there may be."""
+        key = clip.name, latents.double().sum().item(), which  # clips of two sources may be of one name
+        if key not in self._readouts:
+            chance = torch.Generator().manual_seed(mix(self.seed, "read-out", clip.name, which))
+            preceding = min(self.config.preceding_frames, start)
+            self._readouts[key] = self._remember(
+                chance, clip, latents, start, length, preceding, self.config.max_references
+            )
+        return self._readouts[key]
+
     def _remember(
         self,
         chance: torch.Generator,
@@ -251,8 +289,6 @@ class ChunkMaker:
             config.reference_threshold,
             config.reference_voxel_size,
         )
-        if _happens(chance, config.drop_memory):
-            at_target, at_preceding = nothing
         return _Seen(at_target, at_preceding, [past[i] for i in chosen])
 
     def _new_memory(self, clip: Clip, latents: Tensor) -> _LatentMemory | _PixelMemory:
