@@ -49,7 +49,7 @@ tiny: $(READY)
 	$(BIN)/python -m mirage train configs/tiny/backbone.yaml
 	$(BIN)/python -m mirage train configs/tiny/adapter.yaml
 	$(BIN)/python -m mirage train configs/tiny/lora.yaml
-	$(BIN)/python -m mirage.tiny runs/tiny
+	$(BIN)/python -m mirage.tiny --runs runs/tiny
 
 # The memories to compare with, on mirage-tiny's backbone: same steps, same clips, each on its own read-outs. After `make
 # tiny`, whose files they go on from.

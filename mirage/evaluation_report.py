@@ -170,6 +170,29 @@ def format_report(report: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+_SHORT = {
+    "revisit PSNR": "revisit_psnr",
+    "revisit SSIM": "revisit_ssim",
+    "novel PSNR": "novel_psnr",
+    "novel SSIM": "novel_ssim",
+    "drift": "drift",
+    "memory, MiB": "memory_bytes",
+}
+
+
+def format_table(report: dict[str, Any]) -> list[str]:
+    """Lines of a short table, for a model card or a README: each memory with true depth and with the head's."""
+    lines = ["| memory | depth | " + " | ".join(_SHORT) + " |", "| --- | --- |" + " ---: |" * len(_SHORT)]
+    for depth, memories in report["memory_by_depth"].items():
+        for name, figures in memories.items():
+            if name == "none" and depth != report["depth"]:
+                continue  # the same films
+            cells = [_cell(figures, key) for key in _SHORT.values()]
+            lines.append(f"| {name} | {figures['depth']} | {' | '.join(cells)} |")
+    cells = [_cell(report["ceiling"], key) for key in _SHORT.values()]
+    return [*lines, f"| (the VAE alone) | | {' | '.join(cells)} |"]
+
+
 def _numbers(figures: dict[str, Any]) -> range:
     return range(1, 1 + len(figures["true_psnr_per_chunk"]))
 

@@ -7,15 +7,15 @@ it by the files in configs/tiny, and `python -m mirage.tiny RUNS` puts its parts
 
 from __future__ import annotations
 
-import sys
+import argparse
+import json
+import shutil
 from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKLWan, UniPCMultistepScheduler
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
-
-from mirage_kernels.storage import replace_file
 
 from .adapter import MirageMemoryAdapter
 from .checkpoints import load_lora
@@ -105,7 +105,9 @@ def mirage_tiny_pipeline(dtype: torch.dtype = torch.float32, folder: Path = FOLD
 
 
 def assemble_mirage_tiny(runs: Path, folder: Path = FOLDER) -> int:
-    """Put together what configs/tiny has trained into `runs`, in bfloat16.
+    """Put together what configs/tiny has trained into `runs`, in bfloat16, with its card.
+
+    The adapters, LoRAs and depth heads of the memories to compare with, those that are there, go into `memories/`.
 
     Returns:
         Its bytes.
@@ -113,6 +115,8 @@ def assemble_mirage_tiny(runs: Path, folder: Path = FOLDER) -> int:
     Raises:
         OSError, ValueError: a part is missing, the parts do not belong together, or they are too large to ship.
     """
+    from .training import card
+
     base = tiny_random_pipeline(with_memory=False, with_depth=False)
     base.tokenizer.model_max_length = TEXT_LENGTH
     pipeline = MiragePipeline(
@@ -124,13 +128,17 @@ def assemble_mirage_tiny(runs: Path, folder: Path = FOLDER) -> int:
         memory_adapter=MirageMemoryAdapter.from_pretrained(runs / "lora" / "memory_adapter"),
         latent_depth=LatentDepth.from_pretrained(runs / "lora" / "latent_depth"),
     )
+    facts = card.gather_facts(runs)
     content = (runs / "lora" / LORA).read_bytes()
     pipeline.to(torch.bfloat16).save_pretrained(folder)
-
-    def write(draft: str) -> None:
-        Path(draft).write_bytes(content)
-
-    replace_file(folder / LORA, write)
+    card.write_bytes(folder / LORA, content)
+    for run in sorted(runs.glob("lora-*")):
+        memory = folder / "memories" / run.name.removeprefix("lora-")
+        for part in ("memory_adapter", "latent_depth"):
+            shutil.copytree(run / part, memory / part, dirs_exist_ok=True)
+        shutil.copyfile(run / LORA, memory / LORA)
+    card.write_bytes(folder / card.FACTS, (json.dumps(facts, indent=1) + "\n").encode())
+    card.write_card(folder)
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     if size > _MOST_BYTES:
         raise ValueError(f"{folder}: must be at most {_MOST_BYTES:,} bytes to ship, got {size:,}")
@@ -150,5 +158,20 @@ def _byte_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
+def main() -> None:
+    """`python -m mirage.tiny`: put mirage-tiny together, or add evaluations to its card."""
+    parser = argparse.ArgumentParser(prog="python -m mirage.tiny", description=main.__doc__)
+    parser.add_argument("--runs", type=Path, help="what `make tiny` has trained, runs/tiny")
+    parser.add_argument("--report", type=Path, action="append", default=[], help="a report.json of `mirage evaluate`")
+    asked = parser.parse_args()
+    from .training import card
+
+    if asked.runs is not None:
+        print(f"{assemble_mirage_tiny(asked.runs):,} bytes in {FOLDER}")
+    for path in asked.report:
+        card.add_evaluation(FOLDER, json.loads(path.read_text(encoding="utf-8")))
+    card.write_card(FOLDER)
+
+
 if __name__ == "__main__":
-    print(f"{assemble_mirage_tiny(Path(sys.argv[1])):,} bytes in {FOLDER}")
+    main()

@@ -22,6 +22,7 @@ from mirage.evaluate import LOOPS, make_loop, measure
 from mirage.evaluation_report import goals, summarise
 from mirage.figures import line_chart, load_video
 from mirage.metrics import LAG, MOST_PSNR, consistency, find_first_visits, find_revisits, load_lpips, psnr, ssim
+from mirage.training.card import add_evaluation, write_card
 
 SIZE = (64, 96)
 QUICK = ["--frames", "17", "--chunk-frames", "5", "--size", "32x64", "--steps", "1", "--seeds", "10000:10002"]
@@ -202,6 +203,13 @@ def test_the_command_films_measures_reports_and_goes_on(
     assert report["memory_by_depth"]["head"]["ours"]["depth"] == "head"
     assert report["memory_by_depth"]["head"]["none"] == report["memory_by_depth"]["true"]["none"]
     assert {goal["goal"] for goal in report["goals"]["head"]} >= {"revisit PSNR less that of no memory, dB"}
+    (tmp_path / "training.json").write_text(json.dumps({"stages": [], "torch": "", "threads": 1, "machine": ""}))
+    add_evaluation(tmp_path, report)
+    write_card(tmp_path)
+    rows = [line.split(" | ")[:3] for line in (tmp_path / "README.md").read_text().splitlines() if " | " in line]
+    ours = f"{report['memory']['ours']['revisit_psnr']:.2f}"
+    assert [row[:2] for row in rows][-4:-1] == [["| none", "unused"], ["| ours", "true"], ["| ours", "head"]]
+    assert rows[-3][2].startswith(ours) and rows[-1][0] == "| (the VAE alone)"
 
     # Not with other settings, nor with other weights.
     capsys.readouterr()

@@ -85,8 +85,13 @@ def test_three_steps_of_every_stage_chained(tmp_path: Path) -> None:
     for part in ("attn1.to_q", "attn1.to_k", "attn2.to_v", "attn2.to_out.0", "ffn.net.0.proj", "ffn.net.2"):
         assert any(part in name and parameter.any() for name, parameter in found.items())
     # As `make tiny` puts them together, and as `--model mirage-tiny` loads them.
-    (tmp_path / "vae-video").symlink_to(tmp_path / "vae")
+    for name, run in (("vae-video", "vae"), ("adapter-none", "adapter"), ("lora-none", "lora")):
+        (tmp_path / name).symlink_to(tmp_path / run)
     assert 0 < assemble_mirage_tiny(tmp_path, tmp_path / "model") < 40e6
+    written = {str(path.relative_to(tmp_path / "model" / "memories")) for path in tmp_path.glob("model/memories/*/*")}
+    assert written == {f"none/{name}" for name in expected["lora"]}
+    card = (tmp_path / "model" / "README.md").read_text()
+    assert "| lora-none | as lora, memory: none | 3 | 1 | adamw, 0.001 | 0 |" in card and "Not measured yet" in card
     pipe = mirage_tiny_pipeline(folder=tmp_path / "model")
     assert pipe.text_length == 96 and pipe.dtype == torch.float32
     assert torch.allclose(pipe.memory_adapter.proj_out[0].weight, adapter.proj_out[0].weight, rtol=0.01, atol=1e-4)
