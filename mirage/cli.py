@@ -279,7 +279,26 @@ def demo_command(options: argparse.Namespace) -> int:
 
     report = run_demo(options.out, options.rgbd, options.device)
     print(format_report(report))
-    print(f"\n{report['seconds']:.1f} s, written to {options.out}: {CONTACT} {LOOP} {CACHE} {REPORT}")
+    print(f"\n{report['seconds']:.1f} s, written to {options.out}: {CONTACT} {LOOP} {CACHE} {REPORT}\n")
+    return _generate_for_demo(options)
+
+
+def _generate_for_demo(options: argparse.Namespace) -> int:
+    """The part of the demo that needs a trained model: a walk with a memory and without."""
+    from .memories import MIRAGE_TINY_FOLDER
+
+    if not (MIRAGE_TINY_FOLDER / "memories" / "none").is_dir():
+        print("mirage-tiny is not in this installation: `make tiny` and `make tiny-memories` train it")
+        return 0
+    try:
+        from .world_demo import WORLD_REPORT, WORLD_SHEET, WORLD_VIDEO, format_world, run_world_demo
+
+        report = run_world_demo(options.out, device=options.device)
+    except MissingExtraError as error:
+        print(f"to see mirage-tiny generate a walk: {error}")
+        return 0
+    print(format_world(report))
+    print(f"\n{report['seconds']:.1f} s, written to {options.out}: {WORLD_SHEET} {WORLD_VIDEO} {WORLD_REPORT}")
     return 0
 
 

@@ -28,7 +28,7 @@ from .evaluation_report import OWN, format_report, goals, summarise
 from .extras import import_extra
 from .figures import Panel, contact_sheet, label, line_chart, load_video, save_video
 from .generate import LORA, MIRAGE_TINY, GenerateOptions, load_pipeline
-from .memories import MEMORIES, memory_options
+from .memories import MEMORIES, MIRAGE_TINY_FOLDER, memory_options
 from .metrics import consistency, find_first_visits, find_revisits, load_lpips, psnr, ssim
 from .synthetic import SyntheticFrames, SyntheticRoom
 
@@ -93,7 +93,7 @@ def run_evaluate(options: EvaluateOptions, progress: bool = True) -> dict[str, A
         measured: dict[str, dict[str, list[dict[str, Any]]]] = {depth: {} for depth in options.depth}
         used: dict[str, str] = {}
         for name in options.memory:
-            pipeline, used[name] = _load(options, name)
+            pipeline, used[name] = load_memory(options, name)
             if CEILING not in used:
                 used[CEILING] = "the VAE alone"
                 ceiling = _all_rooms(options, pipeline, CEILING, "true", lpips, bar)
@@ -144,7 +144,7 @@ def _one_room(
     room, kind, cameras = make_loop(seed, options.frames, options.size)
     true = room.render(cameras)
     began = time.perf_counter()
-    frames, cost = _recode(pipeline, true) if name == CEILING else _film(options, pipeline, name, depth, room, true)
+    frames, cost = _recode(pipeline, true) if name == CEILING else film(options, pipeline, name, depth, room, true)
     measured = {
         "version": _VERSION,
         "seed": seed,
@@ -161,10 +161,17 @@ def _one_room(
     return measured
 
 
-def _film(
+def film(
     options: EvaluateOptions, pipeline: Any, name: str, depth: str, room: SyntheticRoom, true: SyntheticFrames
 ) -> tuple[Tensor, dict[str, Any]]:
-    """The loop as the model makes it, (N, 3, H, W), and what it cost."""
+    """The loop as the model makes it with a memory, (N, 3, H, W) in [0, 1], and what it cost.
+
+    Args:
+        pipeline: of :func:`load_memory`.
+        name: of the memory.
+        depth: "true", or "head".
+        true: of the loop's cameras; its first picture is where generation starts.
+    """
     with pipeline.start(
         true.images[0],
         room.prompt,
@@ -240,8 +247,12 @@ def measure(
 # Weights.
 
 
-def _load(options: EvaluateOptions, name: str) -> tuple[Any, str]:
-    """The pipeline on the weights of a memory, and where they are from."""
+def load_memory(options: EvaluateOptions, name: str) -> tuple[Any, str]:
+    """The pipeline on the weights of a memory, and where they are from.
+
+    Raises:
+        OSError, ValueError: naming what cannot be used.
+    """
     from .adapter import MirageMemoryAdapter
     from .checkpoints import load_lora
     from .latent_depth import LatentDepth
@@ -278,9 +289,7 @@ def _load(options: EvaluateOptions, name: str) -> tuple[Any, str]:
 def _weights_of(options: EvaluateOptions, name: str) -> Path | None:
     if name in options.weights:
         return options.weights[name]
-    from .tiny import FOLDER
-
-    beside = (FOLDER if options.model == MIRAGE_TINY else Path(options.model)) / "memories" / name
+    beside = (MIRAGE_TINY_FOLDER if options.model == MIRAGE_TINY else Path(options.model)) / "memories" / name
     return beside if beside.is_dir() else None
 
 

@@ -8,6 +8,7 @@ that memory's read-outs, see `objective.memory` in :mod:`mirage.training.config`
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +21,9 @@ from .static_filter import ChunkViews
 MEMORIES = ("none", "nearest", "ours", "pixel")
 SPLATS = {"none": "aligned", "nearest": "nearest", "ours": "aligned", "pixel": "aligned"}
 """How each is read."""
+
+MIRAGE_TINY_FOLDER = Path(__file__).parent / "mirage-tiny"
+"""Where the model that comes with the package is. `memories/NAME` in it are what other memories have for weights."""
 
 
 class KeepNothing:

@@ -20,12 +20,12 @@ from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 from .adapter import MirageMemoryAdapter
 from .checkpoints import load_lora
 from .latent_depth import LatentDepth
+from .memories import MIRAGE_TINY_FOLDER as FOLDER
 from .pipeline import MiragePipeline
 from .transformer import MirageTransformer3DModel
 
 CHANNELS = 48
 LORA = "lora.safetensors"
-FOLDER = Path(__file__).parent / "mirage-tiny"
 TEXT_LENGTH = 96  # as of configs/tiny
 
 _MOST_BYTES = 40_000_000

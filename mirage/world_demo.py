@@ -1,0 +1,126 @@
+"""The second part of `mirage demo`: mirage-tiny generates a walk through a room and back, with its memory and without.
+
+Both films have the same first picture, cameras and noise; depth is that of the depth head, so that nothing but the
+first picture is known of the room. "Without" is the same backbone, trained as long without a memory.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mirage_kernels.storage import replace_file
+
+from .evaluate import EvaluateOptions, film, load_memory, make_loop, measure
+from .extras import import_extra
+from .figures import Panel, contact_sheet, label, save_video
+from .generate import MIRAGE_TINY
+
+WORLD_VIDEO, WORLD_SHEET, WORLD_REPORT = "world.mp4", "world.png", "world.json"
+SEED = 10_000  # the first room of `mirage evaluate`, never trained on
+CAPTIONS = {"none": "without a memory", "ours": "with its memory"}
+
+_FPS = 24.0
+
+
+def run_world_demo(
+    out: Path,
+    model: str = MIRAGE_TINY,
+    device: str = "cpu",
+    frames: int = 97,
+    seed: int = SEED,
+    steps: int = 20,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Film one loop twice, and put both beside the true pictures.
+
+    Args:
+        out: folder for world.mp4 (the truth, without and with the memory), world.png and world.json.
+        model: as of `mirage evaluate`; the weights for no memory are those of its folder memories/none.
+        device: "cpu" or "cuda".
+        frames: 4 n + 1 frames of the loop.
+        seed: of the room; its kind of loop is that of `mirage evaluate`.
+        steps: of denoising.
+        progress: show a progress bar, on stderr.
+
+    Returns:
+        The content of world.json: model, seed, loop, frames, revisit_psnr and novel_psnr {none, ours} in dB (see
+        `mirage evaluate`), tokens and memory_bytes of the memory, seconds.
+
+    Raises:
+        MissingExtraError: a package of the extra `generate` is not installed.
+        OSError, ValueError: naming what cannot be used.
+    """
+    for module in ("diffusers", "transformers", "accelerate", "peft", "ftfy", "tqdm", "PIL", "imageio_ffmpeg"):
+        import_extra(module, "generate")
+    began = time.perf_counter()
+    options = EvaluateOptions(out, model, frames=frames, steps=steps, device=device)
+    room, kind, cameras = make_loop(seed, frames, options.size)
+    true = room.render(cameras)
+    films, measured, costs = {}, {}, {}
+    names = import_extra("tqdm", "generate").tqdm(CAPTIONS, disable=not progress, leave=False, desc="generate")
+    for name in names:
+        pipeline, _ = load_memory(options, name)
+        films[name], costs[name] = film(options, pipeline, name, "head", room, true)
+        measured[name] = measure(films[name], true, options.chunk_frames)
+        del pipeline
+
+    def mean(values: list[float]) -> float | None:
+        return sum(values) / len(values) if values else None
+
+    report = {
+        "model": model,
+        "seed": seed,
+        "loop": kind,
+        "frames": frames,
+        "revisit_psnr": {name: mean(one["revisit"]["psnr"]) for name, one in measured.items()},
+        "novel_psnr": {
+            name: mean([one["true"]["psnr"][i] for i in one["first_visits"]]) for name, one in measured.items()
+        },
+        "tokens": costs["ours"]["tokens"],
+        "memory_bytes": costs["ours"]["memory_bytes"],
+    }
+    columns = {"the true room": true.images, **{CAPTIONS[name]: made for name, made in films.items()}}
+    out.mkdir(parents=True, exist_ok=True)
+    save_video(
+        out / WORLD_VIDEO,
+        (torch.cat([label(column[i], caption) for caption, column in columns.items()], 2) for i in range(frames)),
+        _FPS,
+    )
+    last = frames - 1
+    shown = sorted({0, last // 4, last // 2, last - last // 4, last})
+    rows = [
+        [Panel(column[i], f"{caption}, frame {i}" if i == 0 else f"frame {i}") for i in shown]
+        for caption, column in columns.items()
+    ]
+    sheet = contact_sheet("A walk out and back", _lines(report), rows)
+    replace_file(out / WORLD_SHEET, lambda draft: sheet.save(draft, "PNG"))
+    report["seconds"] = time.perf_counter() - began
+
+    def write(draft: str) -> None:
+        Path(draft).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+
+    replace_file(out / WORLD_REPORT, write)
+    return report
+
+
+def format_world(report: dict[str, Any]) -> str:
+    """The report of :func:`run_world_demo` for a terminal."""
+    return "\n".join([f"{report['model']} in a room it has never seen", *(f"  {line}" for line in _lines(report))])
+
+
+def _lines(report: dict[str, Any]) -> list[str]:
+    def pair(name: str) -> str:
+        without, with_ = (report[name][key] for key in ("none", "ours"))
+        return "not measured" if with_ is None else f"{with_:.1f} dB with its memory, {without:.1f} dB without"
+
+    return [
+        f"{report['frames']} generated frames ({report['loop']}), {report['tokens']:,} tokens remembered,"
+        f" {report['memory_bytes'] / 2**20:.2f} MiB",
+        f"a frame against its first visit: {pair('revisit_psnr')}",
+        f"new views against the true room: {pair('novel_psnr')}",
+    ]
