@@ -645,7 +645,8 @@ def bounded_write(
     - ``carve_views`` > 0: a view sees through a token that projects into a cell whose depth is more than 5 % behind it,
       where none of the four cells around shows anything within 5 % of its depth: neither by its least depth nor, where
       that belongs to something more than 5 % before the token, by its own. A token that so many views have seen through
-      since a view last saw it in its place is ``carved``: marked dead, for :func:`cache_trim` to remove.
+      since a view last saw it in its place is ``carved`` by the last of them: marked dead, for :func:`cache_trim` to
+      remove.
 
     Every decision is by minima, counts and ranks that no order of threads can change: the same bits on every backend.
 

@@ -738,7 +738,7 @@ def bounded_write(
         if nearest is not None:
             through = visible & _seen_through(nearest[t], z[t], u, v, depths)
             voted = torch.where(through, votes[:live].int() + 1, torch.where(on_surface, 0, votes[:live].int()))
-            carved = alive & visible & (voted >= carve_views)
+            carved = alive & through & (voted >= carve_views)
             votes[:live] = torch.where(alive, torch.where(carved, DEAD, voted), DEAD).to(votes.dtype)
             report["carved"] += int(carved.sum())
             alive = alive & ~carved

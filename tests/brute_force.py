@@ -485,12 +485,12 @@ def bounded_write(
                     shown = [own if 1.05 * nearest < at.z else nearest for nearest, own in around]
                     if 1.05 * at.z < surface and all(1.05 * at.z < z or 1.05 * z < at.z for z in shown):
                         token.votes += 1
+                        if token.votes >= carve_views:
+                            dead.add(token)
+                            report["carved"] += 1
+                            continue
                     elif close:
                         token.votes = 0
-                    if token.votes >= carve_views:
-                        dead.add(token)
-                        report["carved"] += 1
-                        continue
                 if close and (i, j) in worth:
                     ratio = min(max(token.point[3] * float(grid[0, 0]) / at.z, 1 / 16), 16.0)
                     writer = [float(value) for value in frame_centers[token.frame]]

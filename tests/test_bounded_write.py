@@ -238,9 +238,10 @@ def layers(backend, shift=0.0, unit=1.0):
     points = rng.normal(size=(40, BLOCK, 3)) * 0.4 * depths[:, None, None]
     points[..., 2] = depths[:, None] + rng.uniform(-0.01, 0.01, (40, BLOCK))
     rows = torch.from_numpy(np.concatenate([points, points[..., 2:] / 16], 2)).float().flatten(0, 1) * unit
+    votes = torch.from_numpy(rng.integers(0, 5, len(rows), dtype=np.uint8))  # some as many as carve, from other writes
     for side in held:
         side.points[: len(rows)] = rows.to(side.points)
-        side.features[: len(rows)], side.frame_ids[: len(rows)], side.votes[: len(rows)] = 0, 0, 1
+        side.features[: len(rows)], side.frame_ids[: len(rows)], side.votes[: len(rows)] = 0, 0, votes.to(side.votes)
         side.count.fill_(len(rows))
         side.centers[0], side.frames = 0, 1
         side.bounds = block_bounds(side.points, num_points=side.count)

@@ -130,8 +130,8 @@ void look_at_group(const Held& held, index_t first, int count, const Reader& rea
   for (int i = 0; i < kGroup; ++i) g.voxel[i] = token_voxel(x[i], y[i], z[i], footprint[i]);
 }
 
-// The view's vote on a token that lies in it.
-void vote(const Seen& seen, const Grid& grid, float u, float v, float depth, index_t cell, uint8_t* votes) {
+// The view's vote on a token that lies in it; returns whether it sees through it.
+bool vote(const Seen& seen, const Grid& grid, float u, float v, float depth, index_t cell, uint8_t* votes) {
   const float surface = seen.depths[cell];
   bool through = clearly_behind(surface, depth);
   for (int k = 0; k < 4 && through; ++k) {
@@ -143,6 +143,7 @@ void vote(const Seen& seen, const Grid& grid, float u, float v, float depth, ind
   } else if (on_surface(depth, surface)) {
     *votes = 0;
   }
+  return through;
 }
 
 // Looks at the held tokens of every `step`-th block of the list from its `first` on.
@@ -161,8 +162,7 @@ void look(const Held& held, index_t live, const std::vector<uint32_t>& blocks, s
         const int column = visible ? static_cast<int>(g.u[i]) : 0, row = visible ? static_cast<int>(g.v[i]) : 0;
         const index_t cell = static_cast<index_t>(row) * grid.width + column;
         if (seen.nearest && visible) {
-          vote(seen, grid, g.u[i], g.v[i], g.z[i], cell, votes);
-          if (*votes >= carve_views) {
+          if (vote(seen, grid, g.u[i], g.v[i], g.z[i], cell, votes) && *votes >= carve_views) {
             *votes = kDead;
             ++share.carved;
             continue;

@@ -194,8 +194,9 @@ __device__ __forceinline__ bool look(const Held& held, index_t i, const Reader& 
     const float surface = __ldg(seen.depths + cell);
     there = on_surface(at.z, surface);
     if (grid.carve_views > 0) {
-      int voted = sees_through(seen, at, surface, grid) ? vote + 1 : (there ? 0 : vote);
-      const bool carved = voted >= grid.carve_views;
+      const bool through = sees_through(seen, at, surface, grid);
+      int voted = through ? vote + 1 : (there ? 0 : vote);
+      const bool carved = through && voted >= grid.carve_views;
       if (carved) voted = kDead;
       if (voted != vote) held.votes[i] = static_cast<uint8_t>(voted);
       if (carved) return true;

@@ -119,7 +119,7 @@ def seen_through(nearest, depths, u, v, depth, surface, height, width, visible):
 def carve_tokens(votes, index, held, alive, visible, on_surface, through, carve_views, report):
     """Counts views that see through tokens, marks those that enough do, and returns which are still alive."""
     voted = tl.where(through, held + 1, tl.where(on_surface, 0, held))
-    carved = visible & (voted >= carve_views)
+    carved = through & (voted >= carve_views)
     voted = tl.where(carved, _DEAD, voted)
     tl.store(votes + index, voted.to(tl.uint8), alive & (voted != held))
     number = tl.sum(carved.to(tl.int32), axis=0)
