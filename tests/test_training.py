@@ -71,6 +71,11 @@ def test_three_steps_of_every_stage_chained(tmp_path: Path) -> None:
         assert [line["step"] for line in steps] == [1, 2, 3]
         assert all(line["loss"] > 0 and line["gradient_norm"] > 0 for line in steps)
         assert [round(line["learning_rate"] / 1e-3, 6) for line in steps] == [1.0, 0.75, 0.25]
+        summary = json.loads((out / "summary.json").read_text())
+        assert (
+            summary["steps"] == 3 and summary["loss"] == steps[-1]["loss"] and ("psnr" in summary) == (stage == "vae")
+        )
+        assert summary["seconds"] == pytest.approx(sum(line["seconds"] for line in steps))
         parts |= {name: str(out / name) for name in names if name != "lora.safetensors"}
     assert list((tmp_path / "vae" / "tensorboard").glob("events*"))
     vae = AutoencoderKLWan.from_pretrained(parts["vae"])

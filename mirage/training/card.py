@@ -12,13 +12,13 @@ import torch
 
 from ..evaluation_report import format_table
 from .data import write_bytes
-from .loop import CONFIG, METRICS
+from .loop import CONFIG, SUMMARY
 
 CARD, FACTS, EVALUATION = "README.md", "training.json", "evaluation-{frames}.json"
 
 STAGES = {
     "vae": "VAE, on pictures",
-    "vae-video": "VAE, on five frames",
+    "vae-video": "VAE, on thirteen frames",
     "backbone": "transformer and depth head, without a memory",
     "adapter": "memory adapter and depth head, transformer frozen",
     "lora": "LoRA on the transformer, adapter and depth head",
@@ -47,18 +47,15 @@ def gather_facts(runs: Path) -> dict[str, Any]:
 
 def _stage(run: Path, what: str) -> dict[str, Any]:
     config = json.loads((run / CONFIG).read_text(encoding="utf-8"))
-    lines = [json.loads(line) for line in (run / METRICS).read_text(encoding="utf-8").splitlines()]
-    last = lines[-max(len(lines) // 10, 1) :]
+    summary = json.loads((run / SUMMARY).read_text(encoding="utf-8"))
     return {
         "run": run.name,
         "what": what,
-        "steps": len(lines),
         "batch": config["batch_size"],
         "optimizer": config.get("optimizer", "adamw"),
         "learning_rate": config["learning_rate"],
         "seed": config["seed"],
-        "seconds": sum(line["seconds"] for line in lines),
-        "loss": sum(line["loss"] for line in last) / len(last),
+        **summary,
     }
 
 

@@ -2,6 +2,7 @@
 
     metrics.jsonl          one line per step: loss and its parts, learning rate, gradient norm, seconds
     config.json            what the run was started with
+    summary.json           what the whole run came to, when it has ended: see :func:`summarise`
     checkpoints/00000500/  what was trained, optimiser, schedule, random states
     vae/ transformer/ memory_adapter/ latent_depth/ lora.safetensors    what the stage has trained, when it has ended
     tensorboard/
@@ -37,6 +38,7 @@ from .objective import ChunkMaker, DiffusionObjective, VaeObjective, VideoMaker,
 from .optimiser import make_optimiser
 
 METRICS, CONFIG, CHECKPOINTS, TENSORBOARD = "metrics.jsonl", "config.json", "checkpoints", "tensorboard"
+SUMMARY = "summary.json"
 TRAINED = "trained.safetensors"
 
 # What may change when a run goes on.
@@ -257,6 +259,7 @@ class _Run:
                 mean, std = measure_latents(self.models, [self.clips[i].clip for i in range(count)], accelerator.device)
                 self.models.vae.register_to_config(latents_mean=mean, latents_std=std)
             saved = save_models(self.out, self.models, config.stage, config.train_adapter, dtype)
+            write_bytes(self.out / SUMMARY, (json.dumps(summarise(self.out), indent=2) + "\n").encode())
         accelerator.wait_for_everyone()
         accelerator.end_training()
         tail = self.losses[-max(len(self.losses) // 10, 1) :]
@@ -267,6 +270,18 @@ class _Run:
             "broken": dict(self.progress.broken),
             "saved": saved,
         }
+
+
+def summarise(out: Path) -> dict[str, Any]:
+    """What the lines of a run's metrics.jsonl come to, those of before a stop included.
+
+    Returns:
+        steps; seconds of all steps; loss and, of a VAE, psnr: means of the last tenth of the steps.
+    """
+    lines = [json.loads(line) for line in (out / METRICS).read_text(encoding="utf-8").splitlines()]
+    last = lines[-max(len(lines) // 10, 1) :]
+    means = {name: sum(line[name] for line in last) / len(last) for name in ("loss", "psnr") if name in last[0]}
+    return {"steps": len(lines), "seconds": sum(line["seconds"] for line in lines), **means}
 
 
 def _choose_trained(config: TrainConfig, models: Models) -> None:
