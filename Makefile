@@ -40,8 +40,7 @@ asan: $(READY)
 cuda: $(READY)
 	MIRAGE_BUILD_CUDA=1 $(BIN)/python setup.py -q build_ext --build-lib build/cuda --build-temp build/cuda-temp
 
-# mirage-tiny from nothing, by its seeds: its steps, timed one by one, add up to two hours on two CPU cores. A run that was
-# stopped goes on.
+# mirage-tiny from nothing, by its seeds, on two CPU cores. A run that was stopped goes on.
 tiny: $(READY)
 	$(BIN)/python -m mirage train configs/tiny/vae.yaml
 	$(BIN)/python -m mirage train configs/tiny/vae-video.yaml
