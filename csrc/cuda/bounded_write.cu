@@ -228,7 +228,6 @@ __global__ void __launch_bounds__(kThreads, kLookBlocks)
        k += static_cast<index_t>(gridDim.x) * kThreads)
     voxels.arrivals[k] = kNobody;
   const index_t live = *live_;
-  const Reader reader = *seen.reader;
   int carved = 0;
   // A thread block tests as many blocks of tokens at a time as it has threads. Blocks in a row, of which a view often sees
   // all or none, go to different thread blocks.
@@ -238,6 +237,7 @@ __global__ void __launch_bounds__(kThreads, kLookBlocks)
     const index_t block = first + static_cast<index_t>(threadIdx.x) * gridDim.x;
     if (block * kBlockTokens < live && may_matter(bounds, block, seen)) listed[atomicAdd(&number, 1)] = block;
     __syncthreads();
+    const Reader reader = *seen.reader;  // no sooner: beside the tests above its registers would spill
     for (int k = 0; k < number; ++k) {
       const index_t i = listed[k] * kBlockTokens + threadIdx.x;
       if (i < live) carved += look(held, i, reader, seen, grid, voxels, best);
