@@ -461,6 +461,16 @@ def test_latents_of_another_vae_are_named(tmp_path: Path) -> None:
     other = {"vae": {"base_dim": 8, "decoder_base_dim": 8, "dim_mult": [1, 1, 1, 1], "num_res_blocks": 1}}
     with pytest.raises(ValueError, match="were encoded by another VAE"):
         train(config("adapter", tmp_path / "out", data=data, models=other, seed=7), progress=False)
+    (tmp_path / "packed" / "000003.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"000000.safetensors: encoded by another VAE: name another folder, or remove"):
+        prepare(config("adapter", models=other, seed=7), tmp_path / "packed", progress=False)
+    assert len(list((tmp_path / "packed").iterdir())) == 3  # nothing was written beside them
+    (tmp_path / "packed" / "000000.safetensors").write_bytes(b"\xff" * 9)
+    with pytest.raises(ValueError, match="not a whole safetensors file"):
+        prepare(config("adapter"), tmp_path / "packed", progress=False)
+    prepared = tmp_path / "packed" / "000000.safetensors"
+    prepared.unlink()
+    assert prepare(config("adapter"), tmp_path / "packed", progress=False)["written"] == 2
     with pytest.raises(ValueError, match="the VAE is trained on frames"):
         train(config("vae", tmp_path / "vae", data=data), progress=False)
 

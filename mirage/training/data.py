@@ -290,6 +290,23 @@ def load_clip(name: str, content: bytes) -> Clip:
     )
 
 
+def read_vae(path: Path) -> str | None:
+    """The fingerprint of the VAE that encoded the clip in a file of :func:`save_clip`, from its header alone.
+
+    Raises:
+        OSError, ValueError: it cannot be read, or is no safetensors file.
+    """
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(_HEADER_BYTES), "little")
+        if length > path.stat().st_size:
+            raise ValueError(f"{path}: not a whole safetensors file; was it cut short?")
+        try:
+            metadata = json.loads(file.read(length)).get("__metadata__", {})
+        except ValueError as error:
+            raise ValueError(f"{path}: not a safetensors file: {error}") from None
+    return metadata.get("vae") or None
+
+
 # Sources
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..extras import import_extra
 from ..streaming import encode_frames
 from .config import TrainConfig
-from .data import Clips, save_clip
+from .data import Clips, read_vae, save_clip
 from .models import load_models
 
 
@@ -33,7 +33,7 @@ def prepare(config: TrainConfig, out: Path, device: str = "cpu", progress: bool 
         written, present (were there already), broken ({clip: reason}).
 
     Raises:
-        OSError, ValueError: naming what cannot be used.
+        OSError, ValueError: naming what cannot be used, such as a clip in `out` that another VAE has encoded.
     """
     for i, source in enumerate(config.data.sources):
         if source.kind == "packed":
@@ -43,6 +43,9 @@ def prepare(config: TrainConfig, out: Path, device: str = "cpu", progress: bool 
     out.mkdir(parents=True, exist_ok=True)
     report: dict[str, Any] = {"written": 0, "present": 0, "broken": {}}
     word = models.vae_word()
+    for path in sorted(out.glob("*.safetensors")):
+        if read_vae(path) != word:
+            raise ValueError(f"{path}: encoded by another VAE: name another folder, or remove what is in this one")
     tqdm = import_extra("tqdm", "train").tqdm
     for number, (source, index) in enumerate(tqdm(clips.where, desc="prepare", disable=not progress)):
         path = out / f"{number:06d}.safetensors"
