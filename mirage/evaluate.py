@@ -104,8 +104,8 @@ def run_evaluate(options: EvaluateOptions, progress: bool = True) -> dict[str, A
                 measured[depth][name] = _all_rooms(options, pipeline, name, source, lpips, bar)
             del pipeline
     report = _report(options, measured, ceiling, used, lpips is not None) | {"seconds": time.perf_counter() - began}
-    _write_text(options.out / REPORT, json.dumps(report, indent=2) + "\n")
-    _write_text(options.out / TABLE, format_report(report))
+    write_text(options.out / REPORT, json.dumps(report, indent=2) + "\n")
+    write_text(options.out / TABLE, format_report(report))
     _draw(options, report)
     return report
 
@@ -157,7 +157,7 @@ def _one_room(
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     save_video(path.with_suffix(".mp4"), frames, fps=24.0)
-    _write_text(path, json.dumps(measured) + "\n")  # the last act: from now on the room is done
+    write_text(path, json.dumps(measured) + "\n")  # the last act: from now on the room is done
     return measured
 
 
@@ -360,7 +360,7 @@ def _draw(options: EvaluateOptions, report: dict[str, Any]) -> None:
             ("revisit_psnr", chunks, f"revisits against first visits, {what}", "chunk"),
         ):
             drawn = {label_: {float(x): y for x, y in points.items() if x} for label_, points in series.items()}
-            _write_text(folder / f"{name}_{depth}.svg", line_chart(title, drawn, axis, "PSNR, dB"))
+            write_text(folder / f"{name}_{depth}.svg", line_chart(title, drawn, axis, "PSNR, dB"))
     shown = {name: _rooms_shown(options, name) for name in options.memory}
     replace_file(options.out / CONTACT, lambda draft: _sheet(options, report).save(draft, "PNG"))
     save_video(options.out / VIDEO, _side_by_side(options, report, shown), fps=24.0)
@@ -434,10 +434,12 @@ def _record(options: EvaluateOptions) -> None:
             raise ValueError(f"{options.out} goes on only with what it was begun with: {'; '.join(differences)}")
     else:
         options.out.mkdir(parents=True, exist_ok=True)
-        _write_text(path, json.dumps(now, indent=2) + "\n")
+        write_text(path, json.dumps(now, indent=2) + "\n")
 
 
-def _write_text(path: Path, content: str) -> None:
+def write_text(path: Path, content: str) -> None:
+    """Write a text file atomically."""
+
     def write(draft: str) -> None:
         Path(draft).write_text(content, encoding="utf-8")
 

@@ -15,7 +15,8 @@ import torch
 
 from mirage_kernels.storage import replace_file
 
-from .evaluate import EvaluateOptions, film, load_memory, make_loop, measure
+from .evaluate import EvaluateOptions, film, load_memory, make_loop, measure, write_text
+from .evaluation_report import summarise
 from .extras import import_extra
 from .figures import Panel, contact_sheet, label, save_video
 from .generate import MIRAGE_TINY
@@ -68,19 +69,13 @@ def run_world_demo(
         films[name], costs[name] = film(options, pipeline, name, "head", room, true)
         measured[name] = measure(films[name], true, options.chunk_frames)
         del pipeline
-
-    def mean(values: list[float]) -> float | None:
-        return sum(values) / len(values) if values else None
-
+    figures = {name: summarise([one]) for name, one in measured.items()}
     report = {
         "model": model,
         "seed": seed,
         "loop": kind,
         "frames": frames,
-        "revisit_psnr": {name: mean(one["revisit"]["psnr"]) for name, one in measured.items()},
-        "novel_psnr": {
-            name: mean([one["true"]["psnr"][i] for i in one["first_visits"]]) for name, one in measured.items()
-        },
+        **{metric: {name: one[metric] for name, one in figures.items()} for metric in ("revisit_psnr", "novel_psnr")},
         "tokens": costs["ours"]["tokens"],
         "memory_bytes": costs["ours"]["memory_bytes"],
     }
@@ -100,11 +95,7 @@ def run_world_demo(
     sheet = contact_sheet("A walk out and back", _lines(report), rows)
     replace_file(out / WORLD_SHEET, lambda draft: sheet.save(draft, "PNG"))
     report["seconds"] = time.perf_counter() - began
-
-    def write(draft: str) -> None:
-        Path(draft).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-
-    replace_file(out / WORLD_REPORT, write)
+    write_text(out / WORLD_REPORT, json.dumps(report, indent=2) + "\n")
     return report
 
 

@@ -463,7 +463,7 @@ class VaeObjective(nn.Module):
 def _convolve_pictures(vae: AutoencoderKLWan) -> None:
     """Have a VAE's causal convolutions of a single picture leave out their taps on the zeros before it, two of three.
 
-    The same sums but for those zeros, in about half of the time.
+    The same sums but for those zeros.
     """
 
     def convolve(self: WanCausalConv3d, x: Tensor, cache_x: Tensor | None = None) -> Tensor:
