@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import gc
+import multiprocessing
 import os
 import pickle
 import tempfile
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -410,8 +412,7 @@ def resident_bytes():
 linux = pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="reads /proc")
 
 
-@linux
-def test_memory_is_given_back():
+def offload_and_measure():
     cache = LatentCache(1024, write_policy="append")
     rng = np.random.default_rng(0)
     cameras = looking(rng, *np.linspace(0, 6, 60))
@@ -421,9 +422,19 @@ def test_memory_is_given_back():
     assert held > 60 * 2**20
     cache.offload(cameras[0:0])
     assert cache.nbytes_allocated < 2**20 and cache.nbytes == held
-    assert before - resident_bytes() > 0.9 * held
+    given_back = before - resident_bytes()
     cache.read(cameras[:1], GRID)
     assert 0 < cache.num_offloaded < len(cache) and cache.nbytes_allocated < 0.75 * held
+    return given_back, held
+
+
+@linux
+def test_memory_is_given_back():
+    # In a process of its own: where earlier tests left malloc a free chunk that large, the buffers are cut from it, and
+    # what they give back stays with malloc.
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+        given_back, held = process.submit(offload_and_measure).result()
+    assert given_back > 0.9 * held
 
 
 @linux
