@@ -132,6 +132,7 @@ class ChunkMaker:
         self._vae_word = models.vae_word()
         self._scores: dict[tuple[int, ...], Tensor] = {}
         self._keeps_pictures = config.data.cache
+        self._half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.mixed_precision)
         self._pictures_of: dict[tuple[str, float], Tensor] = {}
         self._readouts: dict[tuple[str, float, int], _Seen] = {}
 
@@ -276,9 +277,11 @@ class ChunkMaker:
         before = [frame for frame in others if frame <= max(start - length + 1, 0)]
         since = [frame for frame in others if frame not in before]
         self._write(chance, memory, clip, before)
-        at_preceding = memory.read(cameras, max(start - preceding - 1, 0), start - preceding, start, size)
+        with self._precision():
+            at_preceding = memory.read(cameras, max(start - preceding - 1, 0), start - preceding, start, size)
         self._write(chance, memory, clip, [*since, start])
-        at_target = memory.read(cameras, start, start, start + length, size)
+        with self._precision():
+            at_target = memory.read(cameras, start, start, start + length, size)
         past = [*before, *since, start]
         chosen, _ = choose_references(
             memory.cache,
@@ -296,13 +299,18 @@ class ChunkMaker:
             return _PixelMemory(self._pictures(clip, latents), self.models.vae, self.device)
         return _LatentMemory(latents, SPLATS[self.config.memory])
 
+    def _precision(self) -> torch.autocast:
+        """In which the VAE of a pixel memory encodes and decodes: the run's."""
+        return torch.autocast(self.device.type, self._half, enabled=self._half is not None)
+
     def _pictures(self, clip: Clip, latents: Tensor) -> Tensor:
         """(F, 3, H, W) in [0, 1]: the clip's keyframes as generation would have them, decoded."""
         which = clip.name, latents.double().sum().item()  # clips of two sources may be of one name
         known = self._pictures_of.get(which)
         if known is None:
-            pieces = StreamingDecoder(self.models.vae).iterate(latents.movedim(0, 1)[None])
-            keyframes = torch.cat([piece[:, :, -1] for piece in pieces]).float() * 0.5 + 0.5
+            with self._precision():
+                pieces = StreamingDecoder(self.models.vae).iterate(latents.movedim(0, 1)[None])
+                keyframes = torch.cat([piece[:, :, -1] for piece in pieces]).float() * 0.5 + 0.5
             known = (keyframes.clamp(0, 1) * 255.0).round().byte().cpu()
             if self._keeps_pictures:
                 self._pictures_of[which] = known
