@@ -34,13 +34,14 @@ from .synthetic import SyntheticFrames, SyntheticRoom
 
 REPORT, TABLE, PLOTS, CONTACT, VIDEO = "report.json", "report.md", "plots", "contact.png", "side_by_side.mp4"
 DEPTHS = ("true", "head")
-LOOPS = ("walk-and-back", "orbit-and-back", "pan-and-back", "around")
-"""Out and back, bit for bit the same views on both ways, or around the room to where it began; by the seed."""
+LOOPS = ("walk-and-back", "orbit-and-back", "pan-and-back", "laps")
+"""Out and back, bit for bit the same views on both ways, or twice around a circle; by the seed."""
 
 CEILING = "codec"
 """The true pictures, encoded and decoded: what no memory can be better than."""
 
-_VERSION = 1
+_PACE = 0.5  # of the loops
+_VERSION = 2
 _SHOWN = 4  # rooms in the video
 _PRECEDING = 2  # latent frames before a chunk that the model sees anyway
 
@@ -116,7 +117,7 @@ def run_evaluate(options: EvaluateOptions, progress: bool = True) -> dict[str, A
 def make_loop(seed: int, frames: int, size: Sequence[int]) -> tuple[SyntheticRoom, str, Cameras]:
     """The room of a seed, the kind of its loop, and the loop: what is filmed for it."""
     room, kind = SyntheticRoom(seed, moving=0), LOOPS[seed % len(LOOPS)]
-    return room, kind, room.path(kind, frames, size)
+    return room, kind, room.path(kind, frames, size, pace=_PACE)
 
 
 def _all_rooms(

@@ -419,19 +419,29 @@ class SyntheticRoom:
         return Cameras(matrix, _poses(spot[None], [heading], [0.0]), image_size)
 
     def path(
-        self, kind: str, num_frames: int, image_size: Sequence[int], *, fov: float = 70.0, seed: int = 0
+        self,
+        kind: str,
+        num_frames: int,
+        image_size: Sequence[int],
+        *,
+        fov: float = 70.0,
+        seed: int = 0,
+        pace: float = 1.0,
     ) -> Cameras:
         """A camera path that keeps :data:`CLEARANCE` from everything.
 
         Args:
             kind: one of :data:`PATHS`. "walk" strolls and looks around, at most 4 cm and 2 degrees a frame; "around"
-                goes around the room once and ends where it began; "orbit", "dolly" and "pan" are those of
+                goes around the room once and ends where it began; "laps" rides a small circle twice, the second lap the
+                first's views bit for bit, and looks left and right; "orbit", "dolly" and "pan" are those of
                 :mod:`mirage.trajectories`, as large as there is room. "-and-back" ones return: their second half is
                 their first reversed, bit for bit.
             num_frames: >= 1.
             image_size: (height, width) in pixels.
             fov: horizontal field of view in degrees.
             seed: which of many.
+            pace: scales the speed of a walk, how far a dolly goes and how wide a circle is, and the angles of all three
+                turns; "around" is as long as ever.
 
         Raises:
             ValueError: naming the argument.
@@ -440,6 +450,8 @@ class SyntheticRoom:
             raise ValueError(f"kind must be one of {', '.join(PATHS)}, got {kind!r}")
         if isinstance(num_frames, bool) or not isinstance(num_frames, int) or num_frames < 1:
             raise ValueError(f"num_frames must be an int >= 1, got {num_frames!r}")
+        if not (math.isfinite(pace) and pace > 0):
+            raise ValueError(f"pace must be positive and finite, got {pace}")
         rng = random.Random(f"{self.seed} {kind} {seed}")
         start = self._start(image_size, fov, rng, 2 * CLEARANCE)
         name = kind.removesuffix("-and-back")
@@ -447,45 +459,48 @@ class SyntheticRoom:
 
         def make(frames: int) -> Cameras:
             if name == "walk":
-                return self._walk(start, frames, rng)
+                return self._walk(start, frames, rng, pace)
             if name == "around":
                 return self._around(start, frames, rng)
             if name == "pan":
-                return pan(start, frames, degrees=1.5 * degrees)
+                return pan(start, frames, degrees=1.5 * degrees * pace)
             # As far as there is room: the full size, or a fraction of it. (The start itself is free.)
             for part in (1.0, 0.7, 0.5, 0.35, 0.25, 0.15, 0.1, 0.05):
                 if name == "orbit":
-                    made = orbit(start, frames, distance=distance, degrees=part * degrees)
+                    made = orbit(start, frames, distance=distance, degrees=part * degrees * pace)
+                elif name == "laps":
+                    made = _laps(start, frames, radius=0.3 * part * distance * pace, degrees=0.3 * degrees * pace)
                 else:
-                    made = dolly(start, frames, offset=(0.0, 0.0, part * distance))
+                    made = dolly(start, frames, offset=(0.0, 0.0, part * distance * pace))
                 if (self.clearance(made.centers) >= CLEARANCE).all():
                     return made
-            return pan(start, frames, degrees=degrees)
+            return pan(start, frames, degrees=degrees * pace)
 
         return out_and_back(make, num_frames) if kind.endswith("-and-back") else make(num_frames)
 
-    def _walk(self, start: Cameras, frames: int, rng: random.Random) -> Cameras:
+    def _walk(self, start: Cameras, frames: int, rng: random.Random, pace: float) -> Cameras:
         """Small steps in a direction that drifts, and turns away from what is near; the view follows it slowly."""
         forward = start.cam2world[0, :3, 2]
         heading = math.degrees(math.atan2(forward[0], forward[2]))
         yaw, pitch, drift = heading, 0.0, 0.0
-        spot, margin = start.centers, CLEARANCE + _SMOOTH * _SPEED
+        speed, turn = _SPEED * pace, _TURN * pace
+        spot, margin = start.centers, CLEARANCE + _SMOOTH * speed
         turns = torch.tensor([0.0, *(sign * a for a in range(10, 181, 10) for sign in (1, -1))], dtype=torch.float64)
         spots, yaws, pitches = [spot], [yaw], [pitch]
         for _ in range(frames - 1):
-            drift = 0.9 * drift + rng.uniform(-1.0, 1.0)
+            drift = 0.9 * drift + rng.uniform(-pace, pace)
             heading += drift
             radians = torch.deg2rad(heading + turns)
-            steps = torch.stack([radians.sin(), torch.zeros_like(radians), radians.cos()], 1) * _SPEED
+            steps = torch.stack([radians.sin(), torch.zeros_like(radians), radians.cos()], 1) * speed
             # Ahead of the step as well, so that it turns before it must.
-            free = (self.clearance(spot + steps) >= margin) & (self.clearance(spot + 8 * steps) >= margin)
+            free = (self.clearance(spot + steps) >= margin) & (self.clearance(spot + (8 / pace) * steps) >= margin)
             choices = (free if free.any() else self.clearance(spot + steps) >= margin).nonzero()[:, 0]
             if len(choices):
                 heading += float(turns[choices[0]])
                 spot = spot + steps[choices[0]]
             towards = math.remainder(heading - yaw, 360.0)
-            yaw += max(-_TURN, min(_TURN, 0.1 * towards))
-            pitch = 0.95 * pitch + rng.uniform(-0.3, 0.3)
+            yaw += max(-turn, min(turn, 0.1 * towards))
+            pitch = 0.95 * pitch + rng.uniform(-0.3 * pace, 0.3 * pace)
             spots.append(spot)
             yaws.append(yaw)
             pitches.append(pitch)
@@ -522,6 +537,7 @@ class SyntheticRoom:
 PATHS = (
     "walk",
     "around",
+    "laps",
     "pan",
     "orbit",
     "dolly",
@@ -853,6 +869,21 @@ def _sine_cosine(degrees: float) -> tuple[float, float]:
 def _forward(yaw: float) -> Vector:
     sine, cosine = _sine_cosine(yaw)
     return (sine, 0.0, cosine)
+
+
+def _laps(start: Cameras, frames: int, radius: float, degrees: float) -> Cameras:
+    """Twice around the circle that touches the start camera's image plane from the front, looking left and right."""
+    once = max(frames // 2, 1)
+    locals_ = torch.eye(4, dtype=torch.float64).repeat(once, 1, 1)
+    for i in range(once):
+        sine, cosine = _sine_cosine(360.0 * i / once)
+        locals_[i, :3, 3] = torch.tensor([radius * sine, 0.0, radius * (1.0 - cosine)], dtype=torch.float64)
+        sway, straight = _sine_cosine(degrees * sine)
+        locals_[i, 0, 0] = locals_[i, 2, 2] = straight
+        locals_[i, 0, 2], locals_[i, 2, 0] = sway, -sway
+    lap = start.cam2world[0] @ locals_
+    lap[0] = start.cam2world[0]
+    return Cameras(start.intrinsics[0], lap[torch.arange(frames) % once], start.image_size)
 
 
 def _poses(centres: Tensor, yaws: Sequence[float], pitches: Sequence[float]) -> Tensor:

@@ -74,7 +74,7 @@ def test_revisits_are_the_same_pose_far_enough_apart() -> None:
     assert find_revisits(cameras, 17) == [(3, 21), (2, 22), (1, 23), (0, 24)][: len(find_revisits(cameras, 17))]
     assert len(find_revisits(cameras, 17)) == 4 and find_first_visits(cameras) == list(range(1, 13))
     _, kind, cameras = make_loop(10_003, 25, SIZE)
-    assert kind == "around" and find_revisits(cameras, 17) == [(0, 24)]
+    assert kind == "laps" and find_revisits(cameras, 11) == [(i % 12, i) for i in range(12, 25)]
     assert {make_loop(10_000 + i, 5, SIZE)[1] for i in range(4)} == set(LOOPS)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,11 +14,12 @@ from torch import nn
 pytest.importorskip("diffusers", reason="the extra generate is not installed")
 pytest.importorskip("yaml", reason="the extra train is not installed")
 
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from safetensors.torch import load_file
 from training_runs import config, models_of
 
 from mirage.training.loop import METRICS, train
-from mirage.training.objective import VaeObjective
+from mirage.training.objective import VaeObjective, between_tokens
 from mirage.training.optimiser import MuonAdamW
 
 
@@ -130,3 +132,34 @@ def test_pictures_are_encoded_without_the_zeros_before_them() -> None:
     for x, expected, number in zip((picture, video), stock, (0, 1), strict=True):
         assert quick((x, 0))["loss"].item() == pytest.approx(expected, rel=1e-5)
         assert len(calls) == number  # of five frames the first comes alone
+
+
+class Blocks:
+    """A stand-in for a VAE whose latents are the means of blocks of 16 pixels, and which draws them as ramps."""
+
+    def encode(self, video: torch.Tensor) -> Any:
+        means = nn.functional.avg_pool3d(video, (1, 16, 16))
+        return SimpleNamespace(latent_dist=DiagonalGaussianDistribution(torch.cat([means, means - 60.0], 1)))
+
+    def decode(self, latents: torch.Tensor) -> Any:
+        right, down = (torch.arange(n * 16, dtype=latents.dtype) % 16 - 7.5 for n in latents.shape[:2:-1])
+        drawn = latents.repeat_interleave(16, -2).repeat_interleave(16, -1)
+        return SimpleNamespace(sample=drawn + 0.01 * right + 0.02 * down[:, None])
+
+
+def test_latents_between_the_tokens_are_held_to_the_pictures_there() -> None:
+    rows, columns = torch.meshgrid(torch.arange(64.0), torch.arange(96.0), indexing="ij")
+    video = (0.02 * rows + 0.01 * columns).expand(1, 3, 5, 64, 96)
+    asked = config("vae", vae={"shifted": 1.0})
+    objective = VaeObjective(asked, SimpleNamespace(vae=Blocks()))  # type: ignore[arg-type]
+    for seed in range(8):
+        # A plane: what is between two tokens is the mean of both, and every shift is drawn as well as none.
+        losses = objective((video, seed))
+        assert losses["loss"].item() == pytest.approx(1e-6 * losses["divergence"].item(), abs=2e-5)
+    bent = video + 0.001 * (rows - 32).square()
+    bent_losses = {round(objective((bent, seed))["psnr"].item(), 3) for seed in range(8)}
+    assert len(bent_losses) > 4  # of other shifts
+    plain = VaeObjective(config("vae"), SimpleNamespace(vae=Blocks()))  # type: ignore[arg-type]
+    assert len({plain((bent, seed))["psnr"].item() for seed in range(4)}) == 1
+    places = between_tokens(torch.arange(12.0).reshape(3, 4), 0.25, 0.5)
+    assert torch.equal(places, torch.tensor([[1.5, 2.5, 3.5], [5.5, 6.5, 7.5]]))

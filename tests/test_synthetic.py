@@ -162,6 +162,9 @@ def test_paths_keep_clear(kind: str) -> None:
         assert (room.clearance(centres) <= torch.stack(distances).amin(0) + 1e-6).all()
         if kind.endswith("-and-back"):
             assert torch.equal(cameras.cam2world, cameras.cam2world.flip(0))
+        elif kind == "laps":
+            assert torch.equal(cameras.cam2world[24:], cameras.cam2world[:25])
+            assert torch.pdist(centres[:24]).amin() > 1e-3
         else:
             assert not torch.equal(cameras.cam2world[0], cameras.cam2world[-2])
         if kind == "around":
@@ -171,6 +174,26 @@ def test_paths_keep_clear(kind: str) -> None:
             cosines = (cameras.cam2world[1:, :3, 2] * cameras.cam2world[:-1, :3, 2]).sum(1)
             assert torch.rad2deg(cosines.clamp(max=1).acos()).max() < 3.0
             assert (centres[-1] - centres[0]).norm() > 0.1
+
+
+def turned(cameras: Cameras) -> Tensor:
+    """Degrees from view to view."""
+    cosines = (cameras.cam2world[1:, :3, 2] * cameras.cam2world[:-1, :3, 2]).sum(1)
+    return torch.rad2deg(cosines.clamp(max=1).acos())
+
+
+@pytest.mark.parametrize("kind", [kind for kind in PATHS if kind != "around"])
+def test_a_pace_is_a_share_of_the_speed(kind: str) -> None:
+    for seed in range(3):
+        room = SyntheticRoom(seed, moving=0)
+        fast, slow = (room.path(kind, 49, SIZE, seed=seed, pace=pace) for pace in (1.0, 0.25))
+        assert torch.equal(fast.cam2world, room.path(kind, 49, SIZE, seed=seed).cam2world)
+        assert (slow.cam2world[0] - fast.cam2world[0]).abs().max() <= (0.05 if "walk" in kind else 0.0)
+        assert (room.clearance(slow.centers) >= CLEARANCE).all()
+        assert turned(slow).max() <= max(0.5 * turned(fast).max(), 0.6)
+        steps = [cameras.centers.diff(dim=0).norm(dim=1) for cameras in (slow, fast)]
+        assert steps[0].max() <= 0.011 if "walk" in kind else steps[0].max() <= max(steps[1].max(), 1e-9)
+        assert turned(slow).max() > 0.05 or steps[0].max() > 1e-3
 
 
 def test_a_seed_is_a_room(threads: Any) -> None:
@@ -214,6 +237,7 @@ def test_windows_show_the_sky() -> None:
         (lambda: SyntheticRoom(1.5), "seed must be an int >= 0, got 1.5"),  # type: ignore[arg-type]
         (lambda: SyntheticRoom(0, moving=-2), "moving must be an int >= 0, got -2"),
         (lambda: SyntheticRoom(0).path("fly", 5, SIZE), "kind must be one of walk, around, .*, got 'fly'"),
+        (lambda: SyntheticRoom(0).path("walk", 5, SIZE, pace=0.0), "pace must be positive and finite, got 0.0"),
         (lambda: SyntheticRoom(0).path("walk", 0, SIZE), "num_frames must be an int >= 1, got 0"),
         (lambda: SyntheticRoom(0).path("pan", 0, SIZE), "num_frames must be an int >= 1, got 0"),
         (lambda: SyntheticRoom(0).start(SIZE, fov=180), r"fov must be in \(0, 180\) degrees, got 180"),

@@ -19,6 +19,7 @@ CARD, FACTS, EVALUATION = "README.md", "training.json", "evaluation-{frames}.jso
 STAGES = {
     "vae": "VAE, on pictures",
     "vae-video": "VAE, on thirteen frames",
+    "vae-shifted": "VAE, with latents read between the tokens",
     "backbone": "transformer and depth head, without a memory",
     "adapter": "memory adapter and depth head, transformer frozen",
     "lora": "LoRA on the transformer, adapter and depth head",

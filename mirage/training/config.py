@@ -53,8 +53,8 @@ class SourceConfig:
             folders), "realestate10k" (with depth, see :mod:`mirage.training.data`) or "packed" (files or tar shards of
             `mirage prepare`).
         path: a folder; of "packed" also one .tar file.
-        rooms, first_seed, moving, paths: of "synthetic": how many clips, the seed of the first, how many things move
-            (None leaves it to the seed), which kinds of camera path.
+        rooms, first_seed, moving, paths, pace: of "synthetic": how many clips, the seed of the first, how many things
+            move (None leaves it to the seed), which kinds of camera path, how fast (1: up to 2 degrees a frame).
         stride: of "rgbd" and "realestate10k": every how many frames a clip starts; default the clip's length.
     """
 
@@ -64,6 +64,7 @@ class SourceConfig:
     first_seed: int = 0
     moving: int | None = None
     paths: list[str] = field(default_factory=lambda: ["walk", "walk-and-back", "pan-and-back", "orbit-and-back"])
+    pace: float = 1.0
     stride: int | None = None
 
 
@@ -151,11 +152,14 @@ class VaeConfig:
     Attributes:
         frames: 4 n + 1 frames of a clip that a step sees; 1 trains on pictures.
         kl_weight: of the divergence from a standard normal, per latent value.
+        shifted: chance that a step decodes latents that are interpolated between the tokens, and compares with the
+            pictures there. It teaches the VAE latents that a memory can read from another place.
         statistics: clips from which `latents_mean` and `latents_std` are taken when training ends.
     """
 
     frames: int = 5
     kl_weight: float = 1e-6
+    shifted: float = 0.0
     statistics: int = 32
 
 
@@ -170,6 +174,8 @@ class TrainConfig:
         steps: optimiser steps.
         batch_size, gradient_accumulation: clips per process and forward pass; passes per step.
         optimizer: "adamw", or "muon": Muon for matrices, AdamW for the rest, at one learning rate.
+        compile: whether `torch.compile` compiles the blocks of the transformer and the adapter first: about a minute at
+            the start, and a C++ compiler (on a GPU, Triton), for faster steps. Losses differ in the last bits.
         train_adapter: in stage "lora", whether the adapter is trained on.
         resume: whether to go on with the run in `out`, if there is one.
         save_every, keep: steps between checkpoints, and how many are kept.
@@ -190,6 +196,7 @@ class TrainConfig:
     mixed_precision: str = "no"
     gradient_checkpointing: bool = False
     optimizer: str = "adamw"
+    compile: bool = False
     learning_rate: float = 1e-4
     warmup: int = 0
     schedule: str = "cosine"
@@ -296,6 +303,7 @@ def make_config(given: dict[str, Any]) -> TrainConfig:
             ),
         ),
         ("lora", config.lora, ("dropout",)),
+        ("vae", config.vae, ("shifted",)),
         ("data", config.data, ("max_broken",)),
     ):
         for name in names:
@@ -340,6 +348,8 @@ def _check_data(config: TrainConfig) -> None:
             _at_least(f"{name}.stride", source.stride, 1)
         if not source.paths:
             raise ValueError(f"{name}.paths must name one kind of camera path or more, got none")
+        if not (math.isfinite(source.pace) and source.pace > 0):
+            raise ValueError(f"{name}.pace must be positive and finite, got {source.pace}")
         for kind in source.paths:
             _one_of(f"{name}.paths", kind, PATHS)
 

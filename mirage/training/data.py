@@ -334,7 +334,7 @@ class _Rooms:
         seed = self.config.first_seed + index
         room = SyntheticRoom(seed, self.config.moving)
         kind = self.config.paths[int(random.Random(seed).random() * len(self.config.paths))]
-        cameras = room.path(kind, self.data.frames, self.data.size)
+        cameras = room.path(kind, self.data.frames, self.data.size, pace=self.config.pace)
         made = room.render(cameras)
         return make_clip(self.name(index), room.prompt, made.images, made.depth, made.static, cameras, self.data.size)
 

@@ -448,24 +448,45 @@ class VideoMaker:
 
 
 class VaeObjective(nn.Module):
-    """Absolute and squared error of the reconstruction, and a little divergence from a standard normal."""
+    """Absolute and squared error of the reconstruction, and a little divergence from a standard normal.
+
+    In some of the steps the latents are moved by a part of a token before they are decoded, by bilinear interpolation,
+    and the pictures by as many pixels: what a memory does that is read from another place than it was written at. A
+    decoder and latents that agree with it are also easier to generate (EQ-VAE, arXiv 2502.09509, which scales and turns
+    them).
+    """
 
     def __init__(self, config: TrainConfig, models: Models) -> None:
         super().__init__()
-        self.vae, self.kl_weight = models.vae, config.vae.kl_weight
+        self.vae, self.kl_weight, self.shifted = models.vae, config.vae.kl_weight, config.vae.shifted
         if config.vae.frames == 1:
             _convolve_pictures(self.vae)
 
     def forward(self, videos: tuple[Tensor, int]) -> dict[str, Tensor]:
         """`loss`, and its parts; `psnr` in dB of pixels in [0, 1]."""
         video, seed = videos
+        chance = torch.Generator().manual_seed(seed)
         posterior = self.vae.encode(video).latent_dist
-        noise = torch.randn(posterior.mean.shape, generator=torch.Generator().manual_seed(seed))
-        again = self.vae.decode(posterior.mean + posterior.std * noise.to(posterior.mean)).sample.float()
+        noise = torch.randn(posterior.mean.shape, generator=chance)
+        latents = posterior.mean + posterior.std * noise.to(posterior.mean)
+        if self.shifted and _happens(chance, self.shifted):
+            side = video.shape[-1] // latents.shape[-1]
+            down, right = _below(chance, side), _below(chance, side)
+            latents = between_tokens(latents, down / side, right / side)
+            rows, columns = (side * count for count in latents.shape[-2:])
+            video = video[..., down : down + rows, right : right + columns]
+        again = self.vae.decode(latents).sample.float()
         squared = F.mse_loss(again, video)
         divergence = 0.5 * (posterior.mean.square() + posterior.var - 1.0 - posterior.logvar).float().mean()
         loss = F.l1_loss(again, video) + squared + self.kl_weight * divergence
         return {"loss": loss, "divergence": divergence, "psnr": -10.0 * (0.25 * squared.detach()).log10()}
+
+
+def between_tokens(latents: Tensor, down: float, right: float) -> Tensor:
+    """(..., h, w) latents at places [0, 1) of a token further down and to the right: (..., h - 1, w - 1), bilinear."""
+    upper = torch.lerp(latents[..., :-1, :-1], latents[..., :-1, 1:], right)
+    lower = torch.lerp(latents[..., 1:, :-1], latents[..., 1:, 1:], right)
+    return torch.lerp(upper, lower, down)
 
 
 def _convolve_pictures(vae: AutoencoderKLWan) -> None:
