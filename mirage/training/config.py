@@ -174,8 +174,6 @@ class TrainConfig:
         steps: optimiser steps.
         batch_size, gradient_accumulation: clips per process and forward pass; passes per step.
         optimizer: "adamw", or "muon": Muon for matrices, AdamW for the rest, at one learning rate.
-        compile: whether `torch.compile` compiles the blocks of the transformer and the adapter first: about a minute at
-            the start, and a C++ compiler (on a GPU, Triton), for faster steps. Losses differ in the last bits.
         train_adapter: in stage "lora", whether the adapter is trained on.
         resume: whether to go on with the run in `out`, if there is one.
         save_every, keep: steps between checkpoints, and how many are kept.
@@ -196,7 +194,6 @@ class TrainConfig:
     mixed_precision: str = "no"
     gradient_checkpointing: bool = False
     optimizer: str = "adamw"
-    compile: bool = False
     learning_rate: float = 1e-4
     warmup: int = 0
     schedule: str = "cosine"

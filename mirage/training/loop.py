@@ -302,10 +302,6 @@ def _choose_trained(config: TrainConfig, models: Models) -> None:
         for model in (models.transformer, models.memory_adapter):
             if model is not None:
                 model.enable_gradient_checkpointing()
-    if config.compile:
-        for model in (models.transformer, models.memory_adapter):
-            if model is not None:
-                model.compile_repeated_blocks(dynamic=True)
 
 
 def _rate(config: TrainConfig, step: int) -> float:
