@@ -14,7 +14,7 @@ from mirage_kernels.storage import format_version, read_metadata
 
 from . import __version__
 from .extras import MissingExtraError, import_extra
-from .memories import MEMORIES
+from .memories import MEMORIES, WRITE_POLICIES
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -85,6 +85,7 @@ def _add_generate(commands: Any) -> None:
         help="none, or names joined by +: geometric, sky, sam2, sam3, confidence",
     )
     add("--memory", choices=MEMORIES, default="ours", help="what remembers; the model must be trained on it (ours)")
+    add("--write-policy", choices=WRITE_POLICIES, default="bounded", help="of that memory (bounded)")
     add("--steps", type=int, default=20, help="denoising steps (20)")
     add("--guidance", type=float, default=1.0, help="guidance scale; 1 is none (1)")
     add("--chunk-frames", type=int, default=33, help="frames at a time, 4 n + 1 (33)")
@@ -141,6 +142,12 @@ def _add_evaluate(commands: Any) -> None:
     add("--seeds", type=_parse_seeds, default="10000:10032", help="FIRST:STOP, rooms never trained on (10000:10032)")
     add("--frames", type=int, default=97, help="of a loop, 4 n + 1 (97)")
     add("--memory", type=_parse_names, default=MEMORIES, help=f"of {','.join(MEMORIES)} (all of them)")
+    add(
+        "--write-policy",
+        choices=WRITE_POLICIES,
+        default="append",
+        help="of our memory: keep everything, as the others do, or bounded (append)",
+    )
     add("--depth", type=_parse_names, default=("true", "head"), help="true, head: whose depth is written (true,head)")
     add("--out", type=Path, metavar="DIR", default=Path("mirage-evaluation"), help="where to write")
     add("--size", type=_parse_size, metavar="HxW", default=(96, 160), help="of the frames, multiples of 32 (96x160)")

@@ -28,7 +28,7 @@ from .evaluation_report import OWN, format_report, goals, summarise
 from .extras import import_extra
 from .figures import Panel, contact_sheet, label, line_chart, load_video, save_video
 from .generate import LORA, MIRAGE_TINY, GenerateOptions, load_pipeline
-from .memories import MEMORIES, MIRAGE_TINY_FOLDER, memory_options
+from .memories import MEMORIES, MIRAGE_TINY_FOLDER, WRITE_POLICIES, memory_options
 from .metrics import consistency, find_first_visits, find_revisits, load_lpips, psnr, ssim
 from .synthetic import SyntheticFrames, SyntheticRoom
 
@@ -65,6 +65,7 @@ class EvaluateOptions:
     chunk_frames: int = 33
     device: str = "cpu"
     dtype: str | None = None
+    write_policy: str = "append"
 
 
 def run_evaluate(options: EvaluateOptions, progress: bool = True) -> dict[str, Any]:
@@ -184,7 +185,7 @@ def film(
         guidance_scale=options.guidance,
         preceding_frames=_PRECEDING,
         generator=torch.Generator().manual_seed(room.seed),
-        **{"static_filter": "none"} | memory_options(name, pipeline),
+        **{"static_filter": "none"} | memory_options(name, pipeline, options.write_policy),
     ) as session:
         chunks = list(session.run(true.cameras, options.chunk_frames))
     frames = torch.cat([chunk.frames.cpu() for chunk in chunks])
@@ -330,6 +331,7 @@ def _report(
         "steps": options.steps,
         "guidance": options.guidance,
         "chunk_frames": options.chunk_frames,
+        "write_policy": options.write_policy,
         "torch": torch.__version__,
         "device": torch.cuda.get_device_name() if options.device == "cuda" else "cpu",
         "lpips": has_lpips,
@@ -424,7 +426,7 @@ def _room_path(options: EvaluateOptions, depth: str, name: str, seed: int) -> Pa
 def _record(options: EvaluateOptions) -> None:
     """Write down what rooms are filmed with, or check that it is what they were filmed with."""
     path = options.out / "settings.json"
-    names = ("frames", "size", "steps", "guidance", "chunk_frames", "dtype")
+    names = ("frames", "size", "steps", "guidance", "chunk_frames", "dtype", "write_policy")
     now = json.loads(json.dumps({"version": _VERSION} | {name: getattr(options, name) for name in names}))
     if path.exists():
         before = json.loads(path.read_text(encoding="utf-8"))
@@ -458,6 +460,7 @@ def _check(options: EvaluateOptions) -> None:
         ("memory", options.memory, MEMORIES),
         ("depth", options.depth, DEPTHS),
         ("weights", tuple(options.weights), MEMORIES),
+        ("write-policy", (options.write_policy,), WRITE_POLICIES),
     ):
         wrong = [value for value in values if value not in allowed]
         if wrong or len(set(values)) < len(values) or (not values and name != "weights"):

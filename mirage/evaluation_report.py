@@ -128,7 +128,8 @@ def format_report(report: dict[str, Any]) -> str:
         "",
         f"`{report['model']}`, {report['rooms']} rooms (seeds {first}:{stop}, nothing moves in them), loops of"
         f" {report['frames']} frames of {height}x{width} ({', '.join(report['loops'])}), chunks of"
-        f" {report['chunk_frames']}, {report['steps']} steps, guidance {report['guidance']:g}; torch {report['torch']},"
+        f" {report['chunk_frames']}, {report['steps']} steps, guidance {report['guidance']:g},"
+        f" our memory's write policy {report['write_policy']}; torch {report['torch']},"
         f" {report['device']}.",
     ]
     ceiling = report["ceiling"]

@@ -53,6 +53,7 @@ class GenerateOptions:
     depth_estimator: str | None = None
     static_filter: str = "geometric"
     memory: str = "ours"
+    write_policy: str = "bounded"
     steps: int = 20
     guidance: float = 1.0
     chunk_frames: int = 33
@@ -123,7 +124,7 @@ def run_generate(options: GenerateOptions, progress: bool = True) -> dict[str, A
             resume=options.resume,
             fps=options.fps,
             callback_on_step_end=step_done,
-            **{"static_filter": options.static_filter} | memory_options(options.memory, pipeline),
+            **{"static_filter": options.static_filter} | memory_options(options.memory, pipeline, options.write_policy),
         )
         bar.update(session.num_chunks * options.steps)
         if cameras is None:

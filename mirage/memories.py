@@ -1,7 +1,8 @@
 """The memories that are compared, by name: for generation, for training and for `mirage evaluate`.
 
 "none": nothing is ever remembered, and no reference frame is found; the frames before a chunk are all it knows.
-"nearest": the published memory, every token kept, the nearest read. "ours": bounded, reads aligned, the default.
+"nearest": the published memory, every token kept, the nearest read. "ours": reads aligned, the default; bounded, or with
+every token kept as the others keep theirs.
 "pixel": RGB points, see :mod:`mirage.pixel_memory`. A model shows what a memory is worth only where it was trained on
 that memory's read-outs, see `objective.memory` in :mod:`mirage.training.config`.
 """
@@ -22,6 +23,8 @@ MEMORIES = ("none", "nearest", "ours", "pixel")
 SPLATS = {"none": "aligned", "nearest": "nearest", "ours": "aligned", "pixel": "aligned"}
 """How each is read."""
 
+WRITE_POLICIES = ("append", "bounded")
+
 MIRAGE_TINY_FOLDER = Path(__file__).parent / "mirage-tiny"
 """Where the model that comes with the package is. `memories/NAME` in it are what other memories have for weights."""
 
@@ -35,18 +38,25 @@ class KeepNothing:
         return torch.zeros_like(views.depth, dtype=torch.bool)
 
 
-def memory_options(name: str, pipeline: Any) -> dict[str, Any]:
+def memory_options(name: str, pipeline: Any, write_policy: str = "bounded") -> dict[str, Any]:
     """Arguments of :meth:`~mirage.pipeline.MiragePipeline.start` with which a session runs on the memory of this name.
 
+    Args:
+        name: one of :data:`MEMORIES`.
+        pipeline: whose session it will be.
+        write_policy: of "ours", as of :class:`~mirage_kernels.LatentCache`.
+
     Raises:
-        ValueError: no such memory.
+        ValueError: no such memory, or write policy.
     """
     if name not in MEMORIES:
         raise ValueError(f"memory must be one of {', '.join(MEMORIES)}, got {name!r}")
     options: dict[str, Any] = {"splat": SPLATS[name]}
     if name == "none":
         options["static_filter"] = KeepNothing()
-    if name == "nearest":
+    if write_policy not in WRITE_POLICIES:
+        raise ValueError(f"write_policy must be one of {', '.join(WRITE_POLICIES)}, got {write_policy!r}")
+    if name == "nearest" or (name == "ours" and write_policy == "append"):
         options["cache"] = LatentCache(
             pipeline.vae.config.z_dim,
             dtype=pipeline.transformer.dtype,

@@ -119,6 +119,14 @@ def test_what_pixels_refuse() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             pipe(**views | changes)
+    kept = memory_options("ours", pipe, "append")
+    assert (
+        kept["cache"].write_policy == "append"
+        and kept["splat"] == "aligned"
+        and "cache" not in memory_options("ours", pipe)
+    )
+    with pytest.raises(ValueError, match="write_policy must be one of append, bounded, got 'all'"):
+        memory_options("ours", pipe, "all")
     with pytest.raises(ValueError, match="memory must be one of none, nearest, ours, pixel, got 'all'"):
         memory_options("all", pipe)
 
