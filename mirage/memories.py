@@ -1,8 +1,8 @@
 """The memories that are compared, by name: for generation, for training and for `mirage evaluate`.
 
 "none": nothing is ever remembered, and no reference frame is found; the frames before a chunk are all it knows.
-"nearest": the published memory, every token kept, the nearest read. "ours": reads aligned, the default; bounded, or with
-every token kept as the others keep theirs.
+"nearest": the published memory, every token kept, the nearest read. "ours": reads aligned, the default; bounded, or
+with every token kept as the others keep theirs.
 "pixel": RGB points, see :mod:`mirage.pixel_memory`. A model shows what a memory is worth only where it was trained on
 that memory's read-outs, see `objective.memory` in :mod:`mirage.training.config`.
 """
