@@ -152,6 +152,23 @@ def test_training_reads_the_memory_it_is_asked_for() -> None:
 
 
 @pytest.mark.parametrize("memory", ["ours", "pixel"])
+def test_pixels_are_encoded_in_the_precision_of_the_run(memory: str) -> None:
+    contexts = []
+    for precision in ("no", "bf16"):
+        asked = config(
+            "adapter",
+            mixed_precision=precision,
+            models={"memory_adapter": {"control_channels": 49}},
+            objective={"memory": memory, "drop_memory": 0.0},
+        )
+        context = ChunkMaker(asked, models_of(asked), torch.device("cpu"))(draw(asked, 0)).memory_context
+        assert context is not None and context.dtype == torch.float32 and context.abs().sum() > 0
+        contexts.append(context)
+    assert torch.equal(*contexts) == (memory == "ours")
+    assert (contexts[0] - contexts[1]).norm() < 0.05 * contexts[0].norm()
+
+
+@pytest.mark.parametrize("memory", ["ours", "pixel"])
 def test_read_outs_that_are_kept(memory: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A few of each clip are made, once; a step's is a function of its number all the same, in any process."""
     objective = {"memory": memory, "readouts": 2, "drop_memory": 0.0, "preceding_frames": 1}

@@ -27,6 +27,7 @@ from .config import LoraConfig, ModelsConfig, TrainConfig
 from .data import mix
 
 LORA = "lora.safetensors"
+HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _SCALE = ("latents_mean", "latents_std")
 _LORA_TARGETS = {
     "q": ["to_q"],
@@ -95,7 +96,7 @@ def load_models(config: TrainConfig, device: torch.device) -> Models:
         OSError, ValueError: no such model, or models that do not belong together.
     """
     wanted = config.models
-    half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.mixed_precision, torch.float32)
+    half = HALF.get(config.mixed_precision, torch.float32)
     parts = _Parts(wanted)
     vae = parts.get("vae", AutoencoderKLWan, torch.float32)
     models = Models(vae, PromptEncoder(parts.text, device, wanted.text_length))

@@ -28,7 +28,7 @@ from ..pixel_memory import between, make_pixel_cache, read_pixels, write_pixels
 from ..streaming import StreamingDecoder, encode_frames
 from .config import ObjectiveConfig, TrainConfig
 from .data import Clip, Drawn, mix
-from .models import Models, trained
+from .models import HALF, Models, trained
 
 TIMESTEPS = 1000.0
 """A noise level of 1 as the transformer's time step."""
@@ -106,10 +106,10 @@ class _LatentMemory:
 
 
 class _PixelMemory:
-    """Of a clip's pictures (F, 3, H, W)."""
+    """Of a clip's pictures (F, 3, H, W), encoded in half precision where the run has one."""
 
-    def __init__(self, pictures: Tensor, vae: AutoencoderKLWan, device: torch.device) -> None:
-        self.pictures, self.vae, self.cache = pictures, vae, make_pixel_cache(device)
+    def __init__(self, pictures: Tensor, vae: AutoencoderKLWan, device: torch.device, half: torch.dtype | None) -> None:
+        self.pictures, self.vae, self.half, self.cache = pictures, vae, half, make_pixel_cache(device)
 
     def write(self, frames: list[int], depth: Tensor, cameras: Cameras, static: Tensor) -> None:
         write_pixels(self.cache, self.pictures[frames], depth, cameras, static)
@@ -118,7 +118,8 @@ class _PixelMemory:
         """As of :class:`_LatentMemory`; the chunk's pictures are encoded as one video."""
         if start == stop:
             return LatentCache(self.vae.config.z_dim, device=self.cache.device).read(cameras[:0], size)
-        view = read_pixels(self.cache, self.vae, between(cameras[begin:stop]))
+        with _autocast(self.cache.device, self.half):
+            view = read_pixels(self.cache, self.vae, between(cameras[begin:stop]))
         return View(*(part[start - begin :] for part in view))
 
 
@@ -132,7 +133,7 @@ class ChunkMaker:
         self._vae_word = models.vae_word()
         self._scores: dict[tuple[int, ...], Tensor] = {}
         self._keeps_pictures = config.data.cache
-        self._half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.mixed_precision)
+        self._half = HALF.get(config.mixed_precision)
         self._pictures_of: dict[tuple[str, float], Tensor] = {}
         self._readouts: dict[tuple[str, float, int], _Seen] = {}
 
@@ -277,11 +278,9 @@ class ChunkMaker:
         before = [frame for frame in others if frame <= max(start - length + 1, 0)]
         since = [frame for frame in others if frame not in before]
         self._write(chance, memory, clip, before)
-        with self._precision():
-            at_preceding = memory.read(cameras, max(start - preceding - 1, 0), start - preceding, start, size)
+        at_preceding = memory.read(cameras, max(start - preceding - 1, 0), start - preceding, start, size)
         self._write(chance, memory, clip, [*since, start])
-        with self._precision():
-            at_target = memory.read(cameras, start, start, start + length, size)
+        at_target = memory.read(cameras, start, start, start + length, size)
         past = [*before, *since, start]
         chosen, _ = choose_references(
             memory.cache,
@@ -296,19 +295,15 @@ class ChunkMaker:
 
     def _new_memory(self, clip: Clip, latents: Tensor) -> _LatentMemory | _PixelMemory:
         if self.config.memory == "pixel":
-            return _PixelMemory(self._pictures(clip, latents), self.models.vae, self.device)
+            return _PixelMemory(self._pictures(clip, latents), self.models.vae, self.device, self._half)
         return _LatentMemory(latents, SPLATS[self.config.memory])
-
-    def _precision(self) -> torch.autocast:
-        """In which the VAE of a pixel memory encodes and decodes: the run's."""
-        return torch.autocast(self.device.type, self._half, enabled=self._half is not None)
 
     def _pictures(self, clip: Clip, latents: Tensor) -> Tensor:
         """(F, 3, H, W) in [0, 1]: the clip's keyframes as generation would have them, decoded."""
         which = clip.name, latents.double().sum().item()  # clips of two sources may be of one name
         known = self._pictures_of.get(which)
         if known is None:
-            with self._precision():
+            with _autocast(self.device, self._half):
                 pieces = StreamingDecoder(self.models.vae).iterate(latents.movedim(0, 1)[None])
                 keyframes = torch.cat([piece[:, :, -1] for piece in pieces]).float() * 0.5 + 0.5
             known = (keyframes.clamp(0, 1) * 255.0).round().byte().cpu()
@@ -520,6 +515,10 @@ def measure_latents(models: Models, clips: Sequence[Clip], device: torch.device)
         total, squares, count = total + values.sum(1), squares + values.square().sum(1), count + values.shape[1]
     mean = total / count
     return mean.tolist(), (squares / count - mean.square()).clamp(min=1e-12).sqrt().tolist()
+
+
+def _autocast(device: torch.device, half: torch.dtype | None) -> torch.autocast:
+    return torch.autocast(device.type, half, enabled=half is not None)
 
 
 def _below(chance: torch.Generator, count: int) -> int:
