@@ -21,7 +21,7 @@ from . import ops
 from .cameras import Cameras
 from .offload import Offloaded, Plan, Run, make_plan, make_store, may_touch, offloaded
 from .ops import CARVE_VIEWS, MOST_VIEWS, NEAR, SHARPNESS, STORED_DTYPES, VIEWS_PER_VOXEL, View
-from .reference import BLOCK, DEAD, FLOAT8, WRITE_REPORT, dequantise_rows
+from .reference import BLOCK, DEAD, FLOAT8, WRITE_REPORT, bounds_rows, dequantise_rows
 from .storage import load_cache, save_cache
 
 WRITE_POLICIES = ("bounded", "append")
@@ -207,8 +207,8 @@ class LatentCache:
         self._scales, self._votes, self._looks = (buffers.get(name) for name in ("scales", "votes", "looks"))
 
     def _no_bounds(self) -> Tensor:
-        """Bounds of blocks without a token, see :func:`mirage_kernels.block_bounds`."""
-        bounds = torch.full((-(-self._room // BLOCK), 6), torch.inf, device=self.device)
+        """Bounds of buffers without a token, see :func:`mirage_kernels.block_bounds`."""
+        bounds = torch.full((bounds_rows(self._room), 6), torch.inf, device=self.device)
         bounds[:, 3:] = -torch.inf
         return bounds
 
@@ -332,7 +332,7 @@ class LatentCache:
     def nbytes(self) -> int:
         """Bytes of the live tokens, wherever they are, their bounds, and frames."""
         live = len(self)
-        bounds = -(-live // BLOCK) * self._bounds.element_size() * self._bounds.shape[1]
+        bounds = bounds_rows(live) * self._bounds.element_size() * self._bounds.shape[1]
         return live * self._token_nbytes + bounds + self.frame_centers.nbytes
 
     @property
@@ -476,8 +476,7 @@ class LatentCache:
         for name, old in self._buffers().items():
             grown[name][:live] = old[:live]
         self._take_buffers(grown)
-        known, self._bounds = self._bounds, self._no_bounds()
-        self._bounds[: len(known)] = known
+        self._bounds = ops.block_bounds(self._points, num_points=self._count)
         self._generation += 1
 
     def _reserve_frames(self, views: int) -> None:

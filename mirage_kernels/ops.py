@@ -180,9 +180,9 @@ def _check_features(features: Tensor, scales: Tensor | None, points: Tensor, dty
 def _check_bounds(bounds: Tensor | None, points: Tensor, name: str = "bounds", in_place: bool = False) -> Tensor | None:
     if bounds is None:
         return None
-    expected = "(B, 6) float32 with B = ceil(N / 256) boxes of the N points"
+    expected = "(B + ceil(B / 64), 6) float32 with B = ceil(N / 256) blocks of the N points"
     _require_tensor(name, bounds, expected)
-    fits = bounds.dim() == 2 and bounds.shape[1] == 6 and bounds.shape[0] == -(-points.shape[0] // reference.BLOCK)
+    fits = bounds.shape == (reference.bounds_rows(points.shape[0]), 6)
     _require(fits, name, expected, bounds)
     _require_float(name, bounds, expected, (torch.float32,))
     _require_device(name, bounds, points.device, "points")
@@ -293,8 +293,9 @@ def splat(
         scales: (N,) uint8, with float8_e4m3fn features and only with them: a feature's value is
             float8 * 2^(scale - 127), as :func:`cache_write` stores it.
         num_points: one int64 on the device of ``points``, read there: only so many first rows are live.
-        bounds: (ceil(N / 256), 6) float32, as of :func:`block_bounds`: the promise that the live points of rows 256 b
-            to 256 b + 255 lie within bounds[b]. What no camera sees is then passed over by blocks; no result changes.
+        bounds: (B + ceil(B / 64), 6) float32, as of :func:`block_bounds`: the promise that the live points of each of
+            its B blocks and of each 64 blocks lie within their boxes. What no camera sees is then passed over by
+            blocks; no result changes.
         near: least depth, in world units.
         dtype: of the latents, any of these but float8_e4m3fn; default that of ``features``, bfloat16 for float8_e4m3fn.
 
@@ -380,8 +381,9 @@ def splat_aligned(
         scales: (N,) uint8, with float8_e4m3fn features and only with them: a feature's value is
             float8 * 2^(scale - 127), as :func:`cache_write` stores it.
         num_points: one int64 on the device of ``points``, read there: only so many first rows are live.
-        bounds: (ceil(N / 256), 6) float32, as of :func:`block_bounds`: the promise that the live points of rows 256 b
-            to 256 b + 255 lie within bounds[b]. What no camera sees is then passed over by blocks; no result changes.
+        bounds: (B + ceil(B / 64), 6) float32, as of :func:`block_bounds`: the promise that the live points of each of
+            its B blocks and of each 64 blocks lie within their boxes. What no camera sees is then passed over by
+            blocks; no result changes.
         near: least depth, in world units.
         sharpness: how much better a fit must be to count for more; a number >= 0, or infinity.
         dtype: of the latents, any of these but float8_e4m3fn; default that of ``features``, bfloat16 for float8_e4m3fn.
@@ -533,7 +535,7 @@ def cache_write(
             by a power of two, so that its largest magnitude is within float8's 448 and none saturates
             (``reference.quantise_rows`` is the rule); one above 448 * 2^119, 2.98e38, counts as not finite.
         mask: (T, H', W') bool, True = static.
-        bounds: (ceil(capacity / 256), 6) float32, written in place: :func:`block_bounds` of the blocks appended to.
+        bounds: as of :func:`block_bounds`, written in place: the boxes of the blocks appended to, and around them.
         first_frame: frame id of view 0.
         depth_sampling: ``"median"`` or ``"bilinear"``, as in :func:`back_project`.
         min_depth, max_depth: range of token depths kept, world units.
@@ -562,18 +564,20 @@ def cache_write(
 
 
 def block_bounds(points: Tensor, *, num_points: Tensor | None = None, out: Tensor | None = None) -> Tensor:
-    """The boxes of blocks of 256 consecutive points, by which reads pass over what no camera sees.
+    """The boxes of blocks of 256 consecutive points, and of 64 such blocks, by which reads pass over what no camera sees.
 
     Least x, y, z and greatest x, y, z over the live points of each block whose coordinates are finite (no camera sees
-    the others); a block without any has +inf and -inf. Exact, and the same bits on every backend, with 0 for -0.
+    the others); a block without any has +inf and -inf. Exact, and the same bits on every backend, with 0 for -0. With
+    B = ceil(N / 256) blocks, row b < B is the box of points 256 b to 256 b + 255, row B + k that of blocks 64 k to
+    64 k + 63.
 
     Args:
         points: (N, 4) float32: x, y, z, footprint.
         num_points: one int64 on the device of ``points``, read there: only so many first rows are live.
-        out: (ceil(N / 256), 6) float32, written in place; None makes a new one.
+        out: (B + ceil(B / 64), 6) float32, written in place; None makes a new one.
 
     Returns:
-        (ceil(N / 256), 6) float32, ``out`` where there is one. Not differentiable.
+        (B + ceil(B / 64), 6) float32, ``out`` where there is one. Not differentiable.
 
     Raises:
         ValueError, TypeError: naming the argument, what was expected and what came; nothing has been written then.
@@ -582,7 +586,7 @@ def block_bounds(points: Tensor, *, num_points: Tensor | None = None, out: Tenso
     if points.dtype != torch.float32:
         raise TypeError(f"points must be (N, 4) float32: x, y, z, footprint, got {_describe(points)}")
     if out is None:
-        out = points.new_empty((-(-points.shape[0] // reference.BLOCK), 6))
+        out = points.new_empty((reference.bounds_rows(points.shape[0]), 6))
     _check_bounds(out, points, "out", in_place=True)
     backend = choose_backend(points.device, torch.float32)
     if backend == "reference":
@@ -662,7 +666,7 @@ def bounded_write(
         intrinsics: (T, 3, 3) float, in pixels of the depth map.
         cam2world: (T, 4, 4) float.
         looks: (capacity,) uint8, written in place: looks averaged in each token. None keeps tokens as they were seen.
-        bounds: (ceil(capacity / 256), 6) float32, as of :func:`block_bounds`, written in place: what is far from the
+        bounds: (B + ceil(B / 64), 6) float32, as of :func:`block_bounds`, written in place: what is far from the
             views is then passed over, by Triton only in reads that follow; no result changes.
         scales: (capacity,) uint8, written in place, with float8_e4m3fn features and only with them, as in
             :func:`cache_write`.
@@ -773,7 +777,7 @@ def view_overlap(
         target_intrinsics, target_cam2world: (T, 3, 3) and (T, 4, 4) float, likewise.
         size: (h, w) of the grid.
         num_points: one int64 on the device: only the first ``num_points`` rows are live.
-        bounds: (ceil(N / 256), 6) float32, as for :func:`splat`: spares work, changes no result.
+        bounds: (B + ceil(B / 64), 6) float32, as for :func:`splat`: spares work, changes no result.
         voxel_size: edge in world units. Coordinates past 2^20 voxels from the origin share the border voxels.
         near: least depth, in world units.
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 VOXEL_LIMIT = 2**20
 BLOCK = 256  # consecutive rows of points that share one box; the kernels' copy is kBlockTokens in csrc/core/frustum.h
+TILE = 64  # consecutive blocks that share one box; kTileBlocks there
 
 
 # Features of one byte: float8 e4m3 (OCP 8-bit floating point, 1.0; torch.float8_e4m3fn) and one scale a token, a power
@@ -605,8 +606,10 @@ def cache_write(
         frame_ids[start : start + fits] = frames.expand_as(keep)[keep][:fits].to(frame_ids.dtype)
     count += fits
     if bounds is not None and fits > 0:
-        first, end = start // BLOCK, start + fits
-        block_bounds(points[first * BLOCK : end], None, bounds[first : (end - 1) // BLOCK + 1])
+        first, last, blocks = start // BLOCK, -(-(start + fits) // BLOCK), -(-capacity // BLOCK)
+        bounds[first:last] = _block_boxes(points[first * BLOCK : start + fits])
+        tile = first // TILE
+        bounds[blocks + tile : blocks + -(-last // TILE)] = _boxes_around(bounds[tile * TILE : last], TILE)
     return torch.cat([torch.tensor([fits, rows.shape[0] - fits], device=keep.device), rejected])
 
 
@@ -838,18 +841,37 @@ def cache_trim(
 
 
 def block_bounds(points: Tensor, num_points: Tensor | None, bounds: Tensor) -> None:
-    """Definition of :func:`mirage_kernels.block_bounds`: writes bounds (ceil(N / BLOCK), 6).
+    """Definition of :func:`mirage_kernels.block_bounds`: writes bounds (:func:`bounds_rows` of N, 6).
 
     A point with a coordinate that is not finite does not count: no camera sees it. -0 becomes 0.
     """
-    count = points.shape[0]
-    number = torch.arange(count, device=points.device)
-    live = torch.ones_like(number, dtype=torch.bool) if num_points is None else number < num_points
-    counts = (live & torch.isfinite(points[:, :3]).all(-1))[:, None]
-    for side, reduce, empty in ((slice(0, 3), "amin", torch.inf), (slice(3, 6), "amax", -torch.inf)):
-        bounds[:, side] = empty
-        block = (number // BLOCK)[:, None].expand(count, 3)
-        bounds[:, side].scatter_reduce_(0, block, torch.where(counts, points[:, :3], empty) + 0.0, reduce)
+    if num_points is not None:
+        live = torch.arange(points.shape[0], device=points.device) < num_points
+        points = torch.where(live[:, None], points, torch.nan)
+    boxes = _block_boxes(points)
+    bounds[: len(boxes)] = boxes
+    bounds[len(boxes) :] = _boxes_around(boxes, TILE)
+
+
+def _block_boxes(points: Tensor) -> Tensor:
+    counts = torch.isfinite(points[:, :3]).all(-1, keepdim=True)
+    sides = [torch.where(counts, points[:, :3], empty) + 0.0 for empty in (torch.inf, -torch.inf)]
+    return _boxes_around(torch.cat(sides, 1), BLOCK)
+
+
+def _boxes_around(boxes: Tensor, number: int) -> Tensor:
+    """(ceil(B / number), 6) of (B, 6): what every so many boxes lie in."""
+    rows = -(-len(boxes) // number)
+    padding = (0, 0, 0, rows * number - len(boxes))
+    low = torch.nn.functional.pad(boxes[:, :3], padding, value=torch.inf).view(rows, number, 3)
+    high = torch.nn.functional.pad(boxes[:, 3:], padding, value=-torch.inf).view(rows, number, 3)
+    return torch.cat([low.amin(1), high.amax(1)], 1)
+
+
+def bounds_rows(points: int) -> int:
+    """Rows of the bounds of so many points: B = ceil(N / BLOCK) boxes of blocks, then ceil(B / TILE) of tiles."""
+    blocks = -(-points // BLOCK)
+    return blocks + -(-blocks // TILE)
 
 
 def voxel_keys(points: Tensor, voxel_size: float) -> Tensor:

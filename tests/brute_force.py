@@ -292,15 +292,16 @@ def aligned_cells(
 
 
 def block_bounds(points: np.ndarray, num_points: int | None = None) -> np.ndarray:
-    """(ceil(N / 256), 6): least and greatest x, y, z of the live points of each 256 whose coordinates are finite."""
+    """Least and greatest x, y, z of the live points of each 256, then of each 16,384, whose coordinates are finite."""
     live = len(points) if num_points is None else max(0, min(num_points, len(points)))
-    bounds = np.array([[math.inf] * 3 + [-math.inf] * 3] * -(-len(points) // 256)).reshape(-1, 6)
+    blocks, tiles = -(-len(points) // 256), -(-len(points) // 16384)
+    bounds = np.array([[math.inf] * 3 + [-math.inf] * 3] * (blocks + tiles)).reshape(-1, 6)
     for k in range(live):
         x, y, z = (float(value) for value in points[k, :3])
         if math.isfinite(x) and math.isfinite(y) and math.isfinite(z):
-            box = bounds[k // 256]
-            box[:3] = [min(low, value) for low, value in zip(box[:3], (x, y, z), strict=True)]
-            box[3:] = [max(high, value) for high, value in zip(box[3:], (x, y, z), strict=True)]
+            for box in (bounds[k // 256], bounds[blocks + k // 16384]):
+                box[:3] = [min(low, value) for low, value in zip(box[:3], (x, y, z), strict=True)]
+                box[3:] = [max(high, value) for high, value in zip(box[3:], (x, y, z), strict=True)]
     return bounds + 0.0
 
 

@@ -22,7 +22,7 @@ from mirage_kernels import (
     view_overlap,
 )
 from mirage_kernels.compat import LatentPointCloud
-from mirage_kernels.reference import BLOCK
+from mirage_kernels.reference import BLOCK, TILE, bounds_rows
 
 GRID = (9, 13)
 IMAGE = (36, 52)
@@ -35,18 +35,23 @@ def definition(points: torch.Tensor, live: int | None = None) -> torch.Tensor:
 # ---------------------------------------------------------------------------------------------- what they are
 
 
-@pytest.mark.parametrize("count", [0, 1, 255, 256, 257, 1000])
+@pytest.mark.parametrize("count", [0, 1, 255, 256, 257, 1000, BLOCK * TILE, BLOCK * TILE + 1])
 def test_least_and_greatest_of_each_block(backend, count):
     points, _ = scenes.cloud(np.random.default_rng(count), count, 1)
     bounds = block_bounds(backend.put(points))
-    assert bounds.shape == (-(-count // BLOCK), 6) and bounds.device == backend.put(points).device
+    assert (
+        bounds.shape == (-(-count // BLOCK) + -(-count // (BLOCK * TILE)), 6)
+        and bounds.device == backend.put(points).device
+    )
     assert_equal_bits([bounds], [definition(points)])
 
 
-@pytest.mark.parametrize("live", [-3, 0, 1, 256, 700, 2**40])
-def test_live_points_are_counted_on_the_device(backend, live):
-    points, _ = scenes.cloud(np.random.default_rng(1), 700, 1)
-    bounds = torch.full((3, 6), 7.0)
+@pytest.mark.parametrize(
+    ("count", "live"), [*((700, live) for live in (-3, 0, 1, 256, 700, 2**40)), (17000, 9000), (17000, 16500)]
+)
+def test_live_points_are_counted_on_the_device(backend, count, live):
+    points, _ = scenes.cloud(np.random.default_rng(1), count, 1)
+    bounds = torch.full((bounds_rows(count), 6), 7.0)
     out = block_bounds(backend.put(points), num_points=backend.put(torch.tensor(live)), out=backend.put(bounds))
     assert_equal_bits([out], [definition(points, live)])
 
@@ -58,7 +63,7 @@ def test_points_that_no_camera_sees_do_not_count(backend):
     points[256:512, 1] = torch.nan
     bounds = block_bounds(backend.put(points)).cpu()
     assert bounds[1].tolist() == [torch.inf] * 3 + [-torch.inf] * 3
-    assert bounds[[0, 2, 3]].isfinite().all()
+    assert bounds[[0, 2, 3, 4]].isfinite().all()
     assert_equal_bits([bounds], [definition(points)])
 
 
@@ -80,26 +85,37 @@ def test_strided_points(backend):
 # ---------------------------------------------------------------------------------------------- who keeps them
 
 
-@pytest.mark.parametrize("held", [0, 200, 256, 511, 600])
+FIRST = BLOCK * TILE  # the first row of the second tile
+
+
+@pytest.mark.parametrize("held", [0, 200, 256, 511, 600, FIRST - 300, FIRST, 2 * FIRST - 1])
 def test_a_write_updates_the_blocks_it_wrote_into_and_no_other(backend, held):
     rng = np.random.default_rng(held)
-    points, features, frame_ids, count = (backend.put(x) for x in scenes.buffers(1100, 3, held=held))
-    bounds = backend.put(torch.full((5, 6), 7.0))
+    points, features, frame_ids, count = (backend.put(x) for x in scenes.buffers(held + 1100, 3, held=held))
+    blocks = -(-(held + 1100) // BLOCK)
+    bounds = backend.put(torch.full((bounds_rows(held + 1100), 6), 7.0))
+    # Of a tile that it wrote into, it may take the blocks before it as they are: those are exact.
+    tile = held // FIRST
+    bounds[tile * TILE : held // BLOCK] = block_bounds(points, num_points=count)[tile * TILE : held // BLOCK]
+    before = bounds.clone()
     latents = torch.from_numpy(rng.normal(size=(2, 3, 18, 26))).float()
     cameras = scenes.intrinsics(rng, 2, IMAGE), scenes.poses(rng, 2)
     arguments = [backend.put(x) for x in (latents, scenes.depth_maps(rng, 2, IMAGE), *cameras)]
     report = cache_write(points, features, frame_ids, count, *arguments, bounds=bounds)
     end = held + int(report[0])
-    assert int(count) == end and end > 700
+    assert int(count) == end and end > held + 100
     exact = definition(points, end)
     first, last = held // BLOCK, (end - 1) // BLOCK
-    assert_equal_bits([bounds[first : last + 1]], [exact[first : last + 1]])
-    assert (bounds[:first] == 7).all() and (bounds[last + 1 :] == 7).all()
+    tiles = slice(blocks + tile, blocks + (end - 1) // FIRST + 1)
+    for rows in (slice(first, last + 1), tiles):
+        assert_equal_bits([bounds[rows]], [exact[rows]])
+        before[rows] = bounds[rows]
+    assert_equal_bits([bounds], [before])  # no other row
     # Without a token written they stay: all is masked, or there is no room.
     arguments[1].zero_()
     bounds.fill_(7)
     assert cache_write(points, features, frame_ids, count, *arguments, bounds=bounds)[0] == 0
-    count.fill_(1100)
+    count.fill_(held + 1100)
     arguments[1].fill_(2)
     assert cache_write(points, features, frame_ids, count, *arguments, bounds=bounds)[1] > 0
     assert (bounds == 7).all()
@@ -115,7 +131,7 @@ def frames(seed: int, views: int = 3, channels: int = 4):
 
 def assert_exact(cache: LatentCache) -> None:
     bounds = cache._bounds.cpu()
-    assert bounds.shape == (-(-cache.capacity // BLOCK), 6)
+    assert bounds.shape == (bounds_rows(cache.capacity), 6)
     assert_equal_bits([bounds], [definition(cache._points, len(cache))])
 
 
@@ -169,7 +185,7 @@ def test_bytes_count_them():
     cache.write(*frames(0))
     live = len(cache)
     assert BLOCK < live < 2 * BLOCK
-    assert cache.nbytes == live * (16 + 16 + 4) + 2 * 24 + 3 * 12
+    assert cache.nbytes == live * (16 + 16 + 4) + (2 + 1) * 24 + 3 * 12
     assert empty == 1000 * (16 + 16 + 4) + 4 * 24 + cache._frame_centers.nbytes + 8
 
 
@@ -238,12 +254,40 @@ def test_kernels_pass_over_blocks_by_their_bounds(cpu_backend):
     """With bounds that say there is nothing, there is nothing: a broken promise shows that they are looked at."""
     tokens, frames, cameras = scene(1, blocks=30)
     nothing = block_bounds(tokens[0], num_points=torch.tensor(0))
-    options = {"bounds": nothing}
-    assert splat(*tokens, *cameras, GRID).mask.any() and not splat(*tokens, *cameras, GRID, **options).mask.any()
-    arguments = *tokens, *frames, *cameras, GRID
-    assert splat_aligned(*arguments).mask.any() and not splat_aligned(*arguments, **options).mask.any()
-    arguments = tokens[0], *cameras, *cameras, GRID
-    assert view_overlap(*arguments).all() and not view_overlap(*arguments, **options).any()
+    no_tile = block_bounds(tokens[0])
+    no_tile[-1] = nothing[-1]
+    for bounds in (nothing, no_tile):
+        options = {"bounds": bounds}
+        assert splat(*tokens, *cameras, GRID).mask.any() and not splat(*tokens, *cameras, GRID, **options).mask.any()
+        arguments = *tokens, *frames, *cameras, GRID
+        assert splat_aligned(*arguments).mask.any() and not splat_aligned(*arguments, **options).mask.any()
+        arguments = tokens[0], *cameras, *cameras, GRID
+        assert view_overlap(*arguments).all() and not view_overlap(*arguments, **options).any()
+
+
+@pytest.mark.parametrize("tiles", [3, 66])
+def test_tiles_that_no_view_sees_are_passed_over(cpu_backend, tiles):
+    """What is stored elsewhere, tile by tile, changes no read; 64 tiles are tested at a time."""
+    tokens, frames, cameras = scene(6, blocks=20)
+    count, rng = tiles * TILE * BLOCK, np.random.default_rng(7)
+    points = torch.full((count, 4), torch.nan)  # seen by none, but for a token in every tile, behind everything
+    points[:: TILE * BLOCK] = torch.tensor([500.0, 400.0, 1e6, 0.1])
+    where = rng.permutation(count)[: len(tokens[0])]  # scattered over the tiles, then in one
+    for rows in (np.sort(where), np.arange(len(where)) + (tiles - 1) * TILE * BLOCK + 77):
+        spread = points.clone(), torch.zeros(count, 3), torch.zeros(count, dtype=torch.int32)
+        for buffer, held in zip(spread, (*tokens, frames[0]), strict=True):
+            buffer[rows] = held
+        for name, bounds in (("reference", None), (cpu_backend.name, block_bounds(spread[0]))):
+            with use_backend(name):
+                views = [
+                    splat(*spread[:2], *cameras, GRID, bounds=bounds),
+                    splat_aligned(*spread, frames[1], *cameras, GRID, bounds=bounds),
+                ]
+            if name == "reference":
+                expected = views
+        assert all(view.mask.any() for view in views)
+        for got, wanted in zip(views, expected, strict=True):
+            assert_equal_bits(got, wanted)
 
 
 def test_special_points_and_loose_bounds(backend):
@@ -254,7 +298,7 @@ def test_special_points_and_loose_bounds(backend):
     points[5 * BLOCK : 5 * BLOCK + 20] *= 1e30
     points[7 * BLOCK] = torch.tensor([3e38, -3e38, 3e38, 1.0])
     assert_same_reads(backend, tokens, frames, cameras)
-    everywhere = torch.tensor([-torch.inf] * 3 + [torch.inf] * 3).repeat(12, 1)
+    everywhere = torch.tensor([-torch.inf] * 3 + [torch.inf] * 3).repeat(13, 1)
     wide = block_bounds(points) + torch.tensor([-1.0, -2.0, -0.5, 1.0, 0.1, 3.0])
     for bounds in (everywhere, everywhere * torch.nan, wide, everywhere.clamp(-1e38, 1e38)):
         masks = assert_same_reads(backend, tokens, frames, cameras, bounds=bounds)

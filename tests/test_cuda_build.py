@@ -29,6 +29,7 @@ KERNELS = {
     "judge_kernel", "keys_kernel", "lift_kernel", "look_kernel", "make_lifts_kernel", "make_projections_kernel",
     "make_readers_kernel", "mark_kernel", "move_kernel", "nearest_kernel", "place_kernel", "read_out_kernel",
     "scan_kernel", "settle_kernel", "share_kernel", "splat_backward_kernel", "stay_kernel", "sum_kernel",
+    "tiles_kernel",
 }  # fmt: skip
 
 

@@ -22,7 +22,7 @@ from cuda_emulator.build import NAMESPACE, VARIANTS, NotSupported, build
 from torch import Tensor
 
 from mirage_kernels import available_backends, block_bounds, reference
-from mirage_kernels.reference import BLOCK
+from mirage_kernels.reference import BLOCK, bounds_rows
 from mirage_kernels.schemas import SCHEMAS, private_operator
 
 NEAR = 0.05
@@ -741,7 +741,7 @@ def write(
     cameras = scenes.intrinsics(rng, views, image), scenes.poses(rng, views)
     static = None if mask is None else scenes.static_masks(rng, views, image, moving=mask)
     rest = (latents, depth, *cameras, static, 7, bilinear, low, high)
-    boxes = [torch.full((-(-capacity // BLOCK), 6), 7.0) for _ in range(2)]
+    boxes = [torch.full((bounds_rows(capacity), 6), 7.0) for _ in range(2)]
     buffers, scales = [list(scenes.buffers(capacity, channels, held=held)) for _ in range(2)], [None, None]
     for side in range(2):
         if pair[1] == FLOAT8:
@@ -838,7 +838,7 @@ def test_cache_write_with_a_false_count_writes_nothing(emulated: Emulated, count
     depth, latents = scenes.depth_maps(rng, 2, (24, 30)), torch.randn(2, 3, 12, 15)
     cameras = scenes.intrinsics(rng, 2, (24, 30)), scenes.poses(rng, 2)
     before, buffers = scenes.buffers(1000, 3, held=count), scenes.buffers(1000, 3, held=count)
-    boxes = torch.full((4, 6), 7.0)
+    boxes = torch.full((bounds_rows(1000), 6), 7.0)
     rest = (None, 0, False, 0.0, math.inf, boxes)
     report = emulated.run("cache_write_compiled", *buffers, latents, depth, *cameras, *rest)
     assert_equal_bits(buffers[:3], before[:3])
@@ -890,13 +890,13 @@ def test_cache_write_float8_of_every_magnitude(emulated: Emulated, channels: int
 @pytest.mark.parametrize("live", [None, -1, 0, 1, 255, 256, 700, 2**40])
 def test_block_bounds(emulated: Emulated, live: int | None, order: Order) -> None:
     # Three blocks, and eight at a time on the one processor: with 2,500 points the loop goes round.
-    for count in (0, 1, 256, 700, 2500):
+    for count in (0, 1, 256, 700, 2500, 17000):
         points, _ = scenes.cloud(np.random.default_rng(count), count, 1)
         points[::5, 0], points[1::5, 2], points[2::5, 3] = math.nan, -math.inf, math.nan
         points[3::7, :3] = torch.tensor([-0.0, 0.0, -1e-42])
         points[256:512, 1] = math.nan
         number = None if live is None else torch.tensor([live])
-        boxes = [torch.full((-(-count // BLOCK), 6), 7.0) for _ in range(2)]
+        boxes = [torch.full((bounds_rows(count), 6), 7.0) for _ in range(2)]
         definition("block_bounds", points, number, boxes[0])
         emulated.run("block_bounds_compiled", points, number, boxes[1], order=order)
         assert_equal_bits(boxes[1:], boxes[:1])
@@ -948,7 +948,7 @@ def test_reads_by_bounds(emulated: Emulated, blocks: int, views: int, order: Ord
 
 def test_reads_refuse_bounds_of_another_size(emulated: Emulated) -> None:
     points, features, *cameras = splat_scene(5, 300, 4, 2, (6, 9))
-    with pytest.raises(RuntimeError, match="bounds must hold a box for every 256 points"):
+    with pytest.raises(RuntimeError, match="bounds must hold the boxes of 300 points"):
         emulated.run("splat_compiled", points, features, None, *cameras, 6, 9, NEAR, torch.float32, torch.zeros(1, 6))
 
 

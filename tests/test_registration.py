@@ -61,7 +61,7 @@ def operator_arguments(name, seed=0, count=200, views=2, dtype=torch.float32, ma
     if name == "cache_write":
         latents = torch.from_numpy(rng.normal(size=(views, 6, *SIZE))).to(dtype)
         buffers = scenes.buffers(60, 6, dtype, held=2)
-        bounds = torch.zeros(1, 6) if masked else None
+        bounds = torch.zeros(2, 6) if masked else None
         return *buffers, latents, depth, *image_cameras, mask, 5, False, 0.1, 2.4, bounds
     if name in ("bounded_write", "cache_trim"):
         points, features, frame_ids, count = scenes.buffers(60, 6, dtype, held=40)
@@ -75,7 +75,7 @@ def operator_arguments(name, seed=0, count=200, views=2, dtype=torch.float32, ma
         views_of = latents, depth, *image_cameras, mask, reference.z_order(SIZE), 61
         return *held, torch.zeros(63, 3), *views_of, False, 0.1, 2.4, 0.05, 2, 2, bounds
     if name == "block_bounds":
-        return points, live, torch.zeros(-(-count // 256), 6)
+        return points, live, torch.zeros(reference.bounds_rows(count), 6)
     return points, live, *cameras, cameras[0][:1], cameras[1][:1], *SIZE, 0.5, 0.05, bounds
 
 
@@ -386,7 +386,7 @@ def test_compile_cache_write(kernels, compiler):
             scenes.poses(rng, views),
         ]
         arguments = [kernels.put(x) for x in arguments]
-        buffers = [[kernels.put(x) for x in (*scenes.buffers(200, 6, held=4), torch.zeros(1, 6))] for _ in range(2)]
+        buffers = [[kernels.put(x) for x in (*scenes.buffers(200, 6, held=4), torch.zeros(2, 6))] for _ in range(2)]
         expected, got = write(*buffers[0], *arguments), compiled(*buffers[1], *arguments)
         assert expected[0] > 20
         assert_equal_bits([got, *buffers[1]], [expected, *buffers[0]])

@@ -683,7 +683,7 @@ def held_tokens(capacity: int, count: int, channels: int, dtype: torch.dtype, lo
 
 
 def boxes_of(held) -> torch.Tensor:
-    boxes = torch.empty(-(-held[0].shape[0] // reference.BLOCK), 6)
+    boxes = torch.empty(reference.bounds_rows(held[0].shape[0]), 6)
     reference.block_bounds(held[0], held[-1], boxes)
     return boxes
 
@@ -1037,7 +1037,7 @@ def make_blocks(count: int, seed: int = 0) -> torch.Tensor:
 
 
 def bounds_of(points: torch.Tensor, live: torch.Tensor | None = None) -> torch.Tensor:
-    bounds = torch.empty(-(-len(points) // BLOCK), 6)
+    bounds = torch.empty(reference.bounds_rows(len(points)), 6)
     reference.block_bounds(points, live, bounds)
     return bounds
 
@@ -1084,7 +1084,7 @@ def test_reads_by_bounds_are_the_same_reads(name, live):
     cameras[1][2, :3, :3] *= torch.tensor([-1.0, 1.0, -1.0])  # looks back
     live = None if live is None else torch.tensor(live)
     bounds = bounds_of(points, live)
-    seen = culled(bounds, live, cameras, size)
+    seen = culled(bounds[:6], live, cameras, size)
     assert not seen[:, 1].any()
     if live is None:
         assert seen.any(1).all() and 2 < seen.any(0).sum() < 6 and 3 < seen.sum() < 2 * seen.any(0).sum()
@@ -1102,7 +1102,7 @@ def test_reads_by_bounds_of_more_views_than_a_word_has(name):
     cameras, targets = make_cameras(33, size), make_cameras(33, size, 1)
     cameras[1][::2, :3, :3] *= torch.tensor([-1.0, 1.0, -1.0])
     bounds = bounds_of(points)
-    seen = culled(bounds, None, cameras, size)
+    seen = culled(bounds[:2], None, cameras, size)
     assert seen[31:].any() and not seen[31:].all()
     agree(*(read(name, triton, points, None, cameras, targets, size, bounds) for triton in (True, False)))
 
@@ -1119,7 +1119,7 @@ def test_reads_look_at_no_token_of_blocks_that_bounds_put_out_of_view(name):
     points[:, 3] = 0.1
     before, behind = [-0.1, -0.1, 1.0, 0.1, 0.1, 2.0], [-0.1, -0.1, -2.0, 0.1, 0.1, -1.0]
     nothing, beside, all_round = [math.inf] * 3 + [-math.inf] * 3, [50.0, -1, -1, 60, 1, 1], [-9.0] * 3 + [9.0] * 3
-    bounds = torch.tensor([before, nothing, all_round, beside, behind])
+    bounds = torch.tensor([before, nothing, all_round, beside, behind, all_round])
     block, promised = torch.arange(len(points)) // BLOCK, points.clone()
     promised[(block == 1) | (block == 3)] = math.nan
     promised[(block == 0) & (points[:, 2] < 0) | (block == 4) & (points[:, 2] > 0)] = math.nan
@@ -1153,7 +1153,7 @@ def test_gradients_by_bounds_are_the_same():
     points[:, 3] = 1e-3  # closes no holes, which take the interpreter long
     cameras = [x[::2] for x in make_cameras(3, size)]
     cameras[1][1, :3, :3] *= torch.tensor([-1.0, 1.0, -1.0])
-    assert culled(bounds_of(points), None, cameras, size).tolist() == [[True, False], [False, True]]
+    assert culled(bounds_of(points)[:2], None, cameras, size).tolist() == [[True, False], [False, True]]
     features = torch.randn(len(points), 2, generator=torch.Generator().manual_seed(0))
     frames = torch.zeros(len(points), dtype=torch.int32), torch.zeros(1, 3)
     grads = []
@@ -1260,7 +1260,7 @@ def launch_arguments(device: str) -> dict[str, tuple[object, ...]]:
             boxes,
         ),
         "cache_trim": (*held, 300, boxes),
-        "block_bounds": (points, live, torch.zeros(2, 6)),
+        "block_bounds": (points, live, torch.zeros(reference.bounds_rows(len(points)), 6)),
         "view_overlap": (points, live, intrinsics, cam2world, intrinsics, cam2world, *size, 0.1, 0.05, boxes[:2]),
     }
     return {
@@ -1389,7 +1389,15 @@ def compile_launch(kernel, arguments: dict, options: dict, capability: int):
         ("splat_aligned_backward", {"prepare_kernel", "share_kernel", "gather_kernel"}),
         (
             "cache_write",
-            {"lift_kernel", "tokens_kernel", "judge_kernel", "scan_kernel", "append_kernel", "appended_bounds_kernel"},
+            {
+                "lift_kernel",
+                "tokens_kernel",
+                "judge_kernel",
+                "scan_kernel",
+                "append_kernel",
+                "appended_bounds_kernel",
+                "tiles_kernel",
+            },
         ),
         (
             "bounded_write",
@@ -1404,10 +1412,11 @@ def compile_launch(kernel, arguments: dict, options: dict, capability: int):
                 "slot_kernel",
                 "write_kernel",
                 "bounds_kernel",
+                "tiles_kernel",
             },
         ),
-        ("cache_trim", {"digit_kernel", "count_kernel", "scan_kernel", "move_kernel", "bounds_kernel"}),
-        ("block_bounds", {"bounds_kernel"}),
+        ("cache_trim", {"digit_kernel", "count_kernel", "scan_kernel", "move_kernel", "bounds_kernel", "tiles_kernel"}),
+        ("block_bounds", {"bounds_kernel", "tiles_kernel"}),
         ("view_overlap", {"prepare_kernel", "cull_kernel", "mark_kernel", "count_kernel"}),
     ],
 )

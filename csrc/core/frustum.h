@@ -9,6 +9,13 @@ namespace mirage {
 
 constexpr int kBlockTokens = 256;  // consecutive rows of points that share one box
 constexpr int kBoxSize = 6;        // least x, y, z, greatest x, y, z; an empty one has +inf, -inf
+constexpr int kTileBlocks = 64;    // consecutive blocks that share one box: a tile
+
+// Rows of the bounds of so many points: the boxes of blocks, then those of tiles.
+inline int64_t bounds_rows(int64_t points) {
+  const int64_t blocks = (points + kBlockTokens - 1) / kBlockTokens;
+  return blocks + (blocks + kTileBlocks - 1) / kTileBlocks;
+}
 
 // Past this no sum here or in the projection is sure not to overflow, and nothing is culled.
 constexpr float kFar = 1e15f;

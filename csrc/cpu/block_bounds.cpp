@@ -1,6 +1,7 @@
-// block_bounds on the CPU: the box of every block of tokens; and which boxes the views may see.
+// block_bounds on the CPU: the boxes of blocks of tokens and of tiles of blocks; and which of them the views may see.
 //
-// In: points (N, 4). In place: bounds (ceil(N / 256), 6), least and greatest x, y, z of the live points that are finite.
+// In: points (N, 4). In place: bounds (B + ceil(B / 64), 6) with B = ceil(N / 256), least and greatest x, y, z of the live
+// points that are finite.
 #include <limits>
 
 #include "common.h"
@@ -10,8 +11,8 @@ namespace mirage::cpu {
 namespace {
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
-constexpr int kTile = 64;   // blocks tested at once, a bit each of one word
-constexpr int kBundle = 8;  // tiles
+constexpr int kTile = kTileBlocks;  // tested at once, a bit each of one word
+static_assert(kTile == 64);
 
 typedef float Row __attribute__((vector_size(4 * sizeof(float))));
 
@@ -43,7 +44,7 @@ void bound_rows(const float* points, index_t count, float* box) {
   }
 }
 
-// Boxes of one tile, one array per side; past the last, empty ones.
+// The boxes of a tile's blocks, or of as many tiles, one array per side; past the last, empty ones.
 struct Tile {
   alignas(64) float side[kBoxSize][kTile], reach[kTile];
 };
@@ -63,24 +64,16 @@ void load_tile(const float* bounds, int count, Tile& tile) {
   }
 }
 
-// The box around `count` boxes; of NaN where one of them has one.
-MIRAGE_SIMD
-void bound_boxes(const float* boxes, int count, float* around) {
-  typedef int32_t Flags __attribute__((vector_size(sizeof(Row))));
-  Row low = Row{} + kInfinity, high = Row{} - kInfinity;
-  Flags nan = Flags{};
-  for (int b = 0; b < count; ++b) {
-    Row lower, upper;  // x, y, z, and one side of the other corner
-    __builtin_memcpy(&lower, boxes + kBoxSize * b, sizeof(lower));
-    __builtin_memcpy(&upper, boxes + kBoxSize * b + 2, sizeof(upper));
-    nan |= (lower != lower) | (upper != upper);
-    low = lower < low ? lower : low;
-    high = upper > high ? upper : high;
-  }
-  const bool known = ((nan[0] | nan[1]) | (nan[2] | nan[3])) == 0;
+// The box around `count` boxes.
+void bound_boxes(const float* boxes, index_t count, float* around) {
   for (int j = 0; j < 3; ++j) {
-    around[j] = known ? low[j] : std::numeric_limits<float>::quiet_NaN();
-    around[3 + j] = known ? high[1 + j] : std::numeric_limits<float>::quiet_NaN();
+    float low = kInfinity, high = -kInfinity;
+    for (index_t b = 0; b < count; ++b) {
+      low = std::min(low, boxes[kBoxSize * b + j]);
+      high = std::max(high, boxes[kBoxSize * b + 3 + j]);
+    }
+    around[j] = low;
+    around[3 + j] = high;
   }
 }
 
@@ -130,12 +123,12 @@ uint64_t see_tile(const Tile& tile, const Frustum& frustum) {
 
 void check_bounds(const Tensor& bounds, index_t capacity) {
   STD_TORCH_CHECK(bounds.is_cpu() && bounds.scalar_type() == ScalarType::Float && bounds.is_contiguous() &&
-                      bounds.numel() == divide_up(capacity, kBlockTokens) * kBoxSize,
-                  "bounds must be contiguous float32 with a box for every 256 points: they are written in place");
+                      bounds.numel() == bounds_rows(capacity) * kBoxSize,
+                  "bounds must be contiguous float32 with the boxes of ", capacity, " points: they are written in place");
 }
 
 void update_bounds(const float* points, index_t count, index_t first, index_t last, const uint8_t* touched,
-                   float* bounds) {
+                   index_t capacity, float* bounds) {
   torch::stable::parallel_for(first, last, 32, [&](int64_t begin, int64_t end) {
     for (int64_t b = begin; b < end; ++b) {
       if (touched != nullptr && touched[b] == 0) continue;
@@ -143,6 +136,12 @@ void update_bounds(const float* points, index_t count, index_t first, index_t la
       bound_rows(points + 4 * row, here, bounds + kBoxSize * b);
     }
   });
+  float* tiles = bounds + kBoxSize * divide_up(capacity, kBlockTokens);
+  for (index_t k = first / kTile; k * kTile < last; ++k) {
+    const index_t begin = k * kTile, end = std::min<index_t>(begin + kTile, last);
+    if (touched != nullptr && std::count(touched + begin, touched + end, 0) == end - begin) continue;
+    bound_boxes(bounds + kBoxSize * begin, end - begin, tiles + kBoxSize * k);
+  }
 }
 
 SeenBlocks::SeenBlocks(const std::optional<Tensor>& bounds_, index_t capacity, index_t count,
@@ -154,42 +153,36 @@ SeenBlocks::SeenBlocks(const std::optional<Tensor>& bounds_, index_t capacity, i
     return;
   }
   const Tensor bounds = checked(*bounds_, ScalarType::Float, "bounds");
-  STD_TORCH_CHECK(bounds.numel() == divide_up(capacity, kBlockTokens) * kBoxSize,
-                  "bounds must hold a box for every 256 points");
+  STD_TORCH_CHECK(bounds.numel() == bounds_rows(capacity) * kBoxSize, "bounds must hold the boxes of ", capacity, " points");
   const float* boxes = input<float>(bounds);
+  const float* around = boxes + kBoxSize * divide_up(capacity, kBlockTokens);
   tiles_ = divide_up(blocks, kTile);
   seen_.resize(std::max<index_t>(1, views * tiles_));
-  // What no view sees is left by the box around eight tiles, or around one.
-  const index_t grain = 1 + 512 / ((views + 4) * kBundle);
-  torch::stable::parallel_for(0, divide_up(tiles_, kBundle), grain, [&](int64_t begin, int64_t end) {
+  // The tiles that some view may see, then the blocks of these: nothing else is read of what is stored.
+  std::vector<index_t> listed;
+  for (index_t first = 0; first < tiles_; first += kTile) {
     Tile tile;
-    float around[kBundle][kBoxSize], all[kBoxSize];
-    for (int64_t first = begin * kBundle; first < std::min<int64_t>(end * kBundle, tiles_); first += kBundle) {
-      const int bundle = static_cast<int>(std::min<index_t>(kBundle, tiles_ - first));
-      const auto boxes_in = [&](int i) {
-        return static_cast<int>(std::min<index_t>(kTile, blocks - (first + i) * kTile));
-      };
-      const auto from = [&](int i) { return boxes + kBoxSize * kTile * (first + i); };
-      for (int i = 0; i < bundle; ++i) bound_boxes(from(i), boxes_in(i), around[i]);
-      bound_boxes(around[0], bundle, all);
-      int loaded = -1;
+    load_tile(around + kBoxSize * first, static_cast<int>(std::min<index_t>(kTile, tiles_ - first)), tile);
+    uint64_t any = 0;
+    for (index_t t = 0; t < views; ++t) {
+      uint64_t bits = see_tile(tile, frusta[t]);
+      for (any |= bits; bits != 0; bits &= bits - 1) seen_[t * tiles_ + first + __builtin_ctzll(bits)] = 1;
+    }
+    for (; any != 0; any &= any - 1) listed.push_back(first + __builtin_ctzll(any));
+  }
+  const index_t grain = 1 + 512 / (views + 4);
+  torch::stable::parallel_for(0, static_cast<int64_t>(listed.size()), grain, [&](int64_t begin, int64_t end) {
+    Tile tile;
+    for (int64_t i = begin; i < end; ++i) {
+      const index_t k = listed[i];
+      load_tile(boxes + kBoxSize * kTile * k, static_cast<int>(std::min<index_t>(kTile, blocks - k * kTile)), tile);
       for (index_t t = 0; t < views; ++t) {
-        uint64_t* seen = seen_.data() + t * tiles_ + first;
-        const bool any = may_see(frusta[t], all);
-        for (int i = 0; i < bundle; ++i) seen[i] = any && may_see(frusta[t], around[i]) ? ~uint64_t{0} : 0;
-      }
-      for (int i = 0; i < bundle; ++i) {
-        for (index_t t = 0; t < views; ++t) {
-          uint64_t& seen = seen_[t * tiles_ + first + i];
-          if (seen == 0) continue;
-          if (loaded != i) load_tile(from(i), boxes_in(i), tile);
-          loaded = i;
-          seen = see_tile(tile, frusta[t]);
-        }
+        uint64_t& seen = seen_[t * tiles_ + k];
+        if (seen != 0) seen = see_tile(tile, frusta[t]);
       }
     }
   });
-  for (index_t k = 0; k < tiles_; ++k) {
+  for (const index_t k : listed) {
     uint64_t bits = 0;
     for (index_t t = 0; t < views; ++t) bits |= seen_[t * tiles_ + k];
     for (; bits != 0; bits &= bits - 1) numbers_.push_back(static_cast<uint32_t>(k * kTile + __builtin_ctzll(bits)));
@@ -200,7 +193,7 @@ void block_bounds(const Tensor& points_, const std::optional<Tensor>& num_points
   const Tensor points = checked(points_, ScalarType::Float, "points");
   check_bounds(bounds, points.size(0));
   update_bounds(input<float>(points), live_points(num_points, points.size(0)), 0,
-                divide_up(points.size(0), kBlockTokens), nullptr, output<float>(bounds));
+                divide_up(points.size(0), kBlockTokens), nullptr, points.size(0), output<float>(bounds));
 }
 
 }  // namespace mirage::cpu

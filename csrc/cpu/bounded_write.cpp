@@ -429,7 +429,7 @@ Tensor bounded_write(Tensor points, Tensor features, Tensor frame_ids, Tensor vo
     if (boxes) {
       std::fill(touched.begin(), touched.end(), 0);
       for (const Move& move : moves) touched[move.row / kBlockTokens] = 1;
-      update_bounds(input<float>(points), live, 0, divide_up(live, kBlockTokens), touched.data(), boxes);
+      update_bounds(input<float>(points), live, 0, divide_up(live, kBlockTokens), touched.data(), held.capacity, boxes);
     }
     for_feature_type(latents.scalar_type(), [&](auto in) {
       for_stored_type(features.scalar_type(), [&](auto out) {

@@ -62,7 +62,7 @@ Tensor cache_trim(Tensor points, Tensor features, Tensor frame_ids, std::optiona
     const index_t gap = std::find(stays.begin(), stays.end(), 0) - stays.begin();
     if (bounds.has_value())
       update_bounds(input<float>(points), alive - excess, gap / kBlockTokens, divide_up(live, kBlockTokens), nullptr,
-                    output<float>(*bounds));
+                    points.size(0), output<float>(*bounds));
   }
   Tensor evicted = new_tensor({}, ScalarType::Long);
   *output<int64_t>(evicted) = excess;

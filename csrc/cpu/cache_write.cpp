@@ -133,7 +133,7 @@ Tensor cache_write(Tensor points, Tensor features, Tensor frame_ids, Tensor coun
   if (bounds.has_value() && report[0] > 0) {
     const index_t end = start + report[0];
     update_bounds(input<float>(points), end, start / kBlockTokens, divide_up(end, kBlockTokens), nullptr,
-                  output<float>(*bounds));
+                  points.size(0), output<float>(*bounds));
   }
 
   Tensor result = new_tensor({6}, ScalarType::Long);

@@ -84,12 +84,13 @@ inline std::vector<Projection> make_projections(const Tensor& intrinsics, const 
 
 inline index_t divide_up(index_t a, index_t b) { return (a + b - 1) / b; }
 
-// Bounds that are written in place: a box for every block of `capacity` points.
+// Bounds that are written in place: the boxes of all blocks and tiles of `capacity` points.
 void check_bounds(const Tensor& bounds, index_t capacity);
 
-// The boxes of blocks first, .., last - 1 of the first `count` points or, given `touched`, of those whose byte is not 0.
+// The boxes of blocks first, .., last - 1 of the first `count` points or, given `touched`, of those whose byte is not 0;
+// and of the tiles they are in. No block from the last on has a live point.
 void update_bounds(const float* points, index_t count, index_t first, index_t last, const uint8_t* touched,
-                   float* bounds);
+                   index_t capacity, float* bounds);
 
 // The numbers of the blocks that some of the views may see, in order; without bounds, of all blocks.
 class SeenBlocks {
@@ -104,13 +105,13 @@ class SeenBlocks {
   bool by(index_t t, index_t first, index_t last) const {
     if (seen_.empty()) return true;
     for (index_t k = first; k < last; ++k)
-      if (seen_[t * tiles_ + numbers_[k] / 64] >> (numbers_[k] % 64) & 1) return true;
+      if (seen_[t * tiles_ + numbers_[k] / kTileBlocks] >> (numbers_[k] % kTileBlocks) & 1) return true;
     return false;
   }
 
  private:
   std::vector<uint32_t> numbers_;
-  index_t tiles_ = 0;           // of 64 blocks
+  index_t tiles_ = 0;
   std::vector<uint64_t> seen_;  // (views, tiles), a bit a block; empty without bounds
 };
 

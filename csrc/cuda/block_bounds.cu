@@ -1,6 +1,7 @@
-// block_bounds on CUDA: the box of every block of tokens.
+// block_bounds on CUDA: the boxes of blocks of tokens and of tiles of blocks.
 //
-// In: points (N, 4). In place: bounds (ceil(N / 256), 6), least and greatest x, y, z of the live points that are finite.
+// In: points (N, 4). In place: bounds (B + ceil(B / 64), 6) with B = ceil(N / 256), least and greatest x, y, z of
+// the live points that are finite.
 #include "bounds.cuh"
 
 namespace mirage::cuda {

@@ -1,4 +1,4 @@
-// Boxes of blocks of tokens: a thread block a box.
+// Boxes of blocks of tokens, and of tiles of blocks: a thread block a box.
 #pragma once
 
 #include "../core/frustum.h"
@@ -9,30 +9,54 @@ namespace mirage::cuda {
 // Float bits as integers in the order of the floats, -0 before 0; its own inverse.
 __device__ __forceinline__ int ordered(int bits) { return bits ^ ((bits >> 31) & 0x7fffffff); }
 
-// Writes the box of one block of the first `count` points; all kBlockTokens threads of a thread block call it together.
-__device__ __forceinline__ void write_box(const float4* points, index_t count, index_t block, float* bounds) {
-  __shared__ int sides[kBoxSize][kBlockTokens / 32];
-  const index_t i = block * kBlockTokens + threadIdx.x;
-  float4 p = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-  if (i < count) p = points[i];
-  const bool counts = i < count && is_finite(p.x) && is_finite(p.y) && is_finite(p.z);
-  const float xyz[3] = {p.x, p.y, p.z};
+// Writes the box around what the kThreads threads of a thread block call this with together: no box where `counts` is not.
+template <int kThreads>
+__device__ __forceinline__ void write_around(bool counts, const float (&low)[3], const float (&high)[3], float* box) {
+  __shared__ int sides[kBoxSize][kThreads / 32];
   for (int j = 0; j < 3; ++j) {
-    const int low = warp_min(ordered(static_cast<int>(counts ? float_bits(xyz[j]) : 0x7f800000u)));
-    const int high = warp_max(ordered(static_cast<int>(counts ? float_bits(xyz[j]) : 0xff800000u)));
+    const int least = warp_min(ordered(static_cast<int>(counts ? float_bits(low[j]) : 0x7f800000u)));
+    const int greatest = warp_max(ordered(static_cast<int>(counts ? float_bits(high[j]) : 0xff800000u)));
     if (threadIdx.x % 32 == 0) {
-      sides[j][threadIdx.x / 32] = low;
-      sides[3 + j][threadIdx.x / 32] = high;
+      sides[j][threadIdx.x / 32] = least;
+      sides[3 + j][threadIdx.x / 32] = greatest;
     }
   }
   __syncthreads();
   if (threadIdx.x < kBoxSize) {
     int side = sides[threadIdx.x][0];
-    for (int w = 1; w < kBlockTokens / 32; ++w)
+    for (int w = 1; w < kThreads / 32; ++w)
       side = threadIdx.x < 3 ? min(side, sides[threadIdx.x][w]) : max(side, sides[threadIdx.x][w]);
-    bounds[block * kBoxSize + threadIdx.x] = bits_float(static_cast<uint32_t>(ordered(side))) + 0.0f;  // no -0
+    box[threadIdx.x] = bits_float(static_cast<uint32_t>(ordered(side))) + 0.0f;  // no -0
   }
   __syncthreads();
+}
+
+// Writes the box of one block of the first `count` points; all kBlockTokens threads of a thread block call it together.
+__device__ __forceinline__ void write_box(const float4* points, index_t count, index_t block, float* bounds) {
+  const index_t i = block * kBlockTokens + threadIdx.x;
+  float4 p = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+  if (i < count) p = points[i];
+  const float xyz[3] = {p.x, p.y, p.z};
+  const bool counts = i < count && is_finite(p.x) && is_finite(p.y) && is_finite(p.z);
+  write_around<kBlockTokens>(counts, xyz, xyz, bounds + block * kBoxSize);
+}
+
+// The boxes of tiles, whose blocks have theirs: of all or, given a write's report, of those that hold blocks it appended
+// to, counted from the first of them.
+static __global__ void __launch_bounds__(kTileBlocks)
+    tiles_kernel(const int64_t* __restrict__ num_points, const int64_t* __restrict__ report, index_t capacity,
+                 float* __restrict__ bounds) {
+  const index_t count = live_points(num_points, capacity), written = report == nullptr ? count : report[0];
+  const index_t first = (count - written) / (kBlockTokens * kTileBlocks);
+  const index_t block = (first + blockIdx.x) * kTileBlocks + threadIdx.x;
+  if (report != nullptr && (written <= 0 || (first + blockIdx.x) * kTileBlocks * kBlockTokens >= count)) return;
+  const bool counts = block * kBlockTokens < count;
+  float box[kBoxSize] = {};
+  if (counts)
+    for (int j = 0; j < kBoxSize; ++j) box[j] = bounds[block * kBoxSize + j];
+  const float low[3] = {box[0], box[1], box[2]}, high[3] = {box[3], box[4], box[5]};
+  const index_t blocks = (capacity + kBlockTokens - 1) / kBlockTokens;
+  write_around<kTileBlocks>(counts, low, high, bounds + (blocks + first + blockIdx.x) * kBoxSize);
 }
 
 // The boxes of all blocks or, given `touched`, of those whose word is not 0.
@@ -51,13 +75,16 @@ inline void update_bounds(const Tensor& points, const int64_t* num_points, const
   bounds_kernel<<<grid_for(capacity, kBlockTokens, 8), kBlockTokens, 0, stream>>>(
       input<float4>(points), num_points, capacity, touched, output<float>(bounds));
   STD_CUDA_KERNEL_LAUNCH_CHECK();
+  tiles_kernel<<<static_cast<unsigned>(divide_up(capacity, kBlockTokens * kTileBlocks)), kTileBlocks, 0, stream>>>(
+      num_points, nullptr, capacity, output<float>(bounds));
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
-// Bounds that are written in place: a box for every block of `capacity` points.
+// Bounds that are written in place: the boxes of all blocks and tiles of `capacity` points.
 inline void check_bounds(const Tensor& bounds, index_t capacity) {
   STD_TORCH_CHECK(bounds.is_cuda() && bounds.scalar_type() == ScalarType::Float && bounds.is_contiguous() &&
-                      bounds.numel() == divide_up(capacity, kBlockTokens) * kBoxSize,
-                  "bounds must be contiguous float32 with a box for every 256 points: they are written in place");
+                      bounds.numel() == bounds_rows(capacity) * kBoxSize,
+                  "bounds must be contiguous float32 with the boxes of ", capacity, " points: they are written in place");
 }
 
 }  // namespace mirage::cuda

@@ -67,7 +67,8 @@ class Culled {
     const int views = static_cast<int>(cameras.size(0));
     if (!bounds_.has_value() || capacity == 0) return;
     const Tensor bounds = checked(*bounds_, ScalarType::Float, "bounds");
-    STD_TORCH_CHECK(bounds.numel() == blocks * kBoxSize, "bounds must hold a box for every 256 points");
+    STD_TORCH_CHECK(bounds.numel() == bounds_rows(capacity) * kBoxSize, "bounds must hold the boxes of ", capacity,
+                    " points");
     masks_ = new_tensor(points, {divide_up(views, kWordViews), blocks}, ScalarType::Int);
     numbers_ = new_tensor(points, {blocks}, ScalarType::Int);
     listed_ = new_tensor(points, {1}, ScalarType::Int);

@@ -1,4 +1,4 @@
-"""`block_bounds`: the box of every block of tokens, a program each."""
+"""`block_bounds`: the boxes of blocks of tokens and of tiles of blocks, a program each."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..reference import BLOCK
+from ..reference import BLOCK, TILE
 from .camera import is_finite, load_points
 from .launch import EXACT, cdiv, device_of, implements
 
@@ -44,6 +44,40 @@ def bounds_kernel(points, num_points, touched, bounds, points_total, POINTS: tl.
         store_box(points, live, block, bounds, POINTS)
 
 
+@triton.jit
+def around(bounds, block, counts, SIDE: tl.constexpr, box):
+    low = tl.load(bounds + block * 6 + SIDE, mask=counts, other=float("inf"))
+    high = tl.load(bounds + block * 6 + 3 + SIDE, mask=counts, other=-float("inf"))
+    tl.store(box + SIDE, tl.min(low, axis=0) + 0.0)
+    tl.store(box + 3 + SIDE, tl.max(high, axis=0) + 0.0)
+
+
+@triton.jit(do_not_specialize=["points_total"])
+def tiles_kernel(num_points, report, bounds, points_total, POINTS: tl.constexpr, BLOCKS: tl.constexpr):
+    """The boxes of all tiles or, given a write's ``report``, of those that hold blocks it appended to."""
+    live = tl.cast(points_total, tl.int64)
+    blocks = (live + POINTS - 1) // POINTS
+    if num_points is not None:
+        live = tl.minimum(live, tl.load(num_points))
+    tile = tl.cast(tl.program_id(0), tl.int64)
+    wanted = True
+    if report is not None:
+        written = tl.load(report)
+        tile += (live - written) // (POINTS * BLOCKS)
+        wanted = (written > 0) & (tile * BLOCKS * POINTS < live)
+    if wanted:
+        block = tile * BLOCKS + tl.arange(0, BLOCKS)
+        box = bounds + (blocks + tile) * 6
+        around(bounds, block, block * POINTS < live, 0, box)
+        around(bounds, block, block * POINTS < live, 1, box)
+        around(bounds, block, block * POINTS < live, 2, box)
+
+
+def bound_tiles(num_points: Tensor | None, report: Tensor | None, bounds: Tensor, points: int, tiles: int) -> None:
+    """See :func:`tiles_kernel`; ``points`` are those that ``bounds`` has room for, ``tiles`` at least those to write."""
+    tiles_kernel[(tiles,)](num_points, report, bounds, points, POINTS=BLOCK, BLOCKS=TILE, num_warps=2, **EXACT)
+
+
 def update_bounds(points: Tensor, num_points: Tensor | None, touched: Tensor | None, bounds: Tensor) -> None:
     """Boxes of ``points`` (N, 4), contiguous, into ``bounds``; ``touched`` (blocks,) uint8 picks blocks."""
     if points.shape[0] > 0:
@@ -51,6 +85,7 @@ def update_bounds(points: Tensor, num_points: Tensor | None, touched: Tensor | N
             bounds_kernel[(cdiv(points.shape[0], BLOCK),)](
                 points, num_points, touched, bounds, points.shape[0], POINTS=BLOCK, num_warps=2, **EXACT
             )
+            bound_tiles(num_points, None, bounds, points.shape[0], cdiv(points.shape[0], BLOCK * TILE))
 
 
 @implements("block_bounds")

@@ -9,9 +9,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..reference import BLOCK
+from ..reference import BLOCK, TILE
 from .back_project import CLASSES, KEPT, MASKED, NON_FINITE, OUT_OF_RANGE, UNKNOWN_DEPTH, lift_tokens
-from .block_bounds import store_box
+from .block_bounds import bound_tiles, store_box
 from .features import is_storable, magnitude_bits, raw, store_features, token_scale
 from .launch import EXACT, cdiv, device_of, implements, power_of_2
 
@@ -240,4 +240,5 @@ def cache_write(
             appended_bounds_kernel[(cdiv(latents.shape[0] * cells, BLOCK) + 1,)](
                 points, count, report, bounds, POINTS=BLOCK, num_warps=2, **EXACT
             )
+            bound_tiles(count, report, bounds, capacity, cdiv(latents.shape[0] * cells, BLOCK * TILE) + 1)
     return report
