@@ -564,7 +564,7 @@ def cache_write(
 
 
 def block_bounds(points: Tensor, *, num_points: Tensor | None = None, out: Tensor | None = None) -> Tensor:
-    """The boxes of blocks of 256 consecutive points, and of 64 such blocks, by which reads pass over what no camera sees.
+    """Boxes of blocks of 256 consecutive points, and of 64 such blocks, by which reads pass over what no camera sees.
 
     Least x, y, z and greatest x, y, z over the live points of each block whose coordinates are finite (no camera sees
     the others); a block without any has +inf and -inf. Exact, and the same bits on every backend, with 0 for -0. With

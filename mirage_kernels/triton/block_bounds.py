@@ -74,7 +74,7 @@ def tiles_kernel(num_points, report, bounds, points_total, POINTS: tl.constexpr,
 
 
 def bound_tiles(num_points: Tensor | None, report: Tensor | None, bounds: Tensor, points: int, tiles: int) -> None:
-    """See :func:`tiles_kernel`; ``points`` are those that ``bounds`` has room for, ``tiles`` at least those to write."""
+    """See :func:`tiles_kernel`; ``bounds`` has room for ``points``, and no more than ``tiles`` are to be written."""
     tiles_kernel[(tiles,)](num_points, report, bounds, points, POINTS=BLOCK, BLOCKS=TILE, num_warps=2, **EXACT)
 
 
