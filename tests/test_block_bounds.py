@@ -38,11 +38,8 @@ def definition(points: torch.Tensor, live: int | None = None) -> torch.Tensor:
 @pytest.mark.parametrize("count", [0, 1, 255, 256, 257, 1000, BLOCK * TILE, BLOCK * TILE + 1])
 def test_least_and_greatest_of_each_block(backend, count):
     points, _ = scenes.cloud(np.random.default_rng(count), count, 1)
-    bounds = block_bounds(backend.put(points))
-    assert (
-        bounds.shape == (-(-count // BLOCK) + -(-count // (BLOCK * TILE)), 6)
-        and bounds.device == backend.put(points).device
-    )
+    bounds, rows = block_bounds(backend.put(points)), -(-count // BLOCK) + -(-count // (BLOCK * TILE))
+    assert bounds.shape == (rows, 6) and bounds.device == backend.put(points).device
     assert_equal_bits([bounds], [definition(points)])
 
 
