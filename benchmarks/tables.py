@@ -1,8 +1,8 @@
 """The tables of README.md and benchmarks/README.md, from the results: ``python -m benchmarks.tables --write``.
 
 A table stands between ``<!-- bench:NAME -->`` and ``<!-- /bench -->``. ``--check`` fails where a file does not say what
-the results say. Nothing here is computed from anything but ``benchmarks/results/*/results.json``, and the
-``fidelity/fidelity.json`` beside one of them.
+the results say. Nothing here is computed from anything but ``benchmarks/results/*/results.json``, the
+``fidelity/fidelity.json`` beside one of them, and what `mirage evaluate` said of mirage-tiny, which lies beside it.
 """
 
 from __future__ import annotations
@@ -14,6 +14,9 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from mirage.evaluation_report import format_goals, format_table
+from mirage.memories import MIRAGE_TINY_FOLDER
 
 from .fidelity import find
 from .goals import Outcome, outcomes
@@ -322,7 +325,24 @@ def fidelity_time(results: Results) -> str:
     return _table(["9 views of 120 frames", "tokens", "read", "against the faster reference"], lines)
 
 
+def closed_loop(results: Results) -> str:
+    reports = [json.loads(path.read_text()) for path in MIRAGE_TINY_FOLDER.glob("evaluation-*.json")]
+    parts = []
+    for report in sorted(reports, key=lambda one: one["frames"]):
+        seeds = ":".join(map(str, report["seeds"]))
+        parts += [
+            f"Loops of {report['frames']} frames, {report['rooms']} rooms (seeds {seeds}), {report['steps']} steps.",
+            "",
+            *format_table(report),
+            "",
+            *format_goals(report),
+            "",
+        ]
+    return "\n".join(parts) if parts else NOT_MEASURED
+
+
 BLOCKS: dict[str, Callable[[Results], str]] = {
+    "closed-loop": closed_loop,
     "fidelity-reads": fidelity_reads,
     "fidelity-policies": fidelity_policies,
     "fidelity-laps": fidelity_laps,

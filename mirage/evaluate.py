@@ -460,13 +460,14 @@ def _check(options: EvaluateOptions) -> None:
         ("memory", options.memory, MEMORIES),
         ("depth", options.depth, DEPTHS),
         ("weights", tuple(options.weights), MEMORIES),
-        ("write-policy", (options.write_policy,), WRITE_POLICIES),
     ):
         wrong = [value for value in values if value not in allowed]
         if wrong or len(set(values)) < len(values) or (not values and name != "weights"):
             raise ValueError(
                 f"{name} must be different ones of {', '.join(allowed)}, got {', '.join(values) or 'none'}"
             )
+    if options.write_policy not in WRITE_POLICIES:
+        raise ValueError(f"write-policy must be one of {', '.join(WRITE_POLICIES)}, got {options.write_policy!r}")
     if min(options.size) < 32 or any(side % 32 for side in options.size):
         raise ValueError(f"size must be multiples of 32, got {options.size[0]}x{options.size[1]}")
     if options.steps < 1:

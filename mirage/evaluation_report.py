@@ -148,7 +148,7 @@ def format_report(report: dict[str, Any]) -> str:
             f"| {name} | " + " | ".join(_number(value) for value in figures["revisit_psnr_per_chunk"]) + " |"
             for name, figures in memories.items()
         ]
-        lines += ["", *(_goal(goal) for goal in report["goals"][depth])]
+        lines += ["", *map(_goal, report["goals"][depth])]
     lines += [
         "",
         "Revisit: a frame against the first frame of the same pose, where that is further back than a chunk and the"
@@ -192,6 +192,12 @@ def format_table(report: dict[str, Any]) -> list[str]:
             lines.append(f"| {name} | {figures['depth']} | {' | '.join(cells)} |")
     cells = [_cell(report["ceiling"], key) for key in _SHORT.values()]
     return [*lines, f"| (the VAE alone) | | {' | '.join(cells)} |"]
+
+
+def format_goals(report: dict[str, Any]) -> list[str]:
+    """Lines that say of each goal whether it is met, with each depth."""
+    names = {"true": "true depth", "head": "the depth head's"}
+    return [f"{_goal(goal)} ({names[depth]})" for depth, found in report["goals"].items() for goal in found]
 
 
 def _numbers(figures: dict[str, Any]) -> range:

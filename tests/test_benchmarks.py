@@ -51,8 +51,9 @@ def test_a_stale_table_is_found_and_written(
         tables.render("<!-- bench:nothing -->\n<!-- /bench -->", [])
 
 
-def test_what_was_not_measured_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_was_not_measured_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tables, "load_fidelity", dict)
+    monkeypatch.setattr(tables, "MIRAGE_TINY_FOLDER", tmp_path)
     for name, block in tables.BLOCKS.items():
         text = block([])
         assert report.NOT_MEASURED in text, name

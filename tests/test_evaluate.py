@@ -18,8 +18,8 @@ from skimage.metrics import structural_similarity
 
 from mirage import cli
 from mirage.checkpoints import save_lora
-from mirage.evaluate import LOOPS, make_loop, measure
-from mirage.evaluation_report import goals, summarise
+from mirage.evaluate import LOOPS, EvaluateOptions, make_loop, measure, run_evaluate
+from mirage.evaluation_report import format_goals, goals, summarise
 from mirage.figures import line_chart, load_video
 from mirage.metrics import LAG, MOST_PSNR, consistency, find_first_visits, find_revisits, load_lpips, psnr, ssim
 from mirage.training.card import add_evaluation, write_card
@@ -203,6 +203,9 @@ def test_the_command_films_measures_reports_and_goes_on(
     assert report["memory_by_depth"]["head"]["ours"]["depth"] == "head"
     assert report["memory_by_depth"]["head"]["none"] == report["memory_by_depth"]["true"]["none"]
     assert {goal["goal"] for goal in report["goals"]["head"]} >= {"revisit PSNR less that of no memory, dB"}
+    told = format_goals(report)
+    assert [line.rsplit(" (", 1)[1] for line in told] == ["true depth)"] * 2 + ["the depth head's)"] * 2
+    assert all(": met" in line or ": missed" in line for line in told)
     (tmp_path / "training.json").write_text(json.dumps({"stages": [], "torch": "", "threads": 1, "machine": ""}))
     add_evaluation(tmp_path, report)
     write_card(tmp_path)
@@ -232,6 +235,8 @@ def test_what_the_command_refuses(tmp_path: Path, model: Path, capsys: pytest.Ca
         assert run("--model", model / "model", "--out", tmp_path / "out", *QUICK, "--memory", "ours", *arguments) == 2
         assert message in capsys.readouterr().err
     assert not list((tmp_path / "out").glob("report*"))
+    with pytest.raises(ValueError, match="write-policy must be one of append, bounded, got 'keep'"):
+        run_evaluate(EvaluateOptions(tmp_path, str(model / "model"), write_policy="keep"))
     with pytest.raises(SystemExit):
         run("--model", "tiny-random", "--seeds", "7")
     assert "must be FIRST:STOP such as 10000:10032, got '7'" in capsys.readouterr().err
