@@ -43,7 +43,7 @@ from .pixel_memory import CHANNELS, make_pixel_cache
 from .run_store import RunStore
 from .session import DepthSources, MirageChunk, MirageSession, Prompt, Settings
 from .static_filter import StaticFilter, make_static_filter
-from .streaming import encode_frames
+from .streaming import encode_frames, encode_still
 from .transformer import MirageTransformer3DModel
 
 Callback: TypeAlias = Callable[..., dict[str, Any]] | PipelineCallback | MultiPipelineCallbacks
@@ -499,6 +499,10 @@ class MiragePipeline(DiffusionPipeline, WanLoraLoaderMixin):
     def encode_image(self, image: Tensor) -> Tensor:
         """Normalised latents (1, C, 1, h, w) float32 of an image (1, 3, H, W) in [-1, 1]."""
         return encode_frames(self.vae, image[:, :, None]).to(self._execution_device)
+
+    def encode_still(self, image: Tensor) -> Tensor:
+        """What the memory keeps of an image, likewise, see :func:`~mirage.streaming.encode_still`."""
+        return encode_still(self.vae, image).to(self._execution_device)
 
     def make_memory_context(self, readout: Tensor, visible: Tensor) -> Tensor:
         """What the adapter is given, (1, control channels, F, h, w), from what the memory shows.

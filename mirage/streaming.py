@@ -80,6 +80,19 @@ def encode_frames(vae: AutoencoderKLWan, frames: Tensor) -> Tensor:
     return normalise_latents(vae, encoded.latent_dist.mode().float())
 
 
+def encode_still(vae: AutoencoderKLWan, image: Tensor) -> Tensor:
+    """What a memory keeps of an image: the latent of a video that stands still, (1, z_dim, 1, h, w) float32.
+
+    The VAE is causal, and its first latent frame is of a single picture: another code than that of the four pictures of
+    every later one, and of little use to what reads it as such. Of five pictures alike, the second latent frame is
+    taken.
+
+    Args:
+        image: (1, 3, H, W) float in [-1, 1], as of :func:`encode_frames`.
+    """
+    return encode_frames(vae, image[:, :, None].expand(-1, -1, 5, -1, -1))[:, :, 1:]
+
+
 @dataclass(frozen=True)
 class DecoderState:
     """What a decoder carries from piece to piece. The vae puts new tensors into its caches and writes into none, so

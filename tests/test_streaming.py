@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mirage.streaming import StreamingDecoder, denormalise_latents, encode_frames, normalise_latents
+from mirage.streaming import StreamingDecoder, denormalise_latents, encode_frames, encode_still, normalise_latents
 
 FORMS: dict[str, dict[str, Any]] = {
     "2.1": {},
@@ -473,6 +473,14 @@ def test_scale_is_the_pipelines(dtype):
     raw = denormalise_latents(vae, latents)
     assert raw.dtype == dtype
     torch.testing.assert_close(raw.float(), encoded, rtol=0.03 if dtype == torch.bfloat16 else 1e-5, atol=1e-2)
+
+
+def test_a_still_is_of_a_video_that_stands_still(wan22):
+    image = noise(1, 3, 32, 48).clamp(-1, 1)
+    still = encode_still(wan22, image)
+    assert still.shape == (1, 48, 1, 2, 3) and still.dtype == torch.float32
+    assert torch.equal(still, encode_frames(wan22, torch.stack([image] * 5, 2))[:, :, 1:])
+    assert not torch.allclose(still, encode_frames(wan22, image[:, :, None]), atol=0.1)
 
 
 def test_bad_frames_are_refused(wan22):

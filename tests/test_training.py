@@ -32,6 +32,7 @@ from mirage.cli import main
 from mirage.conditioning import CleanFrames
 from mirage.pipeline import check_models
 from mirage.session import Prompt, Settings
+from mirage.streaming import encode_still
 from mirage.tiny import assemble_mirage_tiny, mirage_tiny_pipeline, tiny_random_pipeline
 from mirage.training.loop import METRICS, train
 from mirage.training.models import trained
@@ -451,6 +452,28 @@ def test_prepare_then_train_on_what_it_packed(tmp_path: Path, capsys: pytest.Cap
     assert main(["train", str(file), "stage=fly"]) == 2
     assert "stage must be one of vae, backbone, adapter, lora, got 'fly'" in capsys.readouterr().err
     assert main(["train", str(tmp_path / "none.yaml")]) == 2
+
+
+def test_a_memory_keeps_a_still_of_a_clips_first_frame(tmp_path: Path) -> None:
+    from mirage.training.prepare import prepare
+
+    asked = config("adapter")
+    prepare(asked, tmp_path / "packed", progress=False)
+    data = {"sources": [{"kind": "packed", "path": str(tmp_path / "packed")}]}
+    models = models_of(asked)
+    maker = ChunkMaker(asked, models, torch.device("cpu"))
+    (clip,), packed = ([one.clip for one in draw(a, 0)] for a in (asked, config("adapter", data=data)))
+    assert clip.frames is not None
+    still = encode_still(models.vae, clip.frames[:1] * 2.0 - 1.0)[0, :, 0]
+    for one in (clip, *packed):
+        latents = maker.latents(one)
+        memory = maker._new_memory(one, latents)
+        memory.write([0, 1], one.depth[:2], one.cameras[:2], one.static[:2])
+        rows = still, latents[1]
+        for frame, row in enumerate(rows):
+            held = memory.cache.features[memory.cache.frame_ids == frame]
+            assert len(held) > 5
+            torch.testing.assert_close(held, row[:, one.static[frame] & (one.depth[frame] > 0)].T, rtol=2e-3, atol=2e-3)
 
 
 def test_latents_of_another_vae_are_named(tmp_path: Path) -> None:

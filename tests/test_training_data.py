@@ -36,7 +36,8 @@ def packed(name: str = "clip", channels: int = 48, seed: int = 0) -> Clip:
     made = film(seed)
     clip = make_clip(name, "a room", made.images, made.depth, made.static, made.cameras, SIZE)
     latents = torch.randn(3, channels, 4, 6, generator=torch.Generator().manual_seed(seed)).half().float()
-    return Clip(name, "a room", clip.depth, clip.static, clip.cameras, None, latents, torch.randn(7, 16), "some vae")
+    still, embeds = (latents[1] + 1.0).half().float(), torch.randn(7, 16)
+    return Clip(name, "a room", clip.depth, clip.static, clip.cameras, None, latents, still, embeds, "some vae")
 
 
 def save_png(path: Path, values: Tensor, mode: str) -> None:
@@ -165,7 +166,7 @@ def test_packed_clips_round_trip(tmp_path: Path) -> None:
     clip = packed()
     save_clip(tmp_path / "clip.safetensors", clip)
     (got,) = (Clips(data(SourceConfig("packed", str(tmp_path))))[0].clip,)
-    for name in ("latents", "depth", "static", "prompt_embeds"):
+    for name in ("latents", "still", "depth", "static", "prompt_embeds"):
         assert torch.equal(getattr(got, name), getattr(clip, name)), name
     assert torch.equal(got.cameras.cam2world, clip.cameras.cam2world) and got.cameras.image_size == (64, 96)
     assert (got.prompt, got.vae, got.frames) == ("a room", "some vae", None)
@@ -256,7 +257,7 @@ def test_broken_clips_are_named_and_the_next_one_is_taken(tmp_path: Path) -> Non
     [
         (lambda content: content[:-100], "not a whole safetensors file .*; was it cut short?"),
         (lambda content: b"nothing", "not a whole safetensors file"),
-        (lambda content: content.replace(b"mirage-clip", b"mirage-clap"), "must be mirage-clip version 1"),
+        (lambda content: content.replace(b"mirage-clip", b"mirage-clap"), "must be mirage-clip version 2"),
     ],
 )
 def test_packed_clips_that_are_none(tmp_path: Path, change: Any, message: str) -> None:
@@ -269,7 +270,9 @@ def test_packed_values_are_checked(tmp_path: Path) -> None:
     clip = packed()
     assert clip.latents is not None
     for change, message in (
-        ({"latents": clip.latents * float("nan")}, "latents must be finite"),
+        ({"latents": clip.latents * float("nan")}, "latents and still must be finite"),
+        ({"still": clip.latents[0] * float("inf")}, "latents and still must be finite"),
+        ({"still": clip.latents}, r"still must be a latent frame \(48, 4, 6\), got \(3, 48, 4, 6\)"),
         ({"depth": clip.depth[:2]}, r"must be of the same tokens, got \(3, 48, 4, 6\), \(2, 4, 6\)"),
     ):
         save_clip(tmp_path / "clip", Clip(**{**vars(clip), **change}))

@@ -49,7 +49,7 @@ from ..synthetic import SyntheticRoom
 from ..trajectories import load_realestate10k
 from .config import DataConfig, SourceConfig
 
-FORMAT, VERSION = "mirage-clip", 1
+FORMAT, VERSION = "mirage-clip", 2
 RATIO = 16
 """Pixels along a side of a token."""
 
@@ -68,6 +68,7 @@ class Clip:
         cameras: of the F latent frames, image size of the frames.
         frames: (N, 3, H, W) float32 in [0, 1]; None where there are latents.
         latents: (F, C, h, w) float32, normalised; None where there are frames.
+        still: (C, h, w) float32, beside latents: of the first frame, see :func:`~mirage.streaming.encode_still`.
         prompt_embeds: (L, D), where they were encoded.
         vae: fingerprint of the VAE that has encoded the latents.
     """
@@ -79,6 +80,7 @@ class Clip:
     cameras: Cameras
     frames: Tensor | None = None
     latents: Tensor | None = None
+    still: Tensor | None = None
     prompt_embeds: Tensor | None = None
     vae: str | None = None
 
@@ -225,9 +227,10 @@ def make_clip(
 
 def save_clip(path: Path, clip: Clip) -> None:
     """Write a clip with latents to a safetensors file, atomically: latents float16, everything else as it is."""
-    assert clip.latents is not None
+    assert clip.latents is not None and clip.still is not None
     tensors = {
         "latents": clip.latents.half(),
+        "still": clip.still.half(),
         "depth": clip.depth,
         "static": clip.static,
         "intrinsics": clip.cameras.intrinsics,
@@ -267,6 +270,7 @@ def load_clip(name: str, content: bytes) -> Clip:
         raise ValueError(f"{name}: must be {FORMAT} version {VERSION}, which `mirage prepare` writes, got {got}")
     try:
         latents, depth, static = tensors["latents"].float(), tensors["depth"], tensors["static"]
+        still = tensors["still"].float()
         cameras = Cameras(tensors["intrinsics"], tensors["cam2world"], tensors["image_size"].tolist())
     except (KeyError, TypeError) as error:
         raise ValueError(f"{name}: a clip must hold its tensors: {error}") from None
@@ -276,8 +280,10 @@ def load_clip(name: str, content: bytes) -> Clip:
     if latents.ndim != 4 or depth.shape != grid or static.shape != grid or len(cameras) != grid[0]:
         shapes = f"{tuple(latents.shape)}, {tuple(depth.shape)}, {tuple(static.shape)} and {len(cameras)} cameras"
         raise ValueError(f"{name}: latents, depth and static must be of the same tokens, got {shapes}")
-    if not latents.isfinite().all():
-        raise ValueError(f"{name}: latents must be finite")
+    if still.shape != latents.shape[1:]:
+        raise ValueError(f"{name}: still must be a latent frame {tuple(latents.shape[1:])}, got {tuple(still.shape)}")
+    if not (latents.isfinite().all() and still.isfinite().all()):
+        raise ValueError(f"{name}: latents and still must be finite")
     return Clip(
         name,
         metadata.get("prompt", ""),
@@ -285,6 +291,7 @@ def load_clip(name: str, content: bytes) -> Clip:
         static=static,
         cameras=cameras,
         latents=latents,
+        still=still,
         prompt_embeds=tensors.get("prompt_embeds"),
         vae=metadata.get("vae") or None,
     )

@@ -25,7 +25,7 @@ from ..conditioning import CleanFrames, choose_references, make_memory_context, 
 from ..latent_depth import latent_depth_loss, pluecker_rays
 from ..memories import SPLATS
 from ..pixel_memory import between, make_pixel_cache, read_pixels, write_pixels
-from ..streaming import StreamingDecoder, encode_frames
+from ..streaming import StreamingDecoder, encode_frames, encode_still
 from .config import ObjectiveConfig, TrainConfig
 from .data import Clip, Drawn, mix
 from .models import HALF, Models, trained
@@ -91,10 +91,10 @@ class _Seen:
 
 
 class _LatentMemory:
-    """Of a clip's latent frames. Everything is kept: chance has thinned out what is written."""
+    """Of a clip's latent frames, the first a still one. Everything is kept: chance has thinned out what is written."""
 
-    def __init__(self, latents: Tensor, splat: str) -> None:
-        self.latents, self.splat = latents, splat
+    def __init__(self, latents: Tensor, still: Tensor, splat: str) -> None:
+        self.latents, self.splat = torch.cat([still[None], latents[1:]]), splat
         self.cache = LatentCache(latents.shape[1], device=latents.device, write_policy="append")
 
     def write(self, frames: list[int], depth: Tensor, cameras: Cameras, static: Tensor) -> None:
@@ -213,6 +213,13 @@ class ChunkMaker:
         video = clip.frames.movedim(0, 1)[None].to(self.device) * 2.0 - 1.0
         return encode_frames(self.models.vae, video)[0].movedim(1, 0)
 
+    def _still(self, clip: Clip) -> Tensor:
+        """(C, h, w) float32, what a memory keeps of a clip's first frame; its latents have been looked at."""
+        if clip.still is not None:
+            return clip.still.to(self.device)
+        assert clip.frames is not None
+        return encode_still(self.models.vae, clip.frames[:1].to(self.device) * 2.0 - 1.0)[0, :, 0]
+
     def _levels(self, chance: torch.Generator, batch: int, length: int) -> Tensor:
         """(B, T): uniform before the scheduler's shift, alike in a chunk or, at times, drawn for every frame."""
         drawn = torch.rand(batch, length, generator=chance)
@@ -296,7 +303,7 @@ class ChunkMaker:
     def _new_memory(self, clip: Clip, latents: Tensor) -> _LatentMemory | _PixelMemory:
         if self.config.memory == "pixel":
             return _PixelMemory(self._pictures(clip, latents), self.models.vae, self.device, self._half)
-        return _LatentMemory(latents, SPLATS[self.config.memory])
+        return _LatentMemory(latents, self._still(clip), SPLATS[self.config.memory])
 
     def _pictures(self, clip: Clip, latents: Tensor) -> Tensor:
         """(F, 3, H, W) in [0, 1]: the clip's keyframes as generation would have them, decoded."""

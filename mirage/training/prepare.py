@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..extras import import_extra
-from ..streaming import encode_frames
+from ..streaming import encode_frames, encode_still
 from .config import TrainConfig
 from .data import Clips, read_vae, save_clip
 from .models import load_models
@@ -58,9 +58,14 @@ def prepare(config: TrainConfig, out: Path, device: str = "cpu", progress: bool 
             report["broken"][clips.sources[source].name(index)] = str(error)
             continue
         assert clip.frames is not None
-        latents = encode_frames(models.vae, clip.frames.movedim(0, 1)[None] * 2.0 - 1.0)[0].movedim(1, 0)
+        frames = clip.frames * 2.0 - 1.0
         packed = dataclasses.replace(
-            clip, frames=None, latents=latents, prompt_embeds=_without_padding(models.text(clip.prompt)), vae=word
+            clip,
+            frames=None,
+            latents=encode_frames(models.vae, frames.movedim(0, 1)[None])[0].movedim(1, 0),
+            still=encode_still(models.vae, frames[:1])[0, :, 0],
+            prompt_embeds=_without_padding(models.text(clip.prompt)),
+            vae=word,
         )
         save_clip(path, packed)
         report["written"] += 1
