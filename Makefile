@@ -45,6 +45,7 @@ tiny: $(READY)
 	$(BIN)/python -m mirage train configs/tiny/vae.yaml
 	$(BIN)/python -m mirage train configs/tiny/vae-video.yaml
 	$(BIN)/python -m mirage train configs/tiny/vae-shifted.yaml
+	$(BIN)/python -m mirage train configs/tiny/vae-steady.yaml
 	$(BIN)/python -m mirage prepare configs/tiny/clips.yaml --out runs/tiny/clips
 	$(BIN)/python -m mirage train configs/tiny/backbone.yaml
 	$(BIN)/python -m mirage train configs/tiny/adapter.yaml

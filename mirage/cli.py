@@ -148,6 +148,7 @@ def _add_evaluate(commands: Any) -> None:
         default="append",
         help="of our memory: keep everything, as the others do, or bounded (append)",
     )
+    add("--texture", type=float, default=0.25, help="contrast of the rooms' patterns, 0 to 1 (0.25, as mirage-tiny's)")
     add("--depth", type=_parse_names, default=("true", "head"), help="true, head: whose depth is written (true,head)")
     add("--out", type=Path, metavar="DIR", default=Path("mirage-evaluation"), help="where to write")
     add("--size", type=_parse_size, metavar="HxW", default=(96, 160), help="of the frames, multiples of 32 (96x160)")

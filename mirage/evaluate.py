@@ -41,7 +41,7 @@ CEILING = "codec"
 """The true pictures, encoded and decoded: what no memory can be better than."""
 
 _PACE = 0.5  # of the loops
-_VERSION = 2
+_VERSION = 3
 _SHOWN = 4  # rooms in the video
 _PRECEDING = 2  # latent frames before a chunk that the model sees anyway
 
@@ -66,6 +66,7 @@ class EvaluateOptions:
     device: str = "cpu"
     dtype: str | None = None
     write_policy: str = "append"
+    texture: float = 0.25
 
 
 def run_evaluate(options: EvaluateOptions, progress: bool = True) -> dict[str, Any]:
@@ -115,9 +116,11 @@ def run_evaluate(options: EvaluateOptions, progress: bool = True) -> dict[str, A
 # One room.
 
 
-def make_loop(seed: int, frames: int, size: Sequence[int]) -> tuple[SyntheticRoom, str, Cameras]:
+def make_loop(
+    seed: int, frames: int, size: Sequence[int], texture: float = EvaluateOptions.texture
+) -> tuple[SyntheticRoom, str, Cameras]:
     """The room of a seed, the kind of its loop, and the loop: what is filmed for it."""
-    room, kind = SyntheticRoom(seed, moving=0), LOOPS[seed % len(LOOPS)]
+    room, kind = SyntheticRoom(seed, moving=0, texture=texture), LOOPS[seed % len(LOOPS)]
     return room, kind, room.path(kind, frames, size, pace=_PACE)
 
 
@@ -143,7 +146,7 @@ def _one_room(
         if done["weights"] != weights:
             raise ValueError(f"{path}: made with other weights than those of memory {name} now: name another --out")
         return done
-    room, kind, cameras = make_loop(seed, options.frames, options.size)
+    room, kind, cameras = make_loop(seed, options.frames, options.size, options.texture)
     true = room.render(cameras)
     began = time.perf_counter()
     frames, cost = _recode(pipeline, true) if name == CEILING else film(options, pipeline, name, depth, room, true)
@@ -332,6 +335,7 @@ def _report(
         "guidance": options.guidance,
         "chunk_frames": options.chunk_frames,
         "write_policy": options.write_policy,
+        "texture": options.texture,
         "torch": torch.__version__,
         "device": torch.cuda.get_device_name() if options.device == "cuda" else "cpu",
         "lpips": has_lpips,
@@ -382,7 +386,7 @@ def _caption(report: dict[str, Any], name: str) -> str:
 def _side_by_side(options: EvaluateOptions, report: dict[str, Any], shown: dict[str, list[Path]]) -> Iterator[Tensor]:
     """The first rooms one after the other: the truth, and what each memory made of it."""
     for number, seed in enumerate(list(options.seeds)[:_SHOWN]):
-        room, _, cameras = make_loop(seed, options.frames, options.size)
+        room, _, cameras = make_loop(seed, options.frames, options.size, options.texture)
         true = room.render(cameras).images
         videos = [load_video(paths[number]) for paths in shown.values()]
         for row in zip(true, *videos, strict=False):
@@ -397,7 +401,7 @@ def _side_by_side(options: EvaluateOptions, report: dict[str, Any], shown: dict[
 def _sheet(options: EvaluateOptions, report: dict[str, Any]) -> Any:
     """The first room's way out, turn and way back: a row for each memory."""
     seed = options.seeds[0]
-    room, kind, cameras = make_loop(seed, options.frames, options.size)
+    room, kind, cameras = make_loop(seed, options.frames, options.size, options.texture)
     last = options.frames - 1
     numbers = sorted({0, last // 4, last // 2, last - last // 4, last})
     rows = {"true": room.render(cameras[numbers], [0.0] * len(numbers)).images}
@@ -426,7 +430,7 @@ def _room_path(options: EvaluateOptions, depth: str, name: str, seed: int) -> Pa
 def _record(options: EvaluateOptions) -> None:
     """Write down what rooms are filmed with, or check that it is what they were filmed with."""
     path = options.out / "settings.json"
-    names = ("frames", "size", "steps", "guidance", "chunk_frames", "dtype", "write_policy")
+    names = ("frames", "size", "steps", "guidance", "chunk_frames", "dtype", "write_policy", "texture")
     now = json.loads(json.dumps({"version": _VERSION} | {name: getattr(options, name) for name in names}))
     if path.exists():
         before = json.loads(path.read_text(encoding="utf-8"))
@@ -468,6 +472,8 @@ def _check(options: EvaluateOptions) -> None:
             )
     if options.write_policy not in WRITE_POLICIES:
         raise ValueError(f"write-policy must be one of {', '.join(WRITE_POLICIES)}, got {options.write_policy!r}")
+    if not 0.0 <= options.texture <= 1.0:
+        raise ValueError(f"texture must be in [0, 1], got {options.texture}")
     if min(options.size) < 32 or any(side % 32 for side in options.size):
         raise ValueError(f"size must be multiples of 32, got {options.size[0]}x{options.size[1]}")
     if options.steps < 1:

@@ -126,10 +126,10 @@ def format_report(report: dict[str, Any]) -> str:
     lines = [
         "# Closed loops in synthetic rooms",
         "",
-        f"`{report['model']}`, {report['rooms']} rooms (seeds {first}:{stop}, nothing moves in them), loops of"
-        f" {report['frames']} frames of {height}x{width} ({', '.join(report['loops'])}), chunks of"
-        f" {report['chunk_frames']}, {report['steps']} steps, guidance {report['guidance']:g},"
-        f" our memory's write policy {report['write_policy']}; torch {report['torch']},"
+        f"`{report['model']}`, {report['rooms']} rooms ({first}:{stop}; patterns of {report['texture']:g} of their"
+        f" contrast, nothing moves), loops of {report['frames']} frames of {height}x{width}"
+        f" ({', '.join(report['loops'])}), chunks of {report['chunk_frames']}, {report['steps']} steps, guidance"
+        f" {report['guidance']:g}, our memory's write policy {report['write_policy']}; torch {report['torch']},"
         f" {report['device']}.",
     ]
     ceiling = report["ceiling"]

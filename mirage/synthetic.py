@@ -135,6 +135,8 @@ class SyntheticRoom:
     Args:
         seed: an int >= 0; every seed is another room.
         moving: how many things move; None leaves it to the seed (none in half of the rooms, else one or two).
+        texture: contrast in [0, 1] of the patterns on walls, floor, ceiling and furniture; 0 leaves each its mean
+            colour. Posters and the sky stay as they are.
 
     Attributes:
         size: (x, y, z) of the room in metres.
@@ -145,13 +147,15 @@ class SyntheticRoom:
         ValueError: naming the argument.
     """
 
-    def __init__(self, seed: int, moving: int | None = None) -> None:
+    def __init__(self, seed: int, moving: int | None = None, texture: float = 1.0) -> None:
         for name, value in (("seed", seed), ("moving", moving)):
             if (value is not None or name == "seed") and (
                 isinstance(value, bool) or not isinstance(value, int) or value < 0
             ):
                 raise ValueError(f"{name} must be an int >= 0, got {value!r}")
-        self.seed = seed
+        if isinstance(texture, bool) or not isinstance(texture, (int, float)) or not 0.0 <= texture <= 1.0:
+            raise ValueError(f"texture must be in [0, 1], got {texture!r}")
+        self.seed, self._contrast = seed, float(texture)
         rng = random.Random(seed)
         self.size: Vector = (rng.uniform(4.0, 7.0), rng.uniform(2.4, 3.1), rng.uniform(4.0, 7.0))
         self._lamp = (rng.uniform(-0.2, 0.2) * self.size[0], -0.9 * self.size[1], rng.uniform(-0.2, 0.2) * self.size[2])
@@ -170,8 +174,8 @@ class SyntheticRoom:
         self.prompt = self._describe(*looks)
         self._atlas, self._level_starts = _pack(self._textures)
         self._table = torch.tensor(self._faces, dtype=torch.float64).T.contiguous()  # (12, faces)
-        texture, thing, is_round, is_sky = zip(*self._kinds, strict=True)
-        self._texture = torch.tensor(texture, dtype=torch.int32)
+        textures, thing, is_round, is_sky = zip(*self._kinds, strict=True)
+        self._texture = torch.tensor(textures, dtype=torch.int32)
         self._thing = torch.tensor(thing)
         self._round, self._sky = torch.tensor(is_round), torch.tensor(is_sky)
         self._moving = torch.tensor([t >= 0 and self.things[t].moves for t in thing])
@@ -286,7 +290,10 @@ class SyntheticRoom:
         return f"a room with {walls} walls and a {floor} floor, " + ", ".join(listed)
 
     def _add_texture(self, kind: str, rng: random.Random) -> int:
-        self._textures.append(_make_texture(kind, rng))
+        made = _make_texture(kind, rng)
+        if kind not in ("plain", "poster", "sky") and self._contrast < 1.0:
+            made = torch.lerp(made.mean((0, 1)).expand_as(made), made, self._contrast)
+        self._textures.append(made)
         return len(self._textures) - 1
 
     def _add_face(

@@ -230,6 +230,7 @@ def test_what_the_command_refuses(tmp_path: Path, model: Path, capsys: pytest.Ca
         (["--seeds", "5:5"], "seeds must be FIRST:STOP"),
         (["--frames", "96"], "frames must be 4 n + 1"),
         (["--size", "60x96"], "size must be multiples of 32, got 60x96"),
+        (["--texture", "2"], "texture must be in [0, 1], got 2"),
         (["--weights", f"ours={tmp_path}"], "must hold memory_adapter, latent_depth or lora.safetensors"),
     ):
         assert run("--model", model / "model", "--out", tmp_path / "out", *QUICK, "--memory", "ours", *arguments) == 2

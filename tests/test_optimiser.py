@@ -163,3 +163,24 @@ def test_latents_between_the_tokens_are_held_to_the_pictures_there() -> None:
     assert len({plain((bent, seed))["psnr"].item() for seed in range(4)}) == 1
     places = between_tokens(torch.arange(12.0).reshape(3, 4), 0.25, 0.5)
     assert torch.equal(places, torch.tensor([[1.5, 2.5, 3.5], [5.5, 6.5, 7.5]]))
+
+
+def test_steady_latents_are_those_of_a_camera_that_stands_still() -> None:
+    asked = config("vae", vae={"frames": 5, "steady": 2.0})
+    models = models_of(asked)
+    objective, plain = VaeObjective(asked, models), VaeObjective(config("vae", vae={"frames": 5}), models)
+    generator = torch.Generator().manual_seed(0)
+    moving = torch.rand(2, 3, 5, 64, 96, generator=generator) * 2 - 1
+    still = moving[:, :, :1].expand_as(moving)
+    assert objective((still, 0))["unsteady"].item() == pytest.approx(0.0, abs=1e-9)
+    losses = objective((moving, 0))
+    latents, stills = (
+        models.vae.encode(x).latent_dist.mean[:, :, 1] for x in (moving, moving[:, :, 4:].expand_as(moving))
+    )
+    expected = ((latents - stills).square().mean() / stills.var()).item()
+    assert losses["unsteady"].item() == pytest.approx(expected, rel=1e-4) and expected > 0.01
+    assert losses["loss"].item() == pytest.approx(plain((moving, 0))["loss"].item() + 2.0 * expected, rel=1e-4)
+    losses["unsteady"].backward()
+    assert models.vae.encoder.conv_in.weight.grad.abs().max() > 0
+    with pytest.raises(ValueError, match="vae.steady must be 0 with vae.frames of 1"):
+        config("vae", vae={"frames": 1, "steady": 1.0})

@@ -216,6 +216,20 @@ def test_a_seed_is_a_room(threads: Any) -> None:
     assert "room with" in rooms[0].prompt
 
 
+def test_texture_is_the_contrast_of_patterns() -> None:
+    # The same room, things, depth and paths; patterns of less and less contrast about the same colours.
+    rooms = [SyntheticRoom(5, texture=texture) for texture in (1.0, 0.25, 0.0)]
+    cameras = rooms[0].path("walk", 5, SIZE)
+    made = [room.render(cameras) for room in rooms]
+    for room, frames in zip(rooms, made, strict=True):
+        assert room.things == rooms[0].things and torch.equal(frames.depth, made[0].depth)
+        assert torch.equal(room.path("walk", 5, SIZE).cam2world, cameras.cam2world)
+    steps = [(frames.images[..., 1:] - frames.images[..., :-1]).abs().mean().item() for frames in made]
+    assert steps[0] > 1.5 * steps[1] > 1.5 * steps[2] > 0
+    assert (made[0].images.mean((2, 3)) - made[2].images.mean((2, 3))).abs().max() < 0.1
+    assert torch.equal(made[0].images, SyntheticRoom(5).render(cameras).images)
+
+
 def test_windows_show_the_sky() -> None:
     shown = []
     for seed in range(6):
@@ -236,6 +250,7 @@ def test_windows_show_the_sky() -> None:
         (lambda: SyntheticRoom(True), "seed must be an int >= 0, got True"),
         (lambda: SyntheticRoom(1.5), "seed must be an int >= 0, got 1.5"),  # type: ignore[arg-type]
         (lambda: SyntheticRoom(0, moving=-2), "moving must be an int >= 0, got -2"),
+        (lambda: SyntheticRoom(0, texture=1.5), r"texture must be in \[0, 1\], got 1.5"),
         (lambda: SyntheticRoom(0).path("fly", 5, SIZE), "kind must be one of walk, around, .*, got 'fly'"),
         (lambda: SyntheticRoom(0).path("walk", 5, SIZE, pace=0.0), "pace must be positive and finite, got 0.0"),
         (lambda: SyntheticRoom(0).path("walk", 0, SIZE), "num_frames must be an int >= 1, got 0"),

@@ -91,7 +91,13 @@ def test_three_steps_of_every_stage_chained(tmp_path: Path) -> None:
     for part in ("attn1.to_q", "attn1.to_k", "attn2.to_v", "attn2.to_out.0", "ffn.net.0.proj", "ffn.net.2"):
         assert any(part in name and parameter.any() for name, parameter in found.items())
     # As `make tiny` puts them together, and as `--model mirage-tiny` loads them.
-    for name, run in (("vae-video", "vae"), ("vae-shifted", "vae"), ("adapter-none", "adapter"), ("lora-none", "lora")):
+    for name, run in (
+        ("vae-video", "vae"),
+        ("vae-shifted", "vae"),
+        ("vae-steady", "vae"),
+        ("adapter-none", "adapter"),
+        ("lora-none", "lora"),
+    ):
         (tmp_path / name).symlink_to(tmp_path / run)
     assert 0 < assemble_mirage_tiny(tmp_path, tmp_path / "model") < 40e6
     written = {str(path.relative_to(tmp_path / "model" / "memories")) for path in tmp_path.glob("model/memories/*/*")}

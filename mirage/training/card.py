@@ -20,6 +20,7 @@ STAGES = {
     "vae": "VAE, on pictures",
     "vae-video": "VAE, on thirteen frames",
     "vae-shifted": "VAE, with latents read between the tokens",
+    "vae-steady": "VAE, with latents that keep little of the motion, in rooms of weak patterns",
     "backbone": "transformer and depth head, without a memory",
     "adapter": "memory adapter and depth head, transformer frozen",
     "lora": "LoRA on the transformer, adapter and depth head",

@@ -53,8 +53,9 @@ class SourceConfig:
             folders), "realestate10k" (with depth, see :mod:`mirage.training.data`) or "packed" (files or tar shards of
             `mirage prepare`).
         path: a folder; of "packed" also one .tar file.
-        rooms, first_seed, moving, paths, pace: of "synthetic": how many clips, the seed of the first, how many things
-            move (None leaves it to the seed), which kinds of camera path, how fast (1: up to 2 degrees a frame).
+        rooms, first_seed, moving, paths, pace, texture: of "synthetic": how many clips, the seed of the first, how many
+            things move (None leaves it to the seed), which kinds of camera path, how fast (1: up to 2 degrees a frame),
+            contrast of the patterns in [0, 1].
         stride: of "rgbd" and "realestate10k": every how many frames a clip starts; default the clip's length.
     """
 
@@ -65,6 +66,7 @@ class SourceConfig:
     moving: int | None = None
     paths: list[str] = field(default_factory=lambda: ["walk", "walk-and-back", "pan-and-back", "orbit-and-back"])
     pace: float = 1.0
+    texture: float = 1.0
     stride: int | None = None
 
 
@@ -154,12 +156,15 @@ class VaeConfig:
         kl_weight: of the divergence from a standard normal, per latent value.
         shifted: chance that a step decodes latents that are interpolated between the tokens, and compares with the
             pictures there. It teaches the VAE latents that a memory can read from another place.
+        steady: weight of the distance of latents from those of a camera that stands still, 0 for none. It teaches the
+            VAE latents that a memory can read in another motion. For frames > 1.
         statistics: clips from which `latents_mean` and `latents_std` are taken when training ends.
     """
 
     frames: int = 5
     kl_weight: float = 1e-6
     shifted: float = 0.0
+    steady: float = 0.0
     statistics: int = 32
 
 
@@ -270,6 +275,7 @@ def make_config(given: dict[str, Any]) -> TrainConfig:
         ("objective.pose_noise", config.objective.pose_noise),
         ("objective.depth_weight", config.objective.depth_weight),
         ("vae.kl_weight", config.vae.kl_weight),
+        ("vae.steady", config.vae.steady),
         ("vae.statistics", config.vae.statistics),
     ):
         _at_least(name, number, 0)
@@ -320,6 +326,8 @@ def _check_data(config: TrainConfig) -> None:
     if config.stage == "vae":
         if config.vae.frames != 1:
             check_num_frames("vae.frames", config.vae.frames)
+        if config.vae.frames == 1 and config.vae.steady:
+            raise ValueError(f"vae.steady must be 0 with vae.frames of 1, got {config.vae.steady}: nothing moves there")
         if config.vae.frames > data.frames:
             raise ValueError(f"vae.frames must be at most data.frames, {data.frames}, got {config.vae.frames}")
     else:
@@ -347,6 +355,8 @@ def _check_data(config: TrainConfig) -> None:
             raise ValueError(f"{name}.paths must name one kind of camera path or more, got none")
         if not (math.isfinite(source.pace) and source.pace > 0):
             raise ValueError(f"{name}.pace must be positive and finite, got {source.pace}")
+        if not 0.0 <= source.texture <= 1.0:
+            raise ValueError(f"{name}.texture must be in [0, 1], got {source.texture}")
         for kind in source.paths:
             _one_of(f"{name}.paths", kind, PATHS)
 

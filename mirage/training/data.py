@@ -339,7 +339,7 @@ class _Rooms:
 
     def load(self, index: int) -> Clip:
         seed = self.config.first_seed + index
-        room = SyntheticRoom(seed, self.config.moving)
+        room = SyntheticRoom(seed, self.config.moving, self.config.texture)
         kind = self.config.paths[int(random.Random(seed).random() * len(self.config.paths))]
         cameras = room.path(kind, self.data.frames, self.data.size, pace=self.config.pace)
         made = room.render(cameras)

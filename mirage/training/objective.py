@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from mirage_kernels import Cameras, LatentCache, View
 
-from ..chunks import latent_count
+from ..chunks import STRIDE, latent_count
 from ..conditioning import CleanFrames, choose_references, make_memory_context, make_scores
 from ..latent_depth import latent_depth_loss, pluecker_rays
 from ..memories import SPLATS
@@ -455,12 +455,14 @@ class VaeObjective(nn.Module):
     In some of the steps the latents are moved by a part of a token before they are decoded, by bilinear interpolation,
     and the pictures by as many pixels: what a memory does that is read from another place than it was written at. A
     decoder and latents that agree with it are also easier to generate (EQ-VAE, arXiv 2502.09509, which scales and turns
-    them).
+    them). And where it is asked for, latents are drawn towards those of a camera that stands still: what a memory shows
+    was seen in another motion than it is read in.
     """
 
     def __init__(self, config: TrainConfig, models: Models) -> None:
         super().__init__()
         self.vae, self.kl_weight, self.shifted = models.vae, config.vae.kl_weight, config.vae.shifted
+        self.steady = config.vae.steady
         if config.vae.frames == 1:
             _convolve_pictures(self.vae)
 
@@ -481,7 +483,19 @@ class VaeObjective(nn.Module):
         squared = F.mse_loss(again, video)
         divergence = 0.5 * (posterior.mean.square() + posterior.var - 1.0 - posterior.logvar).float().mean()
         loss = F.l1_loss(again, video) + squared + self.kl_weight * divergence
-        return {"loss": loss, "divergence": divergence, "psnr": -10.0 * (0.25 * squared.detach()).log10()}
+        parts = {"divergence": divergence, "psnr": -10.0 * (0.25 * squared.detach()).log10()}
+        if self.steady:
+            parts["unsteady"] = self._unsteady(videos[0], posterior.mean)
+            loss = loss + self.steady * parts["unsteady"]
+        return {"loss": loss, **parts}
+
+    def _unsteady(self, video: Tensor, latents: Tensor) -> Tensor:
+        """What the latents of a moving camera have of the motion: their squared distance from those of stills, over
+        the variance of these."""
+        keyframes = video[:, :, ::STRIDE][:, :, 1:].movedim(2, 1).flatten(0, 1)
+        stills = self.vae.encode(keyframes[:, :, None].expand(-1, -1, 1 + STRIDE, -1, -1)).latent_dist.mean[:, :, 1]
+        stills = stills.unflatten(0, (len(video), -1)).movedim(1, 2).float()
+        return F.mse_loss(latents[:, :, 1:].float(), stills) / stills.detach().var()
 
 
 def between_tokens(latents: Tensor, down: float, right: float) -> Tensor:
