@@ -232,8 +232,10 @@ class MirageSession:
         frames = (self._image * 0.5 + 0.5).clamp(0, 1)
         depth, confidence, _ = self._estimate_depth([0], frames, latent, camera, None)
         static = self._find_static((1,), frames, depth, confidence, camera)
-        still = self._pipeline.encode_still(self._image)[0].movedim(1, 0)
-        self._write(still, frames, depth, camera, static)
+        kept = latent
+        if self._settings.points == "latents":
+            kept = self._pipeline.encode_still(self._image)[0].movedim(1, 0)
+        self._write(kept, frames, depth, camera, static)
         self._seeded_with = _Seed(camera, latent)
         return depth[0]
 

@@ -60,7 +60,7 @@ def run_world_demo(
         import_extra(module, "generate")
     began = time.perf_counter()
     options = EvaluateOptions(out, model, frames=frames, steps=steps, device=device)
-    room, kind, cameras = make_loop(seed, frames, options.size)
+    room, kind, cameras = make_loop(seed, frames, options.size, options.texture)
     true = room.render(cameras)
     films, measured, costs = {}, {}, {}
     names = import_extra("tqdm", "generate").tqdm(CAPTIONS, disable=not progress, leave=False, desc="generate")

@@ -1,11 +1,11 @@
 """LatentCache: latent tokens in world space, written once per chunk and read for any camera.
 
 Buffers: ``points`` (capacity, 4) float32 x, y, z, footprint; ``features`` (capacity, C); ``frame_ids`` (capacity,)
-int32; with float8 features ``scales`` (capacity,) uint8; the bounds of every 256 tokens, by which reads pass over what
-no camera sees; a table of frames' camera centres (F, 3); and the live count, one int64 beside them on the device. The
-read path looks at the count on the device only: it never waits, so a captured read stays valid while the cache grows
-within its buffers. What :meth:`LatentCache.offload` moved to the host is in no buffer; the rows of those that stay keep
-their order, see ``offload.py``.
+int32; with float8 features ``scales`` (capacity,) uint8; the bounds of every 256 tokens and of every 16,384, by which
+reads pass over what no camera sees; a table of frames' camera centres (F, 3); and the live count, one int64 beside them
+on the device. The read path looks at the count on the device only: it never waits, so a captured read stays valid while
+the cache grows within its buffers. What :meth:`LatentCache.offload` moved to the host is in no buffer; the rows of
+those that stay keep their order, see ``offload.py``.
 """
 
 from __future__ import annotations

@@ -183,7 +183,7 @@ def test_bytes_count_them():
     live = len(cache)
     assert BLOCK < live < 2 * BLOCK
     assert cache.nbytes == live * (16 + 16 + 4) + (2 + 1) * 24 + 3 * 12
-    assert empty == 1000 * (16 + 16 + 4) + 4 * 24 + cache._frame_centers.nbytes + 8
+    assert empty == 1000 * (16 + 16 + 4) + (4 + 1) * 24 + cache._frame_centers.nbytes + 8
 
 
 # ---------------------------------------------------------------------------------------------- what reads make of them

@@ -108,6 +108,7 @@ def test_a_false_count_writes_nothing(emulate: Callable[..., Target], count: int
     held = Held(400, put=emulate(ORDERS[0]).put)
     held.count.fill_(count)
     held.votes[::3] = DEAD
+    held.bounds.fill_(7.0)
     before = [x.clone() for x in (*held.all(), held.bounds)]
     report = held.write(*room(1))
     assert report["refused"] > 100 and report["written"] == report["carved"] == report["covered"] == 0

@@ -43,7 +43,7 @@ def test_its_card_is_made_of_its_files() -> None:
 def test_it_finds_the_room_that_it_left(tmp_path: Path) -> None:
     # One loop of `mirage demo`, of half the steps: out and back. Without a memory it makes up another room.
     options = EvaluateOptions(tmp_path, MIRAGE_TINY, frames=97, steps=10)
-    room, _, cameras = make_loop(10_000, options.frames, options.size)
+    room, _, cameras = make_loop(10_000, options.frames, options.size, options.texture)
     true = room.render(cameras)
     figures = {}
     for name in ("none", "ours"):

@@ -494,6 +494,11 @@ def test_latents_of_another_vae_are_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"000000.safetensors: encoded by another VAE: name another folder, or remove"):
         prepare(config("adapter", models=other, seed=7), tmp_path / "packed", progress=False)
     assert len(list((tmp_path / "packed").iterdir())) == 3  # nothing was written beside them
+    path = tmp_path / "packed" / "000001.safetensors"
+    path.write_bytes(path.read_bytes().replace(b'"version":"2"', b'"version":"1"'))
+    with pytest.raises(ValueError, match=r"000001.safetensors: mirage-clip must be of version 2, got 1: name another"):
+        prepare(config("adapter"), tmp_path / "packed", progress=False)
+    path.write_bytes(path.read_bytes().replace(b'"version":"1"', b'"version":"2"'))
     (tmp_path / "packed" / "000000.safetensors").write_bytes(b"\xff" * 9)
     with pytest.raises(ValueError, match="not a whole safetensors file"):
         prepare(config("adapter"), tmp_path / "packed", progress=False)

@@ -1229,16 +1229,16 @@ def launch_arguments(device: str) -> dict[str, tuple[object, ...]]:
     points, features = make_points(512), features_of(512, 48, torch.float32)
     latents = make_latents(2, 48, *size, torch.bfloat16)
     aligned = aligned_arguments(512, 48, 2, size)
-    live, boxes = torch.tensor(500), torch.tensor([[-9.0] * 3 + [9.0] * 3] * 3)
+    live, boxes = torch.tensor(500), torch.tensor([[-9.0] * 3 + [9.0] * 3] * 4)
     index = torch.full((2, *size), -1)
     buffers = torch.zeros(600, 4), torch.zeros(600, 48), torch.zeros(600, dtype=torch.int32), torch.tensor(0)
     held = held_tokens(600, 500, 48, torch.bfloat16, True)
     order = reference.z_order(size)
     arguments = {
         "back_project": (depth, intrinsics, cam2world, mask, *size, False),
-        "splat": (points, features, live, intrinsics, cam2world, *size, 0.05, torch.bfloat16, boxes[:2]),
+        "splat": (points, features, live, intrinsics, cam2world, *size, 0.05, torch.bfloat16, boxes[:3]),
         "splat_backward": (latents, index, 512, torch.bfloat16),
-        "splat_aligned": (*aligned[:2], live, *aligned[2:], *size, 0.05, 20.0, torch.bfloat16, boxes[:2]),
+        "splat_aligned": (*aligned[:2], live, *aligned[2:], *size, 0.05, 20.0, torch.bfloat16, boxes[:3]),
         "splat_aligned_backward": (latents, *aligned, torch.full((2, *size, 4), NO_FIT), 20.0, True),
         "cache_write": (*buffers, latents, depth, intrinsics, cam2world, None, 3, True, 0.0, math.inf, boxes),
         "bounded_write": (
@@ -1261,7 +1261,7 @@ def launch_arguments(device: str) -> dict[str, tuple[object, ...]]:
         ),
         "cache_trim": (*held, 300, boxes),
         "block_bounds": (points, live, torch.zeros(reference.bounds_rows(len(points)), 6)),
-        "view_overlap": (points, live, intrinsics, cam2world, intrinsics, cam2world, *size, 0.1, 0.05, boxes[:2]),
+        "view_overlap": (points, live, intrinsics, cam2world, intrinsics, cam2world, *size, 0.1, 0.05, boxes[:3]),
     }
     return {
         name: tuple(x.to(device) if isinstance(x, torch.Tensor) else x for x in values)

@@ -41,22 +41,30 @@ __device__ __forceinline__ void write_box(const float4* points, index_t count, i
   write_around<kBlockTokens>(counts, xyz, xyz, bounds + block * kBoxSize);
 }
 
-// The boxes of tiles, whose blocks have theirs: of all or, given a write's report, of those that hold blocks it appended
-// to, counted from the first of them.
-static __global__ void __launch_bounds__(kTileBlocks)
-    tiles_kernel(const int64_t* __restrict__ num_points, const int64_t* __restrict__ report, index_t capacity,
-                 float* __restrict__ bounds) {
+constexpr int kTileThreads = 32;
+
+// The boxes of tiles, whose blocks have theirs: of all or, given `touched`, of those with a block whose word is not 0, or,
+// given a write's report, of those with blocks it appended to, counted from the first of them.
+static __global__ void __launch_bounds__(kTileThreads)
+    tiles_kernel(const int64_t* __restrict__ num_points, const unsigned* __restrict__ touched,
+                 const int64_t* __restrict__ report, index_t capacity, float* __restrict__ bounds) {
   const index_t count = live_points(num_points, capacity), written = report == nullptr ? count : report[0];
-  const index_t first = (count - written) / (kBlockTokens * kTileBlocks);
-  const index_t block = (first + blockIdx.x) * kTileBlocks + threadIdx.x;
-  if (report != nullptr && (written <= 0 || (first + blockIdx.x) * kTileBlocks * kBlockTokens >= count)) return;
-  const bool counts = block * kBlockTokens < count;
-  float box[kBoxSize] = {};
-  if (counts)
-    for (int j = 0; j < kBoxSize; ++j) box[j] = bounds[block * kBoxSize + j];
-  const float low[3] = {box[0], box[1], box[2]}, high[3] = {box[3], box[4], box[5]};
+  const index_t tile = (count - written) / (kBlockTokens * kTileBlocks) + blockIdx.x;
+  if (report != nullptr && (written <= 0 || tile * kTileBlocks * kBlockTokens >= count)) return;
   const index_t blocks = (capacity + kBlockTokens - 1) / kBlockTokens;
-  write_around<kTileBlocks>(counts, low, high, bounds + (blocks + first + blockIdx.x) * kBoxSize);
+  const float infinity = bits_float(0x7f800000u);
+  float low[3] = {infinity, infinity, infinity}, high[3] = {-infinity, -infinity, -infinity};
+  int asked = touched == nullptr;
+  for (int k = threadIdx.x; k < kTileBlocks; k += kTileThreads) {
+    const index_t block = tile * kTileBlocks + k;
+    if (touched != nullptr && block < blocks && touched[block] != 0) asked = 1;
+    if (block * kBlockTokens >= count) continue;
+    for (int j = 0; j < 3; ++j) {
+      low[j] = fminf(low[j], bounds[block * kBoxSize + j]);
+      high[j] = fmaxf(high[j], bounds[block * kBoxSize + 3 + j]);
+    }
+  }
+  if (warp_max(asked) != 0) write_around<kTileThreads>(true, low, high, bounds + (blocks + tile) * kBoxSize);
 }
 
 // The boxes of all blocks or, given `touched`, of those whose word is not 0.
@@ -75,8 +83,8 @@ inline void update_bounds(const Tensor& points, const int64_t* num_points, const
   bounds_kernel<<<grid_for(capacity, kBlockTokens, 8), kBlockTokens, 0, stream>>>(
       input<float4>(points), num_points, capacity, touched, output<float>(bounds));
   STD_CUDA_KERNEL_LAUNCH_CHECK();
-  tiles_kernel<<<static_cast<unsigned>(divide_up(capacity, kBlockTokens * kTileBlocks)), kTileBlocks, 0, stream>>>(
-      num_points, nullptr, capacity, output<float>(bounds));
+  tiles_kernel<<<static_cast<unsigned>(divide_up(capacity, kBlockTokens * kTileBlocks)), kTileThreads, 0, stream>>>(
+      num_points, touched, nullptr, capacity, output<float>(bounds));
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
 

@@ -151,8 +151,8 @@ Tensor cache_write(Tensor points, Tensor features, Tensor frame_ids, Tensor coun
     appended_bounds_kernel<<<static_cast<unsigned>(divide_up(tokens, kBlockTokens) + 1), kBlockTokens, 0, stream>>>(
         input<float4>(points), input<int64_t>(count), input<int64_t>(report), output<float>(*bounds));
     STD_CUDA_KERNEL_LAUNCH_CHECK();
-    tiles_kernel<<<static_cast<unsigned>(divide_up(tokens, kBlockTokens * kTileBlocks) + 1), kTileBlocks, 0, stream>>>(
-        input<int64_t>(count), input<int64_t>(report), capacity, output<float>(*bounds));
+    tiles_kernel<<<static_cast<unsigned>(divide_up(tokens, kBlockTokens * kTileBlocks) + 1), kTileThreads, 0, stream>>>(
+        input<int64_t>(count), nullptr, input<int64_t>(report), capacity, output<float>(*bounds));
     STD_CUDA_KERNEL_LAUNCH_CHECK();
   }
   return report;

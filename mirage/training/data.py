@@ -301,7 +301,7 @@ def read_vae(path: Path) -> str | None:
     """The fingerprint of the VAE that encoded the clip in a file of :func:`save_clip`, from its header alone.
 
     Raises:
-        OSError, ValueError: it cannot be read, or is no safetensors file.
+        OSError, ValueError: it cannot be read, is no safetensors file, or of an earlier version.
     """
     with path.open("rb") as file:
         length = int.from_bytes(file.read(_HEADER_BYTES), "little")
@@ -311,6 +311,9 @@ def read_vae(path: Path) -> str | None:
             metadata = json.loads(file.read(length)).get("__metadata__", {})
         except ValueError as error:
             raise ValueError(f"{path}: not a safetensors file: {error}") from None
+    if metadata.get("format") == FORMAT and metadata.get("version") != str(VERSION):
+        what = "name another folder, or remove what is in this one"
+        raise ValueError(f"{path}: {FORMAT} must be of version {VERSION}, got {metadata.get('version')}: {what}")
     return metadata.get("vae") or None
 
 

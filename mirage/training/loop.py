@@ -324,6 +324,9 @@ def _record(accelerator: Accelerator, config: TrainConfig, out: Path) -> None:
             settings.setdefault("optimizer", "adamw")  # of runs from before there was another
             splat = settings["objective"].pop("splat", None)  # of runs from before there were other memories
             settings["objective"].setdefault("memory", "nearest" if splat == "nearest" else "ours")
+            settings["vae"].setdefault("steady", 0.0)
+            for source in settings["data"]["sources"]:
+                source.setdefault("texture", 1.0)
         names = sorted(name for name in {*before, *now} if before.get(name) != now.get(name))
         if names:
             listed = "; ".join(f"{name} was {before.get(name)!r}, got {now.get(name)!r}" for name in names)
