@@ -204,7 +204,8 @@ def test_the_command_films_measures_reports_and_goes_on(
     assert report["memory_by_depth"]["head"]["none"] == report["memory_by_depth"]["true"]["none"]
     assert {goal["goal"] for goal in report["goals"]["head"]} >= {"revisit PSNR less that of no memory, dB"}
     told = format_goals(report)
-    assert [line.rsplit(" (", 1)[1] for line in told] == ["true depth)"] * 2 + ["the depth head's)"] * 2
+    count = len(report["goals"]["true"])
+    assert [line.rsplit(" (", 1)[1] for line in told] == ["true depth)"] * count + ["the depth head's)"] * count > []
     assert all(": met" in line or ": missed" in line for line in told)
     (tmp_path / "training.json").write_text(json.dumps({"stages": [], "torch": "", "threads": 1, "machine": ""}))
     add_evaluation(tmp_path, report)
