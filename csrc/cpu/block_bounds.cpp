@@ -51,9 +51,9 @@ struct Tile {
 
 MIRAGE_SIMD
 void load_tile(const float* bounds, int count, Tile& tile) {
-  for (int b = 0; b < kTile; ++b)
-    for (int j = 0; j < kBoxSize; ++j)
-      tile.side[j][b] = b < count ? bounds[kBoxSize * b + j] : (j < 3 ? kInfinity : -kInfinity);
+  for (int b = 0; b < count; ++b)
+    for (int j = 0; j < kBoxSize; ++j) tile.side[j][b] = bounds[kBoxSize * b + j];
+  for (int j = 0; j < kBoxSize; ++j) std::fill(tile.side[j] + count, tile.side[j] + kTile, j < 3 ? kInfinity : -kInfinity);
   for (int b = 0; b < kTile; ++b) {
     float reach = 0.0f;
     for (int j = 0; j < 3; ++j) {
