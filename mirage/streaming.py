@@ -83,9 +83,9 @@ def encode_frames(vae: AutoencoderKLWan, frames: Tensor) -> Tensor:
 def encode_still(vae: AutoencoderKLWan, image: Tensor) -> Tensor:
     """What a memory keeps of an image: the latent of a video that stands still, (1, z_dim, 1, h, w) float32.
 
-    The VAE is causal, and its first latent frame is of a single picture: another code than that of the four pictures of
-    every later one, and of little use to what reads it as such. Of five pictures alike, the second latent frame is
-    taken.
+    The VAE is causal, and its first latent frame is of a single picture: on the small VAE of configs/tiny another code
+    than that of the four pictures of every later one; on Wan2.2's own that has not been measured. Of five pictures
+    alike, the second latent frame is taken.
 
     Args:
         image: (1, 3, H, W) float in [-1, 1], as of :func:`encode_frames`.
