@@ -394,6 +394,16 @@ def test_the_memory_shows_what_was_written() -> None:
     assert seen
 
 
+def test_how_often_a_chunk_is_the_first() -> None:
+    def preceding(number: int, **changes: Any) -> int:
+        return make((number,), **quiet(**changes)).clean.preceding.shape[2]
+
+    assert not any(preceding(number, first_chunks=1.0) for number in range(4))
+    assert all(preceding(number, first_chunks=0.0) for number in range(8))
+    mixed = [preceding(number, first_chunks=0.5) > 0 for number in range(12)]
+    assert 2 < sum(mixed) < 10
+
+
 def test_what_is_dropped_is_not_there() -> None:
     assert not make((0, 1), drop_memory=1.0).memory_context[:, :48].any()
     for number in range(0, 6, 2):

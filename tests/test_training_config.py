@@ -60,6 +60,7 @@ def test_defaults_and_overrides(tmp_path: Path) -> None:
         ("mixed_precision", "fp8", "mixed_precision must be one of no, bf16, fp16, got 'fp8'"),
         ("objective", [], r"objective must be a mapping, got \[\]"),
         ("objective.drop_memory", 1.5, r"objective.drop_memory must be in \[0, 1\], got 1.5"),
+        ("objective.first_chunks", -0.5, r"objective.first_chunks must be in \[0, 1\], got -0.5"),
         ("objective.chunk_frames", 32, "objective.chunk_frames must be 4 n . 1 .*, got 32; nearest: 29 or 33"),
         ("objective.chunk_frames", 97, "objective.chunk_frames must be at most data.frames, 65, got 97"),
         ("objective.memory", "soft", "objective.memory must be one of none, nearest, ours, pixel, got 'soft'"),

@@ -99,7 +99,7 @@ def format_card(facts: dict[str, Any], reports: list[dict[str, Any]]) -> str:
         "",
         f"`make tiny` and `make tiny-memories`, files in configs/tiny: {minutes:.0f} minutes of steps for the model"
         f" itself on {facts['machine']}, {facts['threads']} threads, torch {facts['torch']}. Data: rooms of seeds 0 to"
-        " 999 (VAE) and 1000 to 1499 (the rest: one clip of 65 frames each, patterns of a quarter of their contrast,"
+        " 999 (VAE) and 1200 to 1499 (the rest: one clip of 65 frames each, patterns of a quarter of their contrast,"
         " some things move). Every stage is saved in bfloat16, and the next one is trained on what was saved.",
         "",
         "| run | trained | steps | batch | optimizer, rate | seed | minutes | loss |",

@@ -100,6 +100,8 @@ class ObjectiveConfig:
         flow_shift: of the noise levels; 5 as the scheduler of Wan2.2-TI2V-5B.
         independent_noise: chance that every frame of the target draws a noise level of its own; else they share one, as
             in generation.
+        first_chunks: chance that a step's chunks are the first of their clips, of which a memory knows the image alone,
+            as in one chunk of three when three are generated. None: as often as any other place.
         max_references, preceding_frames: as in generation, at most; how many are drawn anew.
         drop_references, drop_preceding, drop_memory, drop_prompt: chance that a step goes without.
         reference_threshold, reference_voxel_size: as in generation.
@@ -117,6 +119,7 @@ class ObjectiveConfig:
     chunk_frames: int = CHUNK_FRAMES
     flow_shift: float = 5.0
     independent_noise: float = 0.3
+    first_chunks: float | None = None
     max_references: int = 4
     preceding_frames: int = 2
     drop_references: float = 0.3
@@ -297,6 +300,7 @@ def make_config(given: dict[str, Any]) -> TrainConfig:
             config.objective,
             (
                 "independent_noise",
+                *(() if config.objective.first_chunks is None else ("first_chunks",)),
                 "drop_references",
                 "drop_preceding",
                 "drop_memory",

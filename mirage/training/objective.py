@@ -154,10 +154,14 @@ class ChunkMaker:
         frames = latents[0].shape[0]
         length = latent_count(config.chunk_frames)
 
-        # The first chunk of a video has nothing before it; it comes as often as any other place.
+        # The first chunk of a video has nothing before it. A batch begins there as a whole, or nowhere there.
         last = frames - length
         starts, kept = [0] * len(clips), [0] * len(clips)
-        if _below(chance, last + 1) > 0:
+        if config.first_chunks is None:
+            first = _below(chance, last + 1) == 0
+        else:
+            first = last == 0 or _happens(chance, config.first_chunks)
+        if not first:
             if config.readouts is None:
                 starts = [1 + _below(chance, last) for _ in clips]
             else:
