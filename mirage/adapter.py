@@ -24,7 +24,9 @@ class MirageMemoryAdapter(ModelMixin, ConfigMixin, PeftAdapterMixin, AttentionMi
     """Blocks like the backbone's that turn what the memory shows into hints for it, after VACE (arXiv 2503.07598).
 
     What the memory shows ("memory context") is C read-out channels and either C score channels (`control_channels` =
-    2 C, 96 for Wan2.2, as published) or one visibility channel (`control_channels` = C + 1 = 49).
+    2 C, 96 for Wan2.2, as published) or one visibility channel (`control_channels` = C + 1 = 49). One that
+    steers a model without a memory, for a comparison, is shown the cameras' rays in the read-out's place
+    (:func:`~mirage.conditioning.show_rays`): `control="rays"`.
 
     Args:
         control_channels: of the memory context.
@@ -32,9 +34,10 @@ class MirageMemoryAdapter(ModelMixin, ConfigMixin, PeftAdapterMixin, AttentionMi
             every second block of Wan2.2-TI2V-5B.
         num_attention_heads, attention_head_dim, ffn_dim, cross_attn_norm, qk_norm, eps, patch_size, rope_max_seq_len:
             the backbone's.
+        control: "memory", or "rays".
 
     Raises:
-        ValueError: no memory layers, or not ascending.
+        ValueError: no memory layers, or not ascending; another control.
     """
 
     _supports_gradient_checkpointing = True
@@ -65,8 +68,11 @@ class MirageMemoryAdapter(ModelMixin, ConfigMixin, PeftAdapterMixin, AttentionMi
         qk_norm: str | None = "rms_norm_across_heads",
         eps: float = 1e-6,
         rope_max_seq_len: int = 1024,
+        control: str = "memory",
     ) -> None:
         super().__init__()
+        if control not in ("memory", "rays"):
+            raise ValueError(f'control must be "memory" or "rays", got {control!r}')
         layers = list(memory_layers)
         if not layers or layers[0] < 0 or any(a >= b for a, b in pairwise(layers)):
             raise ValueError(f"memory_layers must be one or more ascending block numbers, got {layers}")
@@ -92,6 +98,7 @@ class MirageMemoryAdapter(ModelMixin, ConfigMixin, PeftAdapterMixin, AttentionMi
         transformer: MirageTransformer3DModel,
         control_channels: int = 96,
         memory_layers: Sequence[int] | None = None,
+        control: str = "memory",
     ) -> MirageMemoryAdapter:
         """An adapter to train: its blocks are copies of the backbone's at `memory_layers` (default every second).
 
@@ -103,9 +110,10 @@ class MirageMemoryAdapter(ModelMixin, ConfigMixin, PeftAdapterMixin, AttentionMi
             transformer: the backbone; its device and dtype are taken over.
             control_channels: 2 C (scores) or C + 1 (visibility) for a backbone of C channels.
             memory_layers: block numbers, ascending.
+            control: "memory", or "rays".
 
         Raises:
-            ValueError: other channels, or layers that the backbone does not have.
+            ValueError: other channels, layers that the backbone does not have, or another control.
         """
         config = transformer.config
         allowed = (2 * config.in_channels, config.in_channels + 1)
@@ -128,6 +136,7 @@ class MirageMemoryAdapter(ModelMixin, ConfigMixin, PeftAdapterMixin, AttentionMi
             qk_norm=config.qk_norm,
             eps=config.eps,
             rope_max_seq_len=config.rope_max_seq_len,
+            control=control,
         ).to(transformer.device)
         with torch.no_grad():
             for block, layer in zip(adapter.blocks, layers, strict=True):

@@ -14,6 +14,7 @@ from torch import Tensor
 from mirage_kernels import Cameras, LatentCache
 
 from .chunks import STRIDE
+from .latent_depth import pluecker_rays
 from .streaming import encode_frames
 
 
@@ -57,6 +58,29 @@ def make_memory_context(readout: Tensor, visible: Tensor, scores: Tensor | None)
     """
     extra = visible[:, None] if scores is None else scores.expand_as(readout)
     return torch.cat([readout, extra.to(readout)], dim=1)
+
+
+def show_rays(cameras: Cameras, size: tuple[int, int], channels: int) -> tuple[Tensor, Tensor]:
+    """What an adapter is shown that steers a model without a memory: where the cameras are, in the read-out's place.
+
+    Args:
+        cameras: F of them, of target and preceding frames; the first one is where the others are seen from.
+        size: (h, w) of the latents.
+        channels: C of a read-out, at least 6.
+
+    Returns:
+        (F, C, h, w) float32, Plücker rays (:func:`~mirage.latent_depth.pluecker_rays`) in the first six channels and
+        zeros in the others; (F, h, w) bool, all False, for nothing is remembered.
+
+    Raises:
+        ValueError: fewer channels.
+    """
+    if channels < 6:
+        raise ValueError(f"channels must be at least 6 to hold a ray, got {channels}")
+    rays = pluecker_rays(cameras, size).movedim(1, 0)
+    shown = rays.new_zeros(len(cameras), channels, *size)
+    shown[:, :6] = rays
+    return shown, torch.zeros(len(cameras), *size, dtype=torch.bool, device=rays.device)
 
 
 def make_scores(vae: AutoencoderKLWan, frames: int, height: int, width: int) -> Tensor:

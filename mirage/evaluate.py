@@ -41,7 +41,7 @@ CEILING = "codec"
 """The true pictures, encoded and decoded: what no memory can be better than."""
 
 _PACE = 0.5  # of the loops
-_VERSION = 3
+_VERSION = 4
 _SHOWN = 4  # rooms in the video
 _PRECEDING = 2  # latent frames before a chunk that the model sees anyway
 

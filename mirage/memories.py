@@ -1,6 +1,7 @@
 """The memories that are compared, by name: for generation, for training and for `mirage evaluate`.
 
-"none": nothing is ever remembered, and no reference frame is found; the frames before a chunk are all it knows.
+"none": nothing is ever remembered, and no reference frame is found; the frames before a chunk are all it knows. A
+read-out also tells where the camera goes: an adapter trained without a memory is shown the cameras' rays instead.
 "nearest": the published memory, every token kept, the nearest read. "ours": reads aligned, the default; bounded, or
 with every token kept as the others keep theirs.
 "pixel": RGB points, see :mod:`mirage.pixel_memory`. A model shows what a memory is worth only where it was trained on

@@ -26,7 +26,7 @@ from mirage_kernels.cache import CacheMark, WriteReport
 from mirage_kernels.storage import replace_file
 
 from .chunks import CHUNK_FRAMES, STRIDE, Chunk, check_num_frames, plan_chunks
-from .conditioning import choose_references
+from .conditioning import choose_references, show_rays
 from .depth import DepthEstimator, GivenDepth, align_depth
 from .figures import join_videos, save_video
 from .latent_depth import LatentDepth
@@ -363,6 +363,13 @@ class MirageSession:
                 view = read_pixels(self.cache, self._pipeline.vae, every)
             else:
                 view = self.cache.read(targets, size=self.latent_size, splat=settings.splat)
+            adapter = self._pipeline.memory_adapter
+            if adapter is not None and adapter.config.control == "rays":
+                every = Cameras.cat([targets, self._past()[preceding]]) if preceding else targets
+                readout, visible = show_rays(every, self.latent_size, view.latents.shape[1])
+            else:
+                readout = self._with_preceding(view.latents, preceding, "readout")
+                visible = self._with_preceding(view.mask, preceding, "visible")
             references, overlaps = self._choose_references(targets)
         with self._timed(seconds, "denoise"):
             latents = self._pipeline.denoise(
@@ -371,8 +378,8 @@ class MirageSession:
                 prompt=self._prompt,
                 references=store.latents(references) if references else None,
                 preceding=store.latents(preceding) if preceding else None,
-                readout=self._with_preceding(view.latents, preceding, "readout"),
-                visible=self._with_preceding(view.mask, preceding, "visible"),
+                readout=readout,
+                visible=visible,
                 settings=settings,
                 generator=self._generator,
                 **self._callbacks,

@@ -1,7 +1,8 @@
 """The second part of `mirage demo`: mirage-tiny generates a walk through a room and back, with its memory and without.
 
 Both films have the same first picture, cameras and noise; depth is that of the depth head, so that nothing but the
-first picture is known of the room. "Without" is the same backbone, trained as long without a memory.
+first picture is known of the room. "Without" is the same backbone, trained as long without a memory: it is shown the
+cameras' rays instead.
 """
 
 from __future__ import annotations

@@ -11,6 +11,9 @@ import pytest
 import torch
 from training_runs import config, draw, models_of
 
+from mirage.adapter import MirageMemoryAdapter
+from mirage.conditioning import show_rays
+from mirage.latent_depth import pluecker_rays
 from mirage.memories import MEMORIES, memory_options
 from mirage.pixel_memory import between, make_pixel_cache, read_pixels, refine_depth, write_pixels
 from mirage.streaming import encode_frames
@@ -106,6 +109,40 @@ def test_a_session_runs_on_each_memory(name: str, tmp_path: Path) -> None:
     run(tmp_path / "halves", 9)
     again = run(tmp_path / "halves", 17, resume=True)
     assert torch.equal(again.frames, output.frames) and torch.equal(again.cache.features, output.cache.features)
+
+
+def test_no_memory_is_steered_by_rays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of target and preceding frames, seen from the chunk's first; in training and in generation alike."""
+    pipe = generation.make_pipeline(control_channels=49)
+    pipe.memory_adapter.register_to_config(control="rays")
+    shown: list[tuple[torch.Tensor, torch.Tensor]] = []
+    make_context = pipe.make_memory_context
+    monkeypatch.setattr(pipe, "make_memory_context", lambda *given: (shown.append(given), make_context(*given))[1])
+    asked = generation.options(17) | {"chunk_frames": 9}
+    pipe(**asked | memory_options("none", pipe))
+    views = asked["cameras"][::4]
+    size = generation.LATENT
+    frames = [[0, 1, 2], [2, 3, 4, 0, 1]]  # behind the second chunk's targets, the frames before it
+    assert len(shown) == 2
+    for order, (readout, visible) in zip(frames, shown, strict=True):
+        rays = pluecker_rays(Cameras.cat([views[i] for i in order]), size)
+        assert torch.allclose(readout[:, :6], rays.movedim(1, 0), atol=1e-5) and not readout[:, 6:].any()
+        assert readout[:, 3:6].any() and not visible.any()
+
+    models = {"memory_adapter": {"control_channels": 49, "control": "rays"}}
+    config_ = config("adapter", models=models, objective={"memory": "none"}, data={"frames": 9})
+    drawn = draw(config_, 0)
+    context = ChunkMaker(config_, models_of(config_), torch.device("cpu"))(drawn).memory_context
+    assert context is not None
+    cameras = Cameras.cat([drawn[0].clip.cameras[i] for i in range(context.shape[2])])
+    rays, _ = show_rays(cameras, tuple(context.shape[-2:]), 48)
+    assert torch.equal(context[0, :48].movedim(1, 0), rays) and not context[:, 48:].any()
+    with pytest.raises(ValueError, match="channels must be at least 6 to hold a ray, got 5"):
+        show_rays(cameras, (4, 6), 5)
+    with pytest.raises(ValueError, match="objective.memory must be none for an adapter of control rays"):
+        models_of(config("adapter", models=models))
+    with pytest.raises(ValueError, match='control must be "memory" or "rays", got \'wheel\''):
+        MirageMemoryAdapter.from_transformer(pipe.transformer, 49, control="wheel")
 
 
 def test_what_pixels_refuse() -> None:

@@ -106,7 +106,8 @@ class ObjectiveConfig:
         drop_references, drop_preceding, drop_memory, drop_prompt: chance that a step goes without.
         reference_threshold, reference_voxel_size: as in generation.
         memory: on whose read-outs the model is trained, one of :data:`~mirage.memories.MEMORIES`. "none" trains
-            without any and without reference frames; "pixel" decodes the clips.
+            without any and without reference frames, with an adapter of `control: rays` steered by the cameras; "pixel"
+            decodes the clips.
         readouts: how many read-outs of a clip are made and kept, to be drawn again, as the published code, which
             precomputes them; for the memories that a read of which costs more than a step. None: each step's is new.
         drop_tokens: share of the memory's tokens that is missing, at most, in patches.

@@ -109,6 +109,11 @@ def load_models(config: TrainConfig, device: torch.device) -> Models:
     models.transformer = transformer
     if frozen:
         models.memory_adapter = parts.adapter(transformer, config)
+        adapter, memory = models.memory_adapter, config.objective.memory
+        if adapter is not None and adapter.config.control == "rays" and memory != "none":
+            raise ValueError(
+                f"objective.memory must be none for an adapter of control rays, which is shown no memory, got {memory}"
+            )
     if wanted.latent_depth is not None:
         models.latent_depth = parts.get("latent_depth", LatentDepth, torch.float32)
     check_models(vae, transformer, models.memory_adapter, models.latent_depth)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from mirage_kernels import Cameras, LatentCache, View
 
 from ..chunks import STRIDE, latent_count
-from ..conditioning import CleanFrames, choose_references, make_memory_context, make_scores
+from ..conditioning import CleanFrames, choose_references, make_memory_context, make_scores, show_rays
 from ..latent_depth import latent_depth_loss, pluecker_rays
 from ..memories import SPLATS
 from ..pixel_memory import between, make_pixel_cache, read_pixels, write_pixels
@@ -279,6 +279,10 @@ class ChunkMaker:
         empty = LatentCache(latents.shape[1], device=self.device)
         nothing = [empty.read(views, size) for views in (targets, ahead)]
         if config.memory == "none":
+            adapter = self.models.memory_adapter
+            if adapter is not None and adapter.config.control == "rays":
+                rays, _ = show_rays(Cameras.cat([targets, ahead]), size, latents.shape[1])
+                nothing = [nothing[0]._replace(latents=rays[:length]), nothing[1]._replace(latents=rays[length:])]
             return _Seen(nothing[0], nothing[1], [])
         memory = self._new_memory(clip, latents)
         kept = 0.3 + 0.7 * float(torch.rand((), generator=chance))
