@@ -102,6 +102,8 @@ def load_published(
         raise ValueError("one of dit, vace and lora must be given, got None")
     if transformer is not None and getattr(transformer, "peft_config", None) and dit is not None:
         raise ValueError(f"transformer must have no LoRA when dit is loaded, got {list(transformer.peft_config)}")
+    if vace is not None and adapter is not None and adapter.config.control != "memory":
+        raise ValueError(f'adapter must be of control "memory" with vace, got {adapter.config.control!r}')
 
     backbone = branch = parsed = None
     if dit is not None:

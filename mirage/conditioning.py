@@ -70,7 +70,8 @@ def show_rays(cameras: Cameras, size: tuple[int, int], channels: int) -> tuple[T
 
     Returns:
         (F, C, h, w) float32, Plücker rays (:func:`~mirage.latent_depth.pluecker_rays`) in the first six channels and
-        zeros in the others; (F, h, w) bool, all False, for nothing is remembered.
+        zeros in the others; (F, h, w) bool, all False, for nothing is remembered. Moments are in world units: a model
+        knows the unit that it was trained in.
 
     Raises:
         ValueError: fewer channels.

@@ -27,8 +27,8 @@ from .chunks import STRIDE, check_num_frames, plan_chunks
 from .evaluation_report import OWN, format_report, goals, summarise
 from .extras import import_extra
 from .figures import Panel, contact_sheet, label, line_chart, load_video, save_video
-from .generate import LORA, MIRAGE_TINY, GenerateOptions, load_pipeline
-from .memories import MEMORIES, MIRAGE_TINY_FOLDER, WRITE_POLICIES, memory_options
+from .generate import GenerateOptions, load_pipeline, memory_weights, take_weights
+from .memories import MEMORIES, WRITE_POLICIES, memory_options
 from .metrics import consistency, find_first_visits, find_revisits, load_lpips, psnr, ssim
 from .synthetic import SyntheticFrames, SyntheticRoom
 
@@ -95,8 +95,10 @@ def run_evaluate(options: EvaluateOptions, progress: bool = True) -> dict[str, A
     with import_extra("tqdm", "generate").tqdm(total=total, disable=not progress, leave=False) as bar:
         measured: dict[str, dict[str, list[dict[str, Any]]]] = {depth: {} for depth in options.depth}
         used: dict[str, str] = {}
+        controls: dict[str, str | None] = {}
         for name in options.memory:
             pipeline, used[name] = load_memory(options, name)
+            controls[name] = None if pipeline.memory_adapter is None else pipeline.memory_adapter.config.control
             if CEILING not in used:
                 used[CEILING] = "the VAE alone"
                 ceiling = _all_rooms(options, pipeline, CEILING, "true", lpips, bar)
@@ -106,7 +108,8 @@ def run_evaluate(options: EvaluateOptions, progress: bool = True) -> dict[str, A
                 source = options.depth[0] if name == "none" else depth  # nothing is written: depth is of no account
                 measured[depth][name] = _all_rooms(options, pipeline, name, source, lpips, bar)
             del pipeline
-    report = _report(options, measured, ceiling, used, lpips is not None) | {"seconds": time.perf_counter() - began}
+    report = _report(options, measured, ceiling, used, controls, lpips is not None)
+    report["seconds"] = time.perf_counter() - began
     write_text(options.out / REPORT, json.dumps(report, indent=2) + "\n")
     write_text(options.out / TABLE, format_report(report))
     _draw(options, report)
@@ -258,11 +261,6 @@ def load_memory(options: EvaluateOptions, name: str) -> tuple[Any, str]:
     Raises:
         OSError, ValueError: naming what cannot be used.
     """
-    from .adapter import MirageMemoryAdapter
-    from .checkpoints import load_lora
-    from .latent_depth import LatentDepth
-    from .pipeline import check_models
-
     loading = GenerateOptions(
         out=options.out,
         model=options.model,
@@ -275,27 +273,14 @@ def load_memory(options: EvaluateOptions, name: str) -> tuple[Any, str]:
     folder = _weights_of(options, name)
     if folder is None:
         return pipeline, OWN
-    parts = {"memory_adapter": MirageMemoryAdapter, "latent_depth": LatentDepth}
-    if not any((folder / part).exists() for part in (*parts, LORA)):
-        raise FileNotFoundError(f"{folder}: must hold {', '.join(parts)} or {LORA}, as `mirage train` leaves them")
-    for part, cls in parts.items():
-        if (folder / part).is_dir():
-            model = cls.from_pretrained(folder / part, torch_dtype=pipeline.transformer.dtype).to(options.device)
-            pipeline.register_modules(**{part: model.eval()})
-    check_models(pipeline.vae, pipeline.transformer, pipeline.memory_adapter, pipeline.latent_depth)
-    if getattr(pipeline.transformer, "peft_config", None):
-        pipeline.transformer.unload_lora()
-    if (folder / LORA).is_file():
-        load_lora(pipeline.transformer, folder / LORA)
-        pipeline.transformer.to(options.device)
+    take_weights(pipeline, folder)
     return pipeline, str(folder)
 
 
 def _weights_of(options: EvaluateOptions, name: str) -> Path | None:
     if name in options.weights:
         return options.weights[name]
-    beside = (MIRAGE_TINY_FOLDER if options.model == MIRAGE_TINY else Path(options.model)) / "memories" / name
-    return beside if beside.is_dir() else None
+    return memory_weights(options.model, name)
 
 
 def _fingerprints(pipeline: Any, name: str) -> dict[str, str | None]:
@@ -313,11 +298,13 @@ def _report(
     measured: dict[str, dict[str, list[dict[str, Any]]]],
     ceiling: list[dict[str, Any]],
     used: dict[str, str],
+    controls: dict[str, str | None],
     has_lpips: bool,
 ) -> dict[str, Any]:
     by_depth = {
         depth: {
-            name: {"depth": "unused" if name == "none" else depth, "weights": used[name]} | summarise(rooms)
+            name: {"depth": "unused" if name == "none" else depth, "weights": used[name], "control": controls[name]}
+            | summarise(rooms)
             for name, rooms in memories.items()
         }
         for depth, memories in measured.items()

@@ -63,6 +63,8 @@ def goals(figures: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
     """What is asked of our memory: {goal, value, asked, bound, met}, of those that can be told."""
 
     def gain(metric: str, other: str) -> float | None:
+        if figures.get(other, {}).get("weights") == OWN:  # not trained for it: that tells nothing
+            return None
         ours, theirs = (figures.get(name, {}).get(metric) for name in ("ours", other))
         return None if ours is None or theirs is None else ours - theirs
 
@@ -141,7 +143,7 @@ def format_report(report: dict[str, Any]) -> str:
         ]
         for name, figures in [*memories.items(), ("(true pictures through the VAE)", ceiling | {"weights": ""})]:
             cells = [_cell(figures, key) for key in _COLUMNS.values()]
-            lines.append(f"| {name} | {' | '.join(cells)} | {figures['weights']} |")
+            lines.append(f"| {_row(name, figures)} | {' | '.join(cells)} | {figures['weights']} |")
         lines += ["", "| revisit PSNR by chunk | " + " | ".join(map(str, _numbers(ceiling))) + " |"]
         lines += ["| --- |" + " ---: |" * len(_numbers(ceiling))]
         lines += [
@@ -161,14 +163,23 @@ def format_report(report: dict[str, Any]) -> str:
     ]
     if not report["lpips"]:
         lines.append("LPIPS was not measured: the package `lpips` is not installed.")
+    return "\n".join([*lines, *_unfair(report)]) + "\n"
+
+
+def _unfair(report: dict[str, Any]) -> list[str]:
+    """What makes a row no fair comparison."""
     shared = [name for name, figures in report["memory"].items() if name != "ours" and figures["weights"] == OWN]
-    if shared:
-        lines += [
-            "",
-            f"**{', '.join(shared)}: run with the model's own weights, which were not trained on that memory: no fair"
-            " comparison.**",
-        ]
-    return "\n".join(lines) + "\n"
+    if not shared:
+        return []
+    said = f"**{', '.join(shared)}: run with the model's own weights, which were not trained on that memory: no fair"
+    return ["", f"{said} comparison.**"]
+
+
+def _row(name: str, figures: dict[str, Any]) -> str:
+    """A memory's name in a table; without a memory, what steers the model."""
+    if name != "none":
+        return name
+    return "none (steered by camera rays)" if figures.get("control") == "rays" else "none (not steered)"
 
 
 _SHORT = {
@@ -189,9 +200,9 @@ def format_table(report: dict[str, Any]) -> list[str]:
             if name == "none" and depth != report["depth"]:
                 continue  # the same films
             cells = [_cell(figures, key) for key in _SHORT.values()]
-            lines.append(f"| {name} | {figures['depth']} | {' | '.join(cells)} |")
+            lines.append(f"| {_row(name, figures)} | {figures['depth']} | {' | '.join(cells)} |")
     cells = [_cell(report["ceiling"], key) for key in _SHORT.values()]
-    return [*lines, f"| (the VAE alone) | | {' | '.join(cells)} |"]
+    return [*lines, f"| (the VAE alone) | | {' | '.join(cells)} |", *_unfair(report)]
 
 
 def format_goals(report: dict[str, Any]) -> list[str]:

@@ -19,7 +19,7 @@ from mirage_kernels.storage import replace_file
 
 from .extras import import_extra
 from .figures import Panel, contact_sheet, load_video
-from .memories import memory_options
+from .memories import MIRAGE_TINY_FOLDER, memory_options
 from .rgbd import stereo_motorcycle
 from .run_store import CACHE
 from .session import METRICS_LINES, VIDEO
@@ -164,6 +164,8 @@ def format_report(options: GenerateOptions, report: dict[str, Any]) -> str:
 def load_pipeline(options: GenerateOptions) -> Any:
     """The :class:`~mirage.pipeline.MiragePipeline` of `model`, `adapter` and `lora`, on its device.
 
+    Without `adapter` and `lora` it has the weights that come with the model for `memory`, where there are any.
+
     Raises:
         OSError, ValueError: no such model, or files that do not belong together.
     """
@@ -194,14 +196,54 @@ def load_pipeline(options: GenerateOptions) -> Any:
             adapter = MirageMemoryAdapter.from_pretrained(options.adapter, dtype=dtype)
         check_models(pipeline.vae, pipeline.transformer, adapter)
         pipeline.register_modules(memory_adapter=adapter)
+    beside_memory = memory_weights(options.model, options.memory)
     if options.lora is not None:
+        if getattr(pipeline.transformer, "peft_config", None):  # the model's own, which this one is in the place of
+            pipeline.transformer.unload_lora()
         load_lora(pipeline.transformer, options.lora)
+    elif options.adapter is None and beside_memory is not None:
+        take_weights(pipeline, beside_memory)
     pipeline.set_progress_bar_config(disable=True)
     if options.offload:
         pipeline.enable_model_cpu_offload(device=options.device)
     else:
         pipeline.to(options.device)
     return pipeline
+
+
+def memory_weights(model: str, memory: str) -> Path | None:
+    """The folder in a model's own in which the weights for this memory are, `memories/NAME`, if it is there."""
+    folder = (MIRAGE_TINY_FOLDER if model == MIRAGE_TINY else Path(model)) / "memories" / memory
+    return folder if folder.is_dir() else None
+
+
+def take_weights(pipeline: Any, folder: Path) -> None:
+    """Give a pipeline what `mirage train` leaves: memory_adapter/, latent_depth/ and lora.safetensors, those there are.
+
+    A LoRA that it has is taken off.
+
+    Raises:
+        OSError, ValueError: none of them is there, or they do not fit.
+    """
+    from .adapter import MirageMemoryAdapter
+    from .checkpoints import load_lora
+    from .latent_depth import LatentDepth
+    from .pipeline import check_models
+
+    parts = {"memory_adapter": MirageMemoryAdapter, "latent_depth": LatentDepth}
+    if not any((folder / part).exists() for part in (*parts, LORA)):
+        raise FileNotFoundError(f"{folder}: must hold {', '.join(parts)} or {LORA}, as `mirage train` leaves them")
+    transformer = pipeline.transformer
+    for part, cls in parts.items():
+        if (folder / part).is_dir():
+            model = cls.from_pretrained(folder / part, torch_dtype=transformer.dtype).to(transformer.device)
+            pipeline.register_modules(**{part: model.eval()})
+    check_models(pipeline.vae, transformer, pipeline.memory_adapter, pipeline.latent_depth)
+    if getattr(transformer, "peft_config", None):
+        transformer.unload_lora()
+    if (folder / LORA).is_file():
+        load_lora(transformer, folder / LORA)
+        transformer.to(transformer.device)
 
 
 def _check(options: GenerateOptions) -> None:

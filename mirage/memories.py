@@ -48,10 +48,13 @@ def memory_options(name: str, pipeline: Any, write_policy: str = "bounded") -> d
         write_policy: of "ours", as of :class:`~mirage_kernels.LatentCache`.
 
     Raises:
-        ValueError: no such memory, or write policy.
+        ValueError: no such memory, or write policy; an adapter that is shown no memory.
     """
     if name not in MEMORIES:
         raise ValueError(f"memory must be one of {', '.join(MEMORIES)}, got {name!r}")
+    adapter = pipeline.memory_adapter
+    if name != "none" and adapter is not None and adapter.config.control == "rays":
+        raise ValueError(f"memory must be none with an adapter of control rays, which is shown no memory, got {name!r}")
     options: dict[str, Any] = {"splat": SPLATS[name]}
     if name == "none":
         options["static_filter"] = KeepNothing()

@@ -721,6 +721,9 @@ def fingerprint(component: Any) -> str | None:
             digest.update(f"{name.replace('_orig_mod.', '')} {tuple(weight.shape)} {weight.dtype}".encode())
             if not weight.is_meta:  # as under sequential offloading
                 digest.update(_bytes(weight.flatten()[:_SAMPLED_WEIGHTS]))
+        control = getattr(getattr(component, "config", None), "control", "memory")
+        if control != "memory":  # the same weights are another model then
+            digest.update(control.encode())
     elif hasattr(component, "config"):
         known = {name: value for name, value in component.config.items() if not name.startswith("_")}
         digest.update(json.dumps(known, sort_keys=True, default=str).encode())

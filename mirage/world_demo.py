@@ -17,7 +17,7 @@ import torch
 from mirage_kernels.storage import replace_file
 
 from .evaluate import EvaluateOptions, film, load_memory, make_loop, measure, write_text
-from .evaluation_report import summarise
+from .evaluation_report import OWN, summarise
 from .extras import import_extra
 from .figures import Panel, contact_sheet, label, save_video
 from .generate import MIRAGE_TINY
@@ -66,7 +66,9 @@ def run_world_demo(
     films, measured, costs = {}, {}, {}
     names = import_extra("tqdm", "generate").tqdm(CAPTIONS, disable=not progress, leave=False, desc="generate")
     for name in names:
-        pipeline, _ = load_memory(options, name)
+        pipeline, weights = load_memory(options, name)
+        if name == "none" and weights == OWN:
+            raise FileNotFoundError(f"{model}: must hold memories/none, weights that were trained without a memory")
         films[name], costs[name] = film(options, pipeline, name, "head", room, true)
         measured[name] = measure(films[name], true, options.chunk_frames)
         del pipeline

@@ -12,9 +12,12 @@ import torch
 from training_runs import config, draw, models_of
 
 from mirage.adapter import MirageMemoryAdapter
+from mirage.checkpoints import load_published
 from mirage.conditioning import show_rays
+from mirage.generate import GenerateOptions, load_pipeline
 from mirage.latent_depth import pluecker_rays
 from mirage.memories import MEMORIES, memory_options
+from mirage.pipeline import fingerprint
 from mirage.pixel_memory import between, make_pixel_cache, read_pixels, refine_depth, write_pixels
 from mirage.streaming import encode_frames
 from mirage.synthetic import SyntheticRoom
@@ -129,20 +132,47 @@ def test_no_memory_is_steered_by_rays(monkeypatch: pytest.MonkeyPatch) -> None:
         assert torch.allclose(readout[:, :6], rays.movedim(1, 0), atol=1e-5) and not readout[:, 6:].any()
         assert readout[:, 3:6].any() and not visible.any()
 
-    models = {"memory_adapter": {"control_channels": 49, "control": "rays"}}
-    config_ = config("adapter", models=models, objective={"memory": "none"}, data={"frames": 9})
+    objective = {"memory": "none", "chunk_frames": 9, "first_chunks": 0.0, "drop_preceding": 0.0}
+    models = {"memory_adapter": {"control_channels": 49}}
+    config_ = config("adapter", models=models, objective=objective, data={"frames": 21})
     drawn = draw(config_, 0)
-    context = ChunkMaker(config_, models_of(config_), torch.device("cpu"))(drawn).memory_context
-    assert context is not None
-    cameras = Cameras.cat([drawn[0].clip.cameras[i] for i in range(context.shape[2])])
-    rays, _ = show_rays(cameras, tuple(context.shape[-2:]), 48)
-    assert torch.equal(context[0, :48].movedim(1, 0), rays) and not context[:, 48:].any()
+    chunk = ChunkMaker(config_, models_of(config_), torch.device("cpu"))(drawn)
+    context, preceding = chunk.memory_context, chunk.clean.preceding.shape[2]
+    assert context is not None and preceding > 0 and context.shape[2] == 3 + preceding
+    found = []
+    for start in range(preceding, 4):
+        order = [*range(start, start + 3), *range(start - preceding, start)]
+        rays, _ = show_rays(Cameras.cat([drawn[0].clip.cameras[i] for i in order]), tuple(context.shape[-2:]), 48)
+        found.append(torch.equal(context[0, :48].movedim(1, 0), rays))
+    assert sum(found) == 1 and not context[:, 48:].any()
     with pytest.raises(ValueError, match="channels must be at least 6 to hold a ray, got 5"):
         show_rays(cameras, (4, 6), 5)
     with pytest.raises(ValueError, match="objective.memory must be none for an adapter of control rays"):
-        models_of(config("adapter", models=models))
+        models_of(config("adapter", models={"memory_adapter": {"control_channels": 49, "control": "rays"}}))
     with pytest.raises(ValueError, match='control must be "memory" or "rays", got \'wheel\''):
         MirageMemoryAdapter.from_transformer(pipe.transformer, 49, control="wheel")
+
+
+def test_weights_for_no_memory_come_with_the_model(tmp_path: Path) -> None:
+    pipe = generation.make_pipeline(control_channels=49)
+    pipe.save_pretrained(tmp_path)
+    MirageMemoryAdapter.from_transformer(pipe.transformer, 49, control="rays").save_pretrained(
+        tmp_path / "memories" / "none" / "memory_adapter"
+    )
+    loaded = {
+        name: load_pipeline(GenerateOptions(out=tmp_path, model=str(tmp_path), memory=name))
+        for name in ("none", "ours")
+    }
+    adapters = {name: one.memory_adapter for name, one in loaded.items()}
+    assert {name: one.config.control for name, one in adapters.items()} == {"none": "rays", "ours": "memory"}
+    assert memory_options("none", loaded["none"]) and memory_options("none", loaded["ours"])
+    with pytest.raises(ValueError, match="memory must be none with an adapter of control rays, .* got 'ours'"):
+        memory_options("ours", loaded["none"])
+    before = fingerprint(adapters["ours"])
+    adapters["ours"].register_to_config(control="rays")
+    assert fingerprint(adapters["ours"]) != before == fingerprint(pipe.memory_adapter)
+    with pytest.raises(ValueError, match="adapter must be of control \"memory\" like the published one, got 'rays'"):
+        load_published(adapter=adapters["ours"], vace={"vace.before_proj.weight": torch.zeros(1)})
 
 
 def test_what_pixels_refuse() -> None:
@@ -181,7 +211,7 @@ def test_training_reads_the_memory_it_is_asked_for() -> None:
         chunks = [maker(clips) for clips in drawn]
         contexts[name] = torch.cat([chunk.memory_context for chunk in chunks], 2)  # type: ignore[misc]
         if name == "none":
-            assert not contexts[name].any() and not any(chunk.clean.references.shape[2] for chunk in chunks)
+            assert not contexts[name][:, 6:].any() and not any(chunk.clean.references.shape[2] for chunk in chunks)
     seen = {name: context[:, -1] > 0 for name, context in contexts.items()}
     assert all(seen[name].float().mean() > 0.3 for name in ("nearest", "ours", "pixel"))
     assert (seen["pixel"] == seen["ours"]).float().mean() > 0.8
@@ -241,6 +271,10 @@ def test_a_run_from_before_there_were_other_memories_goes_on(tmp_path: Path) -> 
     train(config("adapter", tmp_path, steps=1), progress=False)
     record = json.loads((tmp_path / "config.json").read_text())
     assert record["objective"].pop("memory") == "ours"
+    del record["objective"]["first_chunks"], record["objective"]["readouts"], record["optimizer"]
+    del record["vae"]["shifted"], record["vae"]["steady"]
+    for name in ("pace", "texture"):
+        del record["data"]["sources"][0][name]
     record["objective"]["splat"] = "aligned"
     (tmp_path / "config.json").write_text(json.dumps(record))
     assert train(config("adapter", tmp_path, steps=2), progress=False)["steps"] == 2

@@ -11,7 +11,7 @@ import torch
 pytest.importorskip("diffusers")
 
 from mirage.evaluate import EvaluateOptions, film, load_memory, make_loop, measure
-from mirage.evaluation_report import summarise
+from mirage.evaluation_report import OWN, summarise
 from mirage.generate import MIRAGE_TINY
 from mirage.memories import MIRAGE_TINY_FOLDER
 from mirage.tiny import mirage_tiny_pipeline
@@ -47,7 +47,10 @@ def test_it_finds_the_room_that_it_left(tmp_path: Path) -> None:
     true = room.render(cameras)
     figures = {}
     for name in ("none", "ours"):
-        pipeline, _ = load_memory(options, name)
+        pipeline, weights = load_memory(options, name)
+        assert (weights == OWN, pipeline.memory_adapter.config.control) == (
+            (False, "rays") if name == "none" else (True, "memory")
+        )
         frames, cost = film(options, pipeline, name, "head", room, true)
         figures[name] = summarise([measure(frames, true, options.chunk_frames)])
         assert (cost["tokens"] > 100) == (name == "ours")

@@ -514,6 +514,12 @@ def test_latents_of_another_vae_are_named(tmp_path: Path) -> None:
         prepare(config("adapter"), tmp_path / "packed", progress=False)
     prepared = tmp_path / "packed" / "000000.safetensors"
     prepared.unlink()
+    path.replace(prepared)
+    with pytest.raises(
+        ValueError, match=r"000000.safetensors: must be clip room \d+, got room \d+: name another folder"
+    ):
+        prepare(config("adapter"), tmp_path / "packed", progress=False)
+    prepared.replace(path)
     assert prepare(config("adapter"), tmp_path / "packed", progress=False)["written"] == 2
     with pytest.raises(ValueError, match="the VAE is trained on frames"):
         train(config("vae", tmp_path / "vae", data=data), progress=False)

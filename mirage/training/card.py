@@ -38,7 +38,8 @@ def gather_facts(runs: Path) -> dict[str, Any]:
     for name, what in STAGES.items():
         stages.append(_stage(runs / name, what))
     for memory in memories:
-        stages += [_stage(runs / f"{name}-{memory}", f"as {name}, memory: {memory}") for name in ("adapter", "lora")]
+        shown = "the cameras' rays instead of a memory" if memory == "none" else f"memory: {memory}"
+        stages += [_stage(runs / f"{name}-{memory}", f"as {name}, {shown}") for name in ("adapter", "lora")]
     return {
         "stages": stages,
         "torch": torch.__version__,

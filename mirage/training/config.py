@@ -30,7 +30,8 @@ class ModelsConfig:
     Attributes:
         pipeline: a Wan2.2 or Mirage pipeline, folder or hub id, or "tiny-random": gives every part that is not named.
         vae, transformer, memory_adapter, latent_depth: a folder or id of the part, or a mapping: a new one. A memory
-            adapter's mapping is that of `MirageMemoryAdapter.from_transformer`: control_channels, memory_layers.
+            adapter's mapping is that of `MirageMemoryAdapter.from_transformer`: control_channels, memory_layers, and
+            control, which is "rays" where `objective.memory` is "none" and "memory" elsewhere.
         lora: a file to go on from, in stage "lora".
         text_length: tokens of a prompt's embedding; default as the pipeline: 512, or less if its tokenizer says so.
     """
@@ -106,8 +107,8 @@ class ObjectiveConfig:
         drop_references, drop_preceding, drop_memory, drop_prompt: chance that a step goes without.
         reference_threshold, reference_voxel_size: as in generation.
         memory: on whose read-outs the model is trained, one of :data:`~mirage.memories.MEMORIES`. "none" trains
-            without any and without reference frames, with an adapter of `control: rays` steered by the cameras; "pixel"
-            decodes the clips.
+            without any and without reference frames, steered by the cameras' rays in every step; "pixel" decodes the
+            clips.
         readouts: how many read-outs of a clip are made and kept, to be drawn again, as the published code, which
             precomputes them; for the memories that a read of which costs more than a step. None: each step's is new.
         drop_tokens: share of the memory's tokens that is missing, at most, in patches.

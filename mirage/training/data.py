@@ -240,6 +240,7 @@ def save_clip(path: Path, clip: Clip) -> None:
     if clip.prompt_embeds is not None:
         tensors["prompt_embeds"] = clip.prompt_embeds
     metadata = {"format": FORMAT, "version": str(VERSION), "prompt": clip.prompt, "vae": clip.vae or ""}
+    metadata["name"] = clip.name
     content = save_tensors({name: value.cpu().contiguous() for name, value in tensors.items()}, metadata)
     write_bytes(path, content)
 
@@ -297,8 +298,9 @@ def load_clip(name: str, content: bytes) -> Clip:
     )
 
 
-def read_vae(path: Path) -> str | None:
-    """The fingerprint of the VAE that encoded the clip in a file of :func:`save_clip`, from its header alone.
+def read_origin(path: Path) -> tuple[str | None, str | None]:
+    """Of the clip in a file of :func:`save_clip`, from its header alone: the fingerprint of the VAE that encoded it,
+    and the name that it had in the data it was made of. None where the file does not say.
 
     Raises:
         OSError, ValueError: it cannot be read, is no safetensors file, or of an earlier version.
@@ -314,7 +316,7 @@ def read_vae(path: Path) -> str | None:
     if metadata.get("format") == FORMAT and metadata.get("version") != str(VERSION):
         what = "name another folder, or remove what is in this one"
         raise ValueError(f"{path}: {FORMAT} must be of version {VERSION}, got {metadata.get('version')}: {what}")
-    return metadata.get("vae") or None
+    return metadata.get("vae") or None, metadata.get("name") or None
 
 
 # Sources

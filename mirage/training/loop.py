@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from ..extras import import_extra
-from .config import TrainConfig
+from .config import TrainConfig, make_config
 from .data import Clips, Drawn, Numbers, list_broken, mix, write_bytes
 from .models import Models, add_lora, load_models, save_models, trained
 from .objective import ChunkMaker, DiffusionObjective, VaeObjective, VideoMaker, measure_latents
@@ -317,16 +317,14 @@ def _record(accelerator: Accelerator, config: TrainConfig, out: Path) -> None:
     path, now = out / CONFIG, json.loads(json.dumps(asdict(config)))
     if path.exists():
         before = json.loads(path.read_text(encoding="utf-8"))
+        splat = before["objective"].pop("splat", None)  # of runs from before there were other memories
+        before["objective"].setdefault("memory", "nearest" if splat == "nearest" else "ours")
+        # What a run from before there was a choice was started with is the default.
+        before = json.loads(json.dumps(asdict(make_config(before))))
         for settings in (before, now):
             for name in _FREE:
                 settings.pop(name, None)
-            settings.get("data", {}).pop("workers", None)
-            settings.setdefault("optimizer", "adamw")  # of runs from before there was another
-            splat = settings["objective"].pop("splat", None)  # of runs from before there were other memories
-            settings["objective"].setdefault("memory", "nearest" if splat == "nearest" else "ours")
-            settings["vae"].setdefault("steady", 0.0)
-            for source in settings["data"]["sources"]:
-                source.setdefault("texture", 1.0)
+            settings["data"].pop("workers", None)
         names = sorted(name for name in {*before, *now} if before.get(name) != now.get(name))
         if names:
             listed = "; ".join(f"{name} was {before.get(name)!r}, got {now.get(name)!r}" for name in names)

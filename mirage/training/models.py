@@ -151,6 +151,7 @@ class _Parts:
         if named is None and config.stage == "adapter":
             named = {}
         if isinstance(named, dict):
+            named = {"control": "rays" if config.objective.memory == "none" else "memory"} | named
             try:
                 # Its float32 weights are copies of the backbone's.
                 return MirageMemoryAdapter.from_transformer(transformer, **named).float()

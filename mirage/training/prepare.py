@@ -12,7 +12,7 @@ from torch import Tensor
 from ..extras import import_extra
 from ..streaming import encode_frames, encode_still
 from .config import TrainConfig
-from .data import Clips, read_vae, save_clip
+from .data import Clips, read_origin, save_clip
 from .models import load_models
 
 
@@ -20,7 +20,8 @@ from .models import load_models
 def prepare(config: TrainConfig, out: Path, device: str = "cpu", progress: bool = True) -> dict[str, Any]:
     """Encode every clip of a run's data with its VAE, and its prompt, into `out`, one file each.
 
-    Clips that are there already are left alone, so that a run that was stopped goes on. Point a source of kind
+    Clips that are there already are left alone, so that a run that was stopped goes on; a folder that holds other clips
+    than these is refused. Point a source of kind
     "packed" at the folder, or at tar shards of its files.
 
     Args:
@@ -33,7 +34,8 @@ def prepare(config: TrainConfig, out: Path, device: str = "cpu", progress: bool 
         written, present (were there already), broken ({clip: reason}).
 
     Raises:
-        OSError, ValueError: naming what cannot be used, such as a clip in `out` that another VAE has encoded.
+        OSError, ValueError: naming what cannot be used, such as a clip in `out` of other data, or that another VAE has
+            encoded.
     """
     for i, source in enumerate(config.data.sources):
         if source.kind == "packed":
@@ -43,9 +45,13 @@ def prepare(config: TrainConfig, out: Path, device: str = "cpu", progress: bool 
     out.mkdir(parents=True, exist_ok=True)
     report: dict[str, Any] = {"written": 0, "present": 0, "broken": {}}
     word = models.vae_word()
+    names = {f"{i:06d}.safetensors": clips.sources[source].name(at) for i, (source, at) in enumerate(clips.where)}
     for path in sorted(out.glob("*.safetensors")):
-        if read_vae(path) != word:
-            raise ValueError(f"{path}: encoded by another VAE: name another folder, or remove what is in this one")
+        vae, held = read_origin(path)
+        wanted = names.get(path.name)
+        if vae != word or held != wanted:
+            what = "encoded by another VAE" if vae != word else f"must be clip {wanted}, got {held or 'another'}"
+            raise ValueError(f"{path}: {what}: name another folder, or remove what is in this one")
     tqdm = import_extra("tqdm", "train").tqdm
     for number, (source, index) in enumerate(tqdm(clips.where, desc="prepare", disable=not progress)):
         path = out / f"{number:06d}.safetensors"
