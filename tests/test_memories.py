@@ -146,7 +146,7 @@ def test_no_memory_is_steered_by_rays(monkeypatch: pytest.MonkeyPatch) -> None:
         found.append(torch.equal(context[0, :48].movedim(1, 0), rays))
     assert sum(found) == 1 and not context[:, 48:].any()
     with pytest.raises(ValueError, match="channels must be at least 6 to hold a ray, got 5"):
-        show_rays(cameras, (4, 6), 5)
+        show_rays(views, (4, 6), 5)
     with pytest.raises(ValueError, match="objective.memory must be none for an adapter of control rays"):
         models_of(config("adapter", models={"memory_adapter": {"control_channels": 49, "control": "rays"}}))
     with pytest.raises(ValueError, match='control must be "memory" or "rays", got \'wheel\''):
@@ -171,7 +171,7 @@ def test_weights_for_no_memory_come_with_the_model(tmp_path: Path) -> None:
     before = fingerprint(adapters["ours"])
     adapters["ours"].register_to_config(control="rays")
     assert fingerprint(adapters["ours"]) != before == fingerprint(pipe.memory_adapter)
-    with pytest.raises(ValueError, match="adapter must be of control \"memory\" like the published one, got 'rays'"):
+    with pytest.raises(ValueError, match="adapter must be of control \"memory\" with vace, got 'rays'"):
         load_published(adapter=adapters["ours"], vace={"vace.before_proj.weight": torch.zeros(1)})
 
 
