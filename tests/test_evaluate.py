@@ -19,7 +19,7 @@ from skimage.metrics import structural_similarity
 from mirage import cli
 from mirage.checkpoints import save_lora
 from mirage.evaluate import LOOPS, EvaluateOptions, make_loop, measure, run_evaluate
-from mirage.evaluation_report import format_goals, goals, summarise
+from mirage.evaluation_report import OWN, format_goals, goals, summarise
 from mirage.figures import line_chart, load_video
 from mirage.metrics import LAG, MOST_PSNR, consistency, find_first_visits, find_revisits, load_lpips, psnr, ssim
 from mirage.training.card import add_evaluation, write_card
@@ -129,6 +129,8 @@ def test_goals_tell_what_was_met() -> None:
         (1.2, False),
     ]
     assert told[-1]["goal"] == "squared error of chunk 6 over that of chunk 2"
+    own = {"ours": ours, "none": others | {"weights": OWN}, "pixel": others | {"weights": "of its own"}}
+    assert [goal["value"] for goal in goals(own)] == [5.0, -0.5, 1.2]
     assert goals({"ours": ours})[0]["goal"].startswith("squared error") and not goals({"none": others})
 
 
@@ -202,7 +204,8 @@ def test_the_command_films_measures_reports_and_goes_on(
     assert set(report["memory_by_depth"]) == {"true", "head"} and report["memory"] == report["memory_by_depth"]["true"]
     assert report["memory_by_depth"]["head"]["ours"]["depth"] == "head"
     assert report["memory_by_depth"]["head"]["none"] == report["memory_by_depth"]["true"]["none"]
-    assert {goal["goal"] for goal in report["goals"]["head"]} >= {"revisit PSNR less that of no memory, dB"}
+    # Against weights that were not trained for it, a gain tells nothing.
+    assert [goal["goal"] for goal in report["goals"]["head"]] == ["squared error of chunk 4 over that of chunk 2"]
     told = format_goals(report)
     count = len(report["goals"]["true"])
     assert [line.rsplit(" (", 1)[1] for line in told] == ["true depth)"] * count + ["the depth head's)"] * count > []
@@ -212,7 +215,7 @@ def test_the_command_films_measures_reports_and_goes_on(
     write_card(tmp_path)
     rows = [line.split(" | ")[:3] for line in (tmp_path / "README.md").read_text().splitlines() if " | " in line]
     ours = f"{report['memory']['ours']['revisit_psnr']:.2f}"
-    assert [row[:2] for row in rows][-4:-1] == [["| none", "unused"], ["| ours", "true"], ["| ours", "head"]]
+    assert [row[:2] for row in rows][-4:-1] == [["| none (not steered)", "unused"], ["| ours", "true"], ["| ours", "head"]]
     assert rows[-3][2].startswith(ours) and rows[-1][0] == "| (the VAE alone)"
 
     # Not with other settings, nor with other weights.
