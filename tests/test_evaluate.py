@@ -215,7 +215,8 @@ def test_the_command_films_measures_reports_and_goes_on(
     write_card(tmp_path)
     rows = [line.split(" | ")[:3] for line in (tmp_path / "README.md").read_text().splitlines() if " | " in line]
     ours = f"{report['memory']['ours']['revisit_psnr']:.2f}"
-    assert [row[:2] for row in rows][-4:-1] == [["| none (not steered)", "unused"], ["| ours", "true"], ["| ours", "head"]]
+    names = [row[:2] for row in rows][-4:-1]
+    assert names == [["| none (not steered)", "unused"], ["| ours", "true"], ["| ours", "head"]]
     assert rows[-3][2].startswith(ours) and rows[-1][0] == "| (the VAE alone)"
 
     # Not with other settings, nor with other weights.
