@@ -52,8 +52,9 @@ tiny: $(READY)
 	$(BIN)/python -m mirage train configs/tiny/lora.yaml
 	$(BIN)/python -m mirage.tiny --runs runs/tiny
 
-# The memories to compare with, on mirage-tiny's backbone: same steps, same clips, each on its own read-outs, none on the cameras' rays. After `make
-# tiny`, whose files they go on from. Two at a time take less: `OMP_NUM_THREADS=1 make -j2 tiny-memories`.
+# The memories to compare with, on mirage-tiny's backbone: same steps, same clips, each on its own read-outs, none on the
+# cameras' rays. After `make tiny`, whose files they go on from. Two at a time take less: `OMP_NUM_THREADS=1 make -j2
+# tiny-memories`.
 MEMORIES := none nearest pixel
 tiny-memories: $(addprefix tiny-memory-,$(MEMORIES))
 

@@ -24,9 +24,9 @@ class MirageMemoryAdapter(ModelMixin, ConfigMixin, PeftAdapterMixin, AttentionMi
     """Blocks like the backbone's that turn what the memory shows into hints for it, after VACE (arXiv 2503.07598).
 
     What the memory shows ("memory context") is C read-out channels and either C score channels (`control_channels` =
-    2 C, 96 for Wan2.2, as published) or one visibility channel (`control_channels` = C + 1 = 49). One that
-    steers a model without a memory, for a comparison, is shown the cameras' rays in the read-out's place
-    (:func:`~mirage.conditioning.show_rays`): `control="rays"`.
+    2 C, 96 for Wan2.2, as published) or one visibility channel (`control_channels` = C + 1 = 49). One that steers a
+    model without a memory, for a comparison, is shown the cameras' rays in the read-out's place: `control="rays"`, see
+    :func:`~mirage.conditioning.show_rays`.
 
     Args:
         control_channels: of the memory context.

@@ -521,6 +521,11 @@ def test_latents_of_another_vae_are_named(tmp_path: Path) -> None:
     ):
         prepare(config("adapter"), tmp_path / "packed", progress=False)
     prepared.replace(path)
+    more = tmp_path / "packed" / "000004.safetensors"
+    more.write_bytes(path.read_bytes())
+    with pytest.raises(ValueError, match=r"000004.safetensors: must be no clip of these data, got room"):
+        prepare(config("adapter"), tmp_path / "packed", progress=False)
+    more.unlink()
     assert prepare(config("adapter"), tmp_path / "packed", progress=False)["written"] == 2
     with pytest.raises(ValueError, match="the VAE is trained on frames"):
         train(config("vae", tmp_path / "vae", data=data), progress=False)

@@ -239,8 +239,8 @@ def save_clip(path: Path, clip: Clip) -> None:
     }
     if clip.prompt_embeds is not None:
         tensors["prompt_embeds"] = clip.prompt_embeds
-    metadata = {"format": FORMAT, "version": str(VERSION), "prompt": clip.prompt, "vae": clip.vae or ""}
-    metadata["name"] = clip.name
+    metadata = {"format": FORMAT, "version": str(VERSION)}
+    metadata |= {"name": clip.name, "prompt": clip.prompt, "vae": clip.vae or ""}
     content = save_tensors({name: value.cpu().contiguous() for name, value in tensors.items()}, metadata)
     write_bytes(path, content)
 

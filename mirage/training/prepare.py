@@ -21,8 +21,7 @@ def prepare(config: TrainConfig, out: Path, device: str = "cpu", progress: bool 
     """Encode every clip of a run's data with its VAE, and its prompt, into `out`, one file each.
 
     Clips that are there already are left alone, so that a run that was stopped goes on; a folder that holds other clips
-    than these is refused. Point a source of kind
-    "packed" at the folder, or at tar shards of its files.
+    than these is refused. Point a source of kind "packed" at the folder, or at tar shards of its files.
 
     Args:
         config: whose data and models are taken.
@@ -48,10 +47,13 @@ def prepare(config: TrainConfig, out: Path, device: str = "cpu", progress: bool 
     names = {f"{i:06d}.safetensors": clips.sources[source].name(at) for i, (source, at) in enumerate(clips.where)}
     for path in sorted(out.glob("*.safetensors")):
         vae, held = read_origin(path)
-        wanted = names.get(path.name)
-        if vae != word or held != wanted:
-            what = "encoded by another VAE" if vae != word else f"must be clip {wanted}, got {held or 'another'}"
-            raise ValueError(f"{path}: {what}: name another folder, or remove what is in this one")
+        wanted = f"clip {names[path.name]}" if path.name in names else "no clip of these data"
+        if vae != word:
+            raise ValueError(f"{path}: encoded by another VAE: name another folder, or remove what is in this one")
+        if wanted != f"clip {held}":
+            raise ValueError(
+                f"{path}: must be {wanted}, got {held}: name another folder, or remove what is in this one"
+            )
     tqdm = import_extra("tqdm", "train").tqdm
     for number, (source, index) in enumerate(tqdm(clips.where, desc="prepare", disable=not progress)):
         path = out / f"{number:06d}.safetensors"
