@@ -47,6 +47,7 @@ tiny: $(READY)
 	$(BIN)/python -m mirage train configs/tiny/vae-shifted.yaml
 	$(BIN)/python -m mirage train configs/tiny/vae-steady.yaml
 	$(BIN)/python -m mirage prepare configs/tiny/clips.yaml --out runs/tiny/clips
+	$(BIN)/python -m mirage prepare configs/tiny/clips-more.yaml --out runs/tiny/clips-more
 	$(BIN)/python -m mirage train configs/tiny/backbone.yaml
 	$(BIN)/python -m mirage train configs/tiny/adapter.yaml
 	$(BIN)/python -m mirage train configs/tiny/lora.yaml
@@ -62,7 +63,7 @@ tiny-memory-%: $(READY)
 	$(BIN)/python -m mirage train configs/tiny/adapter-$*.yaml
 	$(BIN)/python -m mirage train configs/tiny/lora-$*.yaml
 
-# The four memories side by side. The seeds must be of rooms that were never trained on: configs/tiny uses those below 1500.
+# The four memories side by side. The seeds must be of rooms that were never trained on: configs/tiny uses those below 1800.
 SEEDS ?= 10000:10032
 FRAMES ?= 97
 evaluate: $(READY)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -27,6 +28,9 @@ from .transformer import MirageTransformer3DModel
 CHANNELS = 48
 LORA = "lora.safetensors"
 TEXT_LENGTH = 96  # as of configs/tiny
+
+SHIPPED = ("none",)
+"""Of the memories to compare with, those whose weights are in the package: the demo's. There is room for no more."""
 
 _MOST_BYTES = 40_000_000
 
@@ -104,10 +108,13 @@ def mirage_tiny_pipeline(dtype: torch.dtype = torch.float32, folder: Path = FOLD
     return pipeline
 
 
-def assemble_mirage_tiny(runs: Path, folder: Path = FOLDER) -> int:
+def assemble_mirage_tiny(runs: Path, folder: Path = FOLDER, memories: Sequence[str] = SHIPPED) -> int:
     """Put together what configs/tiny has trained into `runs`, in bfloat16, with its card.
 
-    The adapters, LoRAs and depth heads of the memories to compare with, those that are there, go into `memories/`.
+    Args:
+        runs: folders named as the files of configs/tiny.
+        folder: to write to.
+        memories: to compare with, whose adapters, LoRAs and depth heads go into `memories/`, as far as they are there.
 
     Returns:
         Its bytes.
@@ -132,8 +139,11 @@ def assemble_mirage_tiny(runs: Path, folder: Path = FOLDER) -> int:
     content = (runs / "lora" / LORA).read_bytes()
     pipeline.to(torch.bfloat16).save_pretrained(folder)
     card.write_bytes(folder / LORA, content)
-    for run in sorted(runs.glob("lora-*")):
-        memory = folder / "memories" / run.name.removeprefix("lora-")
+    shutil.rmtree(folder / "memories", ignore_errors=True)
+    for name in memories:
+        run, memory = runs / f"lora-{name}", folder / "memories" / name
+        if not run.is_dir():
+            continue
         for part in ("memory_adapter", "latent_depth"):
             shutil.copytree(run / part, memory / part, dirs_exist_ok=True)
         shutil.copyfile(run / LORA, memory / LORA)

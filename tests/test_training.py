@@ -97,14 +97,16 @@ def test_three_steps_of_every_stage_chained(tmp_path: Path) -> None:
         ("vae-steady", "vae"),
         ("adapter-none", "adapter"),
         ("lora-none", "lora"),
+        ("adapter-nearest", "adapter"),
+        ("lora-nearest", "lora"),
     ):
         (tmp_path / name).symlink_to(tmp_path / run)
     assert 0 < assemble_mirage_tiny(tmp_path, tmp_path / "model") < 40e6
     written = {str(path.relative_to(tmp_path / "model" / "memories")) for path in tmp_path.glob("model/memories/*/*")}
-    assert written == {f"none/{name}" for name in expected["lora"]}
+    assert written == {f"none/{name}" for name in expected["lora"]}  # of nearest there is the card's line
     card = (tmp_path / "model" / "README.md").read_text()
     assert "| lora-none | as lora, the cameras' rays instead of a memory | 3 | 1 | adamw, 0.001 | 0 |" in card
-    assert "Not measured yet" in card
+    assert "| lora-nearest | as lora, memory: nearest | 3 |" in card and "Not measured yet" in card
     pipe = mirage_tiny_pipeline(folder=tmp_path / "model")
     assert pipe.text_length == 96 and pipe.dtype == torch.float32
     assert torch.allclose(pipe.memory_adapter.proj_out[0].weight, adapter.proj_out[0].weight, rtol=0.01, atol=1e-4)
@@ -259,6 +261,16 @@ def test_what_a_run_goes_on_with(tmp_path: Path) -> None:
     assert len(lines(tmp_path)) == 3
     done = train(config("adapter", tmp_path, steps=3), progress=False)  # there is nothing left to do
     assert done["steps"] == 3 and done["loss"] is None and done["saved"] == ["memory_adapter", "latent_depth"]
+
+
+def test_a_run_that_could_not_start_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    out = tmp_path / "out"
+    mistyped = config("adapter", out, models={"transformer": str(tmp_path / "trnasformer")})
+    with pytest.raises(OSError, match=r"models\.transformer: no folder .*trnasformer, and no such model could be had"):
+        train(mistyped, progress=False)
+    assert not (out / "config.json").exists()
+    assert train(config("adapter", out, steps=1), progress=False)["steps"] == 1
 
 
 # What is trained is what generation runs.

@@ -100,8 +100,9 @@ def format_card(facts: dict[str, Any], reports: list[dict[str, Any]]) -> str:
         "",
         f"`make tiny` and `make tiny-memories`, files in configs/tiny: {minutes:.0f} minutes of steps for the model"
         f" itself on {facts['machine']}, {facts['threads']} threads, torch {facts['torch']}. Data: rooms of seeds 0 to"
-        " 999 (VAE) and 1200 to 1499 (the rest: one clip of 65 frames each, patterns of a quarter of their contrast,"
-        " some things move). Every stage is saved in bfloat16, and the next one is trained on what was saved.",
+        " 999 (VAE), 1200 to 1499 (the transformer and the adapters) and 1200 to 1799 (LoRA), one clip of 65 frames"
+        " each, patterns of a quarter of their contrast, some things move. Every stage is saved in bfloat16, and the"
+        " next one is trained on what was saved.",
         "",
         "| run | trained | steps | batch | optimizer, rate | seed | minutes | loss |",
         "| --- | --- | ---: | ---: | --- | ---: | ---: | ---: |",

@@ -85,10 +85,11 @@ def train(config: TrainConfig, progress: bool = True) -> dict[str, Any]:
         log_with="tensorboard" if config.tensorboard else None,
         project_dir=str(out),
     )
-    _record(accelerator, config, out)
+    _check_record(config, out)
     set_seed(config.seed)
     clips = Clips(config.data, config.seed)
     models = load_models(config, accelerator.device)
+    _record(accelerator, config, out)  # only now: what was mistyped may be put right
     run = _Run(config, accelerator, clips, models)
     with run.logging(progress) as log:
         run.go(log)
@@ -312,27 +313,31 @@ def _rate(config: TrainConfig, step: int) -> float:
     return {"constant": 1.0, "linear": 1.0 - part, "cosine": 0.5 * (1.0 + math.cos(math.pi * part))}[config.schedule]
 
 
-def _record(accelerator: Accelerator, config: TrainConfig, out: Path) -> None:
-    """Write down what the run is started with, or check that it is what it was started with."""
+def _check_record(config: TrainConfig, out: Path) -> None:
+    """That a run which is there was started with the same."""
     path, now = out / CONFIG, json.loads(json.dumps(asdict(config)))
-    if path.exists():
-        before = json.loads(path.read_text(encoding="utf-8"))
-        splat = before["objective"].pop("splat", None)  # of runs from before there were other memories
-        before["objective"].setdefault("memory", "nearest" if splat == "nearest" else "ours")
-        # What a run from before there was a choice was started with is the default.
-        before = json.loads(json.dumps(asdict(make_config(before))))
-        for settings in (before, now):
-            for name in _FREE:
-                settings.pop(name, None)
-            settings["data"].pop("workers", None)
-        names = sorted(name for name in {*before, *now} if before.get(name) != now.get(name))
-        if names:
-            listed = "; ".join(f"{name} was {before.get(name)!r}, got {now.get(name)!r}" for name in names)
-            raise ValueError(f"{path}: a run can go on only with what it was started with: {listed}")
-    elif accelerator.is_main_process:
+    if not path.exists():
+        return
+    before = json.loads(path.read_text(encoding="utf-8"))
+    splat = before["objective"].pop("splat", None)  # of runs from before there were other memories
+    before["objective"].setdefault("memory", "nearest" if splat == "nearest" else "ours")
+    # What a run from before there was a choice was started with is the default.
+    before = json.loads(json.dumps(asdict(make_config(before))))
+    for settings in (before, now):
+        for name in _FREE:
+            settings.pop(name, None)
+        settings["data"].pop("workers", None)
+    names = sorted(name for name in {*before, *now} if before.get(name) != now.get(name))
+    if names:
+        listed = "; ".join(f"{name} was {before.get(name)!r}, got {now.get(name)!r}" for name in names)
+        raise ValueError(f"{path}: a run can go on only with what it was started with: {listed}")
+
+
+def _record(accelerator: Accelerator, config: TrainConfig, out: Path) -> None:
+    """Write down what a run is started with, where it has not been started."""
+    if accelerator.is_main_process and not (out / CONFIG).exists():
         out.mkdir(parents=True, exist_ok=True)
-        content = json.dumps(now, indent=2) + "\n"
-        write_bytes(path, content.encode())
+        write_bytes(out / CONFIG, (json.dumps(asdict(config), indent=2) + "\n").encode())
     accelerator.wait_for_everyone()
 
 

@@ -139,7 +139,12 @@ class _Parts:
         """One part: named by the configuration, new, or the pipeline's."""
         named = getattr(self.wanted, name)
         if isinstance(named, str):
-            return cls.from_pretrained(named, torch_dtype=dtype)
+            try:
+                return cls.from_pretrained(named, torch_dtype=dtype)
+            except OSError as error:
+                if Path(named).is_dir():
+                    raise
+                raise OSError(f"models.{name}: no folder {named}, and no such model could be had: {error}") from None
         if isinstance(named, dict):
             return _new(name, cls, named)
         if self.wanted.pipeline == TINY_RANDOM:
