@@ -14,7 +14,7 @@ from mirage_kernels.storage import format_version, read_metadata
 
 from . import __version__
 from .extras import MissingExtraError, import_extra
-from .memories import MEMORIES, WRITE_POLICIES
+from .memories import MEMORIES, MIRAGE_TINY_STEPS, STEPS, WRITE_POLICIES, default_steps
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -86,7 +86,7 @@ def _add_generate(commands: Any) -> None:
     )
     add("--memory", choices=MEMORIES, default="ours", help="what remembers; the model must be trained on it (ours)")
     add("--write-policy", choices=WRITE_POLICIES, default="bounded", help="of that memory (bounded)")
-    add("--steps", type=int, default=20, help="denoising steps (20)")
+    add("--steps", type=int, help=f"denoising steps ({STEPS}; with mirage-tiny {MIRAGE_TINY_STEPS})")
     add("--guidance", type=float, default=1.0, help="guidance scale; 1 is none (1)")
     add("--chunk-frames", type=int, default=33, help="frames at a time, 4 n + 1 (33)")
     add("--decode", choices=("chunk", "end"), default="chunk", help="decode every chunk, or nothing until the end")
@@ -152,7 +152,7 @@ def _add_evaluate(commands: Any) -> None:
     add("--depth", type=_parse_names, default=("true", "head"), help="true, head: whose depth is written (true,head)")
     add("--out", type=Path, metavar="DIR", default=Path("mirage-evaluation"), help="where to write")
     add("--size", type=_parse_size, metavar="HxW", default=(96, 160), help="of the frames, multiples of 32 (96x160)")
-    add("--steps", type=int, default=20, help="denoising steps (20)")
+    add("--steps", type=int, help=f"denoising steps ({STEPS}; with mirage-tiny {MIRAGE_TINY_STEPS})")
     add("--guidance", type=float, default=1.0, help="guidance scale; 1 is none (1)")
     add("--chunk-frames", type=int, default=33, help="frames at a time, 4 n + 1 (33)")
     add("--device", choices=("cpu", "cuda"), default="cpu")
@@ -179,7 +179,7 @@ def _add_worldscore(commands: Any) -> None:
     add("--memory", choices=MEMORIES, default="ours", help="what remembers; the model must be trained on it (ours)")
     add("--depth-estimator", metavar="NAME", help="as of `mirage generate`; default the model's depth head")
     add("--static-filter", default="geometric", help="as of `mirage generate` (geometric)")
-    add("--steps", type=int, default=20, help="denoising steps (20)")
+    add("--steps", type=int, help=f"denoising steps ({STEPS}; with mirage-tiny {MIRAGE_TINY_STEPS})")
     add("--guidance", type=float, default=1.0, help="guidance scale; 1 is none (1)")
     add("--seed", type=int, default=0)
     add("--fps", type=float, default=24.0)
@@ -215,11 +215,17 @@ def _parse_size(text: str) -> tuple[int, int]:
     return height, width
 
 
+def _given(options: argparse.Namespace) -> dict[str, Any]:
+    """What was asked for of a model, denoising steps that were left open filled in."""
+    given = {name: value for name, value in vars(options).items() if name not in ("run", "command")}
+    return given | {"steps": default_steps(options.model) if options.steps is None else options.steps}
+
+
 def generate_command(options: argparse.Namespace) -> int:
     """Generate a video, print what became of it and where it is."""
     from .generate import GenerateOptions, format_report, run_generate
 
-    given = {name: value for name, value in vars(options).items() if name not in ("run", "command")}
+    given = _given(options)
     asked = GenerateOptions(**given)
     print(format_report(asked, run_generate(asked)))
     return 0
@@ -230,7 +236,7 @@ def evaluate_command(options: argparse.Namespace) -> int:
     from .evaluate import CONTACT, PLOTS, REPORT, TABLE, VIDEO, EvaluateOptions, run_evaluate
     from .evaluation_report import format_report
 
-    given = {name: value for name, value in vars(options).items() if name not in ("run", "command")}
+    given = _given(options)
     asked = EvaluateOptions(**given | {"weights": dict(options.weights)})
     print(format_report(run_evaluate(asked)))
     print(f"written to {asked.out}: {REPORT} {TABLE} {PLOTS}/ {CONTACT} {VIDEO}")
@@ -241,7 +247,7 @@ def worldscore_command(options: argparse.Namespace) -> int:
     """Generate WorldScore's videos, print how many."""
     from .worldscore import OUTPUT, WorldScoreOptions, run_worldscore
 
-    given = {name: value for name, value in vars(options).items() if name not in ("run", "command")}
+    given = _given(options)
     report = run_worldscore(WorldScoreOptions(**given))
     where = options.out / OUTPUT
     print(f"{report['written']} videos written to {where}, {report['present']} were there already")

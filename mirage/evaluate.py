@@ -28,7 +28,7 @@ from .evaluation_report import OWN, format_report, goals, summarise
 from .extras import import_extra
 from .figures import Panel, contact_sheet, label, line_chart, load_video, save_video
 from .generate import GenerateOptions, load_pipeline, memory_weights, take_weights
-from .memories import MEMORIES, WRITE_POLICIES, memory_options
+from .memories import MEMORIES, STEPS, WRITE_POLICIES, memory_options
 from .metrics import consistency, find_first_visits, find_revisits, load_lpips, psnr, ssim
 from .synthetic import SyntheticFrames, SyntheticRoom
 
@@ -40,8 +40,7 @@ LOOPS = ("walk-and-back", "orbit-and-back", "pan-and-back", "laps")
 CEILING = "codec"
 """The true pictures, encoded and decoded: what no memory can be better than."""
 
-_PACE = 0.5  # of the loops
-_VERSION = 4
+_VERSION = 5
 _SHOWN = 4  # rooms in the video
 _PRECEDING = 2  # latent frames before a chunk that the model sees anyway
 
@@ -60,7 +59,7 @@ class EvaluateOptions:
     memory: tuple[str, ...] = MEMORIES
     depth: tuple[str, ...] = DEPTHS
     size: tuple[int, int] = (96, 160)
-    steps: int = 20
+    steps: int = STEPS
     guidance: float = 1.0
     chunk_frames: int = 33
     device: str = "cpu"
@@ -124,7 +123,7 @@ def make_loop(
 ) -> tuple[SyntheticRoom, str, Cameras]:
     """The room of a seed, the kind of its loop, and the loop: what is filmed for it."""
     room, kind = SyntheticRoom(seed, moving=0, texture=texture), LOOPS[seed % len(LOOPS)]
-    return room, kind, room.path(kind, frames, size, pace=_PACE)
+    return room, kind, room.path(kind, frames, size)
 
 
 def _all_rooms(

@@ -19,7 +19,7 @@ from mirage_kernels.storage import replace_file
 
 from .extras import import_extra
 from .figures import Panel, contact_sheet, load_video
-from .memories import MIRAGE_TINY_FOLDER, memory_options
+from .memories import MIRAGE_TINY, MIRAGE_TINY_FOLDER, STEPS, memory_options
 from .rgbd import stereo_motorcycle
 from .run_store import CACHE
 from .session import METRICS_LINES, VIDEO
@@ -27,7 +27,7 @@ from .trajectories import TRAJECTORIES, load_npz, load_trajectory, make_trajecto
 
 CONTACT, TRAJECTORY, PATH = "contact.png", "trajectory.npz", "trajectory.json"
 LORA = "lora.safetensors"
-TINY_RANDOM, MIRAGE_TINY = "tiny-random", "mirage-tiny"
+TINY_RANDOM = "tiny-random"
 
 _PICTURES = 12
 _TINY_ROWS = {TINY_RANDOM: 4, MIRAGE_TINY: 3}  # times 32: a few seconds a chunk on a laptop, or as it was trained
@@ -54,7 +54,7 @@ class GenerateOptions:
     static_filter: str = "geometric"
     memory: str = "ours"
     write_policy: str = "bounded"
-    steps: int = 20
+    steps: int = STEPS
     guidance: float = 1.0
     chunk_frames: int = 33
     decode: str = "chunk"

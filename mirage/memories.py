@@ -26,6 +26,10 @@ SPLATS = {"none": "aligned", "nearest": "nearest", "ours": "aligned", "pixel": "
 
 WRITE_POLICIES = ("append", "bounded")
 
+STEPS, MIRAGE_TINY_STEPS = 20, 4
+"""Of denoising, where nothing else is asked for. Small models gather errors with every step."""
+
+MIRAGE_TINY = "mirage-tiny"
 MIRAGE_TINY_FOLDER = Path(__file__).parent / "mirage-tiny"
 """Where the model that comes with the package is. `memories/NAME` in it are what other memories have for weights."""
 
@@ -37,6 +41,11 @@ class KeepNothing:
 
     def __call__(self, views: ChunkViews) -> Tensor:
         return torch.zeros_like(views.depth, dtype=torch.bool)
+
+
+def default_steps(model: str) -> int:
+    """Of denoising, for a model by its name."""
+    return MIRAGE_TINY_STEPS if model == MIRAGE_TINY else STEPS
 
 
 def memory_options(name: str, pipeline: Any, write_policy: str = "bounded") -> dict[str, Any]:

@@ -29,6 +29,7 @@ CHANNELS = 48
 LORA = "lora.safetensors"
 TEXT_LENGTH = 96  # as of configs/tiny
 
+LAST = "far"  # the last of its stages, and with a memory's name behind it that memory's
 SHIPPED = ("none",)
 """Of the memories to compare with, those whose weights are in the package: the demo's. There is room for no more."""
 
@@ -132,16 +133,16 @@ def assemble_mirage_tiny(runs: Path, folder: Path = FOLDER, memories: Sequence[s
         vae=AutoencoderKLWan.from_pretrained(runs / "vae-steady" / "vae"),
         scheduler=base.scheduler,
         transformer=MirageTransformer3DModel.from_pretrained(runs / "backbone" / "transformer"),
-        memory_adapter=MirageMemoryAdapter.from_pretrained(runs / "lora" / "memory_adapter"),
-        latent_depth=LatentDepth.from_pretrained(runs / "lora" / "latent_depth"),
+        memory_adapter=MirageMemoryAdapter.from_pretrained(runs / LAST / "memory_adapter"),
+        latent_depth=LatentDepth.from_pretrained(runs / LAST / "latent_depth"),
     )
     facts = card.gather_facts(runs)
-    content = (runs / "lora" / LORA).read_bytes()
+    content = (runs / LAST / LORA).read_bytes()
     pipeline.to(torch.bfloat16).save_pretrained(folder)
     card.write_bytes(folder / LORA, content)
     shutil.rmtree(folder / "memories", ignore_errors=True)
     for name in memories:
-        run, memory = runs / f"lora-{name}", folder / "memories" / name
+        run, memory = runs / f"{LAST}-{name}", folder / "memories" / name
         if not run.is_dir():
             continue
         for part in ("memory_adapter", "latent_depth"):

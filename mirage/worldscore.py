@@ -34,7 +34,7 @@ from .chunks import check_num_frames
 from .extras import import_extra
 from .figures import save_video
 from .generate import GenerateOptions, load_pipeline
-from .memories import memory_options
+from .memories import STEPS, memory_options
 
 OUTPUT = "worldscore_output"
 FOCAL = 500.0
@@ -70,7 +70,7 @@ class WorldScoreOptions:
     size: tuple[int, int] = (704, 1280)
     depth_estimator: str | None = None
     static_filter: str = "geometric"
-    steps: int = 20
+    steps: int = STEPS
     guidance: float = 1.0
     seed: int = 0
     fps: float = 24.0
