@@ -48,33 +48,30 @@ tiny: $(READY)
 	$(BIN)/python -m mirage train configs/tiny/vae-steady.yaml
 	$(BIN)/python -m mirage prepare configs/tiny/clips.yaml --out runs/tiny/clips
 	$(BIN)/python -m mirage prepare configs/tiny/clips-more.yaml --out runs/tiny/clips-more
-	$(BIN)/python -m mirage prepare configs/tiny/clips-far.yaml --out runs/tiny/clips-far
 	$(BIN)/python -m mirage train configs/tiny/backbone.yaml
 	$(BIN)/python -m mirage train configs/tiny/adapter.yaml
 	$(BIN)/python -m mirage train configs/tiny/lora.yaml
-	$(BIN)/python -m mirage train configs/tiny/far.yaml
 	$(BIN)/python -m mirage.tiny --runs runs/tiny
 
-# The memories to compare with, on mirage-tiny's backbone: same steps, same clips. After `make tiny`, whose files they go on
-# from: nearest and pixel with the last stage, on their own read-outs, none with the adapter, on the cameras' rays. Two at a
-# time take less: `OMP_NUM_THREADS=1 make -j2 tiny-memories`.
+# The memories to compare with, on mirage-tiny's backbone, after `make tiny`, whose files they go on from: none with an adapter
+# and LoRA of its own, of the same steps, on the cameras' rays; nearest and pixel with 1,000 steps more on their own read-outs.
+# Two at a time take less: `OMP_NUM_THREADS=1 make -j2 tiny-memories`.
 MEMORIES := none nearest pixel
 tiny-memories: $(addprefix tiny-memory-,$(MEMORIES))
 
 tiny-memory-none: $(READY)
 	$(BIN)/python -m mirage train configs/tiny/adapter-none.yaml
 	$(BIN)/python -m mirage train configs/tiny/lora-none.yaml
-	$(BIN)/python -m mirage train configs/tiny/far-none.yaml
 
 tiny-memory-%: $(READY)
-	$(BIN)/python -m mirage train configs/tiny/far-$*.yaml
+	$(BIN)/python -m mirage train configs/tiny/lora-$*.yaml
 
-# The four memories side by side. The seeds must be of rooms that were never trained on: configs/tiny uses those below 2100.
+# The four memories side by side. The seeds must be of rooms that were never trained on: configs/tiny uses those below 1800.
 SEEDS ?= 10000:10032
 FRAMES ?= 97
 evaluate: $(READY)
 	$(BIN)/python -m mirage evaluate --model mirage-tiny --seeds $(SEEDS) --frames $(FRAMES) --out out/evaluate-$(FRAMES) \
-	$(foreach memory,$(MEMORIES),--weights $(memory)=runs/tiny/far-$(memory))
+	$(foreach memory,$(MEMORIES),--weights $(memory)=runs/tiny/lora-$(memory))
 
 $(READY): pyproject.toml setup.py $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

@@ -26,7 +26,7 @@ SPLATS = {"none": "aligned", "nearest": "nearest", "ours": "aligned", "pixel": "
 
 WRITE_POLICIES = ("append", "bounded")
 
-STEPS, MIRAGE_TINY_STEPS = 20, 4
+STEPS, MIRAGE_TINY_STEPS = 20, 2
 """Of denoising, where nothing else is asked for. Small models gather errors with every step."""
 
 MIRAGE_TINY = "mirage-tiny"

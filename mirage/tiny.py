@@ -29,7 +29,7 @@ CHANNELS = 48
 LORA = "lora.safetensors"
 TEXT_LENGTH = 96  # as of configs/tiny
 
-LAST = "far"  # the last of its stages, and with a memory's name behind it that memory's
+LAST = "lora"  # the last of its stages, and with a memory's name behind it that memory's
 SHIPPED = ("none",)
 """Of the memories to compare with, those whose weights are in the package: the demo's. There is room for no more."""
 

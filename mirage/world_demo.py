@@ -46,7 +46,7 @@ def run_world_demo(
         device: "cpu" or "cuda".
         frames: 4 n + 1 frames of the loop.
         seed: of the room; its kind of loop is that of `mirage evaluate`.
-        steps: of denoising; default 4 of mirage-tiny, 20 of others, as `mirage evaluate`.
+        steps: of denoising; default 2 of mirage-tiny, 20 of others, as `mirage evaluate`.
         progress: show a progress bar, on stderr.
 
     Returns:

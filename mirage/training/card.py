@@ -24,7 +24,6 @@ STAGES = {
     "backbone": "transformer and depth head, without a memory",
     "adapter": "memory adapter and depth head, transformer frozen",
     "lora": "LoRA on the transformer, adapter and depth head",
-    "far": "the same, in clips whose camera goes further",
 }
 
 
@@ -34,14 +33,16 @@ def gather_facts(runs: Path) -> dict[str, Any]:
     Raises:
         OSError: the run of one of :data:`STAGES` is not there.
     """
-    memories = sorted(path.name.removeprefix("far-") for path in runs.glob("far-*"))
+    memories = sorted(path.name.removeprefix("lora-") for path in runs.glob("lora-*"))
     stages = []
     for name, what in STAGES.items():
         stages.append(_stage(runs / name, what))
     for memory in memories:
         shown = "the cameras' rays instead of a memory" if memory == "none" else f"memory: {memory}"
-        named = [(name, runs / f"{name}-{memory}") for name in ("adapter", "lora", "far")]
-        stages += [_stage(run, f"as {name}, {shown}") for name, run in named if run.is_dir()]
+        if (runs / f"adapter-{memory}").is_dir():
+            stages += [_stage(runs / f"{name}-{memory}", f"as {name}, {shown}") for name in ("adapter", "lora")]
+        else:
+            stages.append(_stage(runs / f"lora-{memory}", f"lora goes on, {shown}"))
     return {
         "stages": stages,
         "torch": torch.__version__,
@@ -101,10 +102,10 @@ def format_card(facts: dict[str, Any], reports: list[dict[str, Any]]) -> str:
         "## Training",
         "",
         f"`make tiny` and `make tiny-memories`, files in configs/tiny: {minutes:.0f} minutes of steps for the model"
-        f" itself on {facts['machine']}, {facts['threads']} threads, torch {facts['torch']}. Data: rooms of seeds 0 to"
-        " 999 (VAE), 1200 to 1499 (backbone and adapter), 1200 to 1799 (lora) and 1800 to 2099 (far), one clip of 65"
-        " frames each, patterns of a quarter of their contrast, some things move. Every stage is saved in bfloat16, and"
-        " the next one is trained on what was saved.",
+        f" itself on {facts['machine']}, torch {facts['torch']}. Data: rooms of seeds 0 to"
+        " 999 (VAE), 1200 to 1499 (backbone and adapter) and 1200 to 1799 (lora), one clip of 65 frames each, patterns"
+        " of a quarter of their contrast, some things move. Every stage is saved in bfloat16; the next goes on from"
+        " what was saved.",
         "",
         "| run | trained | steps | batch | optimizer, rate | seed | minutes | loss |",
         "| --- | --- | ---: | ---: | --- | ---: | ---: | ---: |",
