@@ -273,7 +273,7 @@ def load_memory(options: EvaluateOptions, name: str) -> tuple[Any, str]:
     if folder is None:
         return pipeline, OWN
     take_weights(pipeline, folder)
-    return pipeline, str(folder)
+    return pipeline, str(folder if name in options.weights else Path(options.model, "memories", name))
 
 
 def _weights_of(options: EvaluateOptions, name: str) -> Path | None:
