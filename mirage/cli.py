@@ -294,7 +294,7 @@ def demo_command(options: argparse.Namespace) -> int:
     report = run_demo(options.out, options.rgbd, options.device)
     print(format_report(report))
     print(f"\n{report['seconds']:.1f} s, written to {options.out}: {CONTACT} {LOOP} {CACHE} {REPORT}\n")
-    return _generate_for_demo(options)
+    return 0 if options.rgbd else _generate_for_demo(options)
 
 
 def _generate_for_demo(options: argparse.Namespace) -> int:
