@@ -231,3 +231,11 @@ def test_an_encoder_that_fails_is_an_error(tmp_path: Path, monkeypatch: pytest.M
     with pytest.raises(ValueError, match=r"frames must all be \(3, 32, 32\), got \(3, 32, 34\)"):
         save_video(tmp_path / "video.mp4", [torch.zeros(3, 32, 32), torch.zeros(3, 32, 34)], 24)
     assert not (tmp_path / "video.mp4").exists()
+
+
+@pytest.mark.parametrize(
+    ("asked", "steps"), [(["mirage-tiny"], 2), (["folder"], 20), (["mirage-tiny", "--steps=7"], 7)]
+)
+def test_steps_that_are_left_open_are_the_models(asked: list[str], steps: int) -> None:
+    for command in ("generate", "evaluate"):
+        assert cli._given(cli.make_parser().parse_args([command, "--model", *asked]))["steps"] == steps
