@@ -225,8 +225,7 @@ def generate_command(options: argparse.Namespace) -> int:
     """Generate a video, print what became of it and where it is."""
     from .generate import GenerateOptions, format_report, run_generate
 
-    given = _given(options)
-    asked = GenerateOptions(**given)
+    asked = GenerateOptions(**_given(options))
     print(format_report(asked, run_generate(asked)))
     return 0
 
@@ -236,8 +235,7 @@ def evaluate_command(options: argparse.Namespace) -> int:
     from .evaluate import CONTACT, PLOTS, REPORT, TABLE, VIDEO, EvaluateOptions, run_evaluate
     from .evaluation_report import format_report
 
-    given = _given(options)
-    asked = EvaluateOptions(**given | {"weights": dict(options.weights)})
+    asked = EvaluateOptions(**_given(options) | {"weights": dict(options.weights)})
     print(format_report(run_evaluate(asked)))
     print(f"written to {asked.out}: {REPORT} {TABLE} {PLOTS}/ {CONTACT} {VIDEO}")
     return 0
@@ -247,8 +245,7 @@ def worldscore_command(options: argparse.Namespace) -> int:
     """Generate WorldScore's videos, print how many."""
     from .worldscore import OUTPUT, WorldScoreOptions, run_worldscore
 
-    given = _given(options)
-    report = run_worldscore(WorldScoreOptions(**given))
+    report = run_worldscore(WorldScoreOptions(**_given(options)))
     where = options.out / OUTPUT
     print(f"{report['written']} videos written to {where}, {report['present']} were there already")
     return 0

@@ -16,8 +16,6 @@ from mirage.memories import MIRAGE_TINY, MIRAGE_TINY_FOLDER, MIRAGE_TINY_STEPS
 from mirage.tiny import mirage_tiny_pipeline
 from mirage.training import card
 
-pytestmark = pytest.mark.skipif(not MIRAGE_TINY_FOLDER.is_dir(), reason="mirage-tiny is not trained yet")
-
 
 def test_it_is_small_and_whole() -> None:
     files = [path for path in MIRAGE_TINY_FOLDER.rglob("*") if path.is_file()]

@@ -28,7 +28,7 @@ STAGES = {
 
 
 def gather_facts(runs: Path) -> dict[str, Any]:
-    """What the runs in a folder say of themselves: {stages: [..], torch, cpu_threads, machine}.
+    """What the runs in a folder say of themselves: {stages: [..], torch, machine}.
 
     Raises:
         OSError: the run of one of :data:`STAGES` is not there.
@@ -46,7 +46,6 @@ def gather_facts(runs: Path) -> dict[str, Any]:
     return {
         "stages": stages,
         "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
     }
 
