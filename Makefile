@@ -27,14 +27,15 @@ lint: $(READY)
 	$(BIN)/python -m ruff format --check .
 	$(BIN)/python -m mypy
 
-ASAN_TESTS := back_project splat splat_aligned cache_write bounded_write block_bounds float8 view_overlap cache
+ASAN_TESTS := $(foreach name,back_project splat splat_aligned cache_write bounded_write block_bounds float8 view_overlap,\
+	ops/test_$(name).py) cache/test_cache.py
 
 # The CPU operators under address and undefined-behaviour sanitizers, from a build of their own.
 asan: $(READY)
 	MIRAGE_SANITIZE=1 MIRAGE_BUILD_CUDA=0 $(BIN)/python setup.py -q build --build-lib build/asan
 	cd build/asan && LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=. MIRAGE_REQUIRE_CPU=1 OMP_NUM_THREADS=2 \
-	$(CURDIR)/$(BIN)/python -m pytest -q -p no:cacheprovider $(addprefix ../../tests/test_,$(addsuffix .py,$(ASAN_TESTS)))
+	$(CURDIR)/$(BIN)/python -m pytest -q -p no:cacheprovider $(addprefix ../../tests/kernels/,$(ASAN_TESTS))
 
 # Compiles every CUDA source for every architecture of the list, warnings as errors; needs nvcc, no GPU.
 cuda: $(READY)

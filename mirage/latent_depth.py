@@ -18,7 +18,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput
 from torch import Tensor, nn
 
-from mirage_kernels import Cameras, View
+from mirage_kernels import Cameras, Readout
 
 RELATIVE_ERROR = 0.05
 """`confidence` is the probability that a token's relative depth error is below this."""
@@ -119,7 +119,7 @@ class LatentDepth(ModelMixin, ConfigMixin):
         return self.conv_out(F.silu(self.norm_out(x)))
 
     @torch.no_grad()
-    def predict(self, latents: Tensor, cameras: Cameras, view: View | None = None) -> LatentDepthOutput:
+    def predict(self, latents: Tensor, cameras: Cameras, view: Readout | None = None) -> LatentDepthOutput:
         """Depth of one chunk, in the shapes that `LatentCache.write` takes: write(latents, depth, cameras, mask).
 
         Args:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKLWan
 from torch import Tensor
 
-from mirage_kernels import Cameras, LatentCache, View
+from mirage_kernels import Cameras, LatentCache, Readout
 from mirage_kernels.cache import WriteReport
 from mirage_kernels.reference import pool_depth
 
@@ -55,7 +55,7 @@ def write_pixels(
     return cache.write(rows.to(cache.device), depth.to(cache.device), cameras, static)
 
 
-def read_pixels(cache: LatentCache, vae: AutoencoderKLWan, cameras: Cameras) -> View:
+def read_pixels(cache: LatentCache, vae: AutoencoderKLWan, cameras: Cameras) -> Readout:
     """What 4 n + 1 views see of the points, on the latent grid: rasterised, then encoded.
 
     Args:
@@ -64,7 +64,7 @@ def read_pixels(cache: LatentCache, vae: AutoencoderKLWan, cameras: Cameras) -> 
         cameras: of 4 n + 1 consecutive frames; their image size is that of the pictures, multiples of 16.
 
     Returns:
-        :class:`~mirage_kernels.View` of the n + 1 latent frames. Latents are float32, normalised, and those of the
+        :class:`~mirage_kernels.Readout` of the n + 1 latent frames. Latents are float32, normalised, and those of the
         black of a hole where there is one. The mask is True where half of the pixels of its up to four pictures show
         a point, and those of its keyframe; depth is that of :func:`~mirage_kernels.reference.pool_depth` there. There
         is no index: it is -1.
@@ -82,7 +82,7 @@ def read_pixels(cache: LatentCache, vae: AutoencoderKLWan, cameras: Cameras) -> 
     share = torch.cat([share[:1], share[1:].unflatten(0, (-1, STRIDE)).mean(1)])
     depth = pool_depth(torch.where(seen.mask, seen.depth, 0.0)[::STRIDE], size)
     mask = (share >= 0.5) & (depth > 0)
-    return View(latents, mask, torch.where(mask, depth, 0.0), torch.full(mask.shape, -1, device=cache.device))
+    return Readout(latents, mask, torch.where(mask, depth, 0.0), torch.full(mask.shape, -1, device=cache.device))
 
 
 def refine_depth(depth: Tensor, size: tuple[int, int]) -> Tensor:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from mirage_kernels import Cameras, LatentCache, View
+from mirage_kernels import Cameras, LatentCache, Readout
 from mirage_kernels.cache import CacheMark, WriteReport
 from mirage_kernels.storage import replace_file
 
@@ -120,7 +120,7 @@ class MirageChunk:
     frames: Tensor | None
     latents: Tensor
     cameras: Cameras
-    view: View
+    view: Readout
     depth: Tensor
     static: Tensor
     metrics: dict[str, Any]
@@ -387,7 +387,7 @@ class MirageSession:
         if latents is None:
             return None
         latents = latents[shared:]
-        view = View(*(part[shared:] for part in view))
+        view = Readout(*(part[shared:] for part in view))
         frames = None
         if settings.decode == "chunk":
             with self._timed(seconds, "decode"):
@@ -498,7 +498,7 @@ class MirageSession:
         return torch.cat([(piece[0].movedim(1, 0).float() * 0.5 + 0.5).clamp(0, 1) for piece in pieces])
 
     def _estimate_depth(
-        self, numbers: list[int], frames: Tensor | None, latents: Tensor, cameras: Cameras, view: View | None
+        self, numbers: list[int], frames: Tensor | None, latents: Tensor, cameras: Cameras, view: Readout | None
     ) -> tuple[Tensor, Tensor | None, dict[str, Any]]:
         """Depth (F, H', W') of these frames of the video, its confidence where there is one, and how it was aligned.
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from . import ops
 from .cameras import Cameras
 from .offload import Offloaded, Plan, Run, make_plan, make_store, may_touch, offloaded
-from .ops import CARVE_VIEWS, MOST_VIEWS, NEAR, SHARPNESS, STORED_DTYPES, VIEWS_PER_VOXEL, View
+from .ops import CARVE_VIEWS, MOST_VIEWS, NEAR, SHARPNESS, STORED_DTYPES, VIEWS_PER_VOXEL, Readout
 from .reference import BLOCK, DEAD, FLOAT8, WRITE_REPORT, bounds_rows, dequantise_rows
 from .storage import load_cache, save_cache
 
@@ -451,7 +451,7 @@ class LatentCache:
             alive = torch.nn.functional.pad((self._votes != DEAD).cumsum(0), (1, 0))
             out = out._replace(before=alive[out.before])
         if self._votes is not None or self._max_tokens is not None:
-            counts[-1] = ops.cache_trim(
+            counts[-1] = ops.cache_compact(
                 *(*buffers, self._count),
                 votes=self._votes,
                 looks=self._looks,
@@ -496,7 +496,7 @@ class LatentCache:
         sharpness: float = SHARPNESS,
         near: float = NEAR,
         dtype: torch.dtype | None = None,
-    ) -> View:
+    ) -> Readout:
         """What T cameras see of the cache, on a latent grid.
 
         Never waits for the device, and can be captured in a CUDA graph when the cameras are on the cache's device. But
@@ -513,7 +513,7 @@ class LatentCache:
             dtype: of the latents returned, float32, float16 or bfloat16; default the cache's, bfloat16 of a float8 one.
 
         Returns:
-            :class:`View`: latents (T, C, h, w), mask, depth and index (T, h, w); holes are 0, False, 0 and -1. Depth
+            :class:`Readout`: latents (T, C, h, w), mask, depth and index (T, h, w); holes are 0, False, 0 and -1. Depth
             and index are those of the nearest token, or of the one that fits best.
 
         Raises:

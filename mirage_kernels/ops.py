@@ -35,7 +35,7 @@ class BackProjection(NamedTuple):
     valid: Tensor
 
 
-class View(NamedTuple):
+class Readout(NamedTuple):
     """What cameras see of the tokens; a hole has latents 0, mask False, depth 0, index -1.
 
     ``latents`` (T, C, h, w); ``mask`` (T, h, w) bool; ``depth`` (T, h, w) z along the optical axis in world units;
@@ -275,7 +275,7 @@ def splat(
     bounds: Tensor | None = None,
     near: float = NEAR,
     dtype: torch.dtype | None = None,
-) -> View:
+) -> Readout:
     """Splat tokens onto the latent grids of T cameras: z-buffer, then gather.
 
     A token falls into cell (floor(v), floor(u)) of its projection when z > ``near``; in each cell the smallest z wins,
@@ -300,7 +300,7 @@ def splat(
         dtype: of the latents, any of these but float8_e4m3fn; default that of ``features``, bfloat16 for float8_e4m3fn.
 
     Returns:
-        :class:`View`. ``latents`` carries a gradient to ``features``, deterministic too; nothing else does, and
+        :class:`Readout`. ``latents`` carries a gradient to ``features``, deterministic too; nothing else does, and
         float8_e4m3fn features may not ask for one.
 
     Raises:
@@ -316,14 +316,14 @@ def splat(
     backend = choose_backend(points.device, working)
     if backend == "reference":
         size = (height, width)
-        return View(*reference.splat(points, features, num_points, intrinsics, cam2world, size, near, dtype, scales))
+        return Readout(*reference.splat(points, features, num_points, intrinsics, cam2world, size, near, dtype, scales))
     operator = private_operator("splat", _family(backend))
     arguments = (points, features, num_points, intrinsics, cam2world, height, width, near, dtype, bounds, scales)
     if torch.compiler.is_compiling() or (features.requires_grad and torch.is_grad_enabled()):
-        return View(*operator(*arguments))
+        return Readout(*operator(*arguments))
     # Reads in inference skip the autograd layer, which is Python: half of the 36 microseconds of an empty call.
     with torch._C._AutoDispatchBelowAutograd():
-        return View(*operator(*arguments))
+        return Readout(*operator(*arguments))
 
 
 def check_sharpness(sharpness: float) -> float:
@@ -348,7 +348,7 @@ def splat_aligned(
     near: float = NEAR,
     sharpness: float = SHARPNESS,
     dtype: torch.dtype | None = None,
-) -> View:
+) -> Readout:
     """Splat tokens onto the latent grids of T cameras: a cell shows what fits it best, not what is nearest.
 
     A latent is no colour: moved by half a token, seen from another distance or from another side it is another latent.
@@ -389,7 +389,7 @@ def splat_aligned(
         dtype: of the latents, any of these but float8_e4m3fn; default that of ``features``, bfloat16 for float8_e4m3fn.
 
     Returns:
-        :class:`View`. ``depth`` and ``index`` are those of the best fit. ``latents`` carries gradients to ``features``
+        :class:`Readout`. ``depth`` and ``index`` are those of the best fit. ``latents`` carries gradients to ``features``
         and, with the choice of tokens held fixed, to ``points``; they are deterministic too, equal on every backend up
         to rounding. Nothing else carries one, and float8_e4m3fn features may not ask for one.
 
@@ -416,14 +416,14 @@ def splat_aligned(
     backend = choose_backend(points.device, working)
     tensors = (points, features, num_points, frame_ids, frame_centers, intrinsics, cam2world)
     if backend == "reference":
-        return View(*reference.splat_aligned(*tensors, (height, width), near, sharpness, dtype, scales))
+        return Readout(*reference.splat_aligned(*tensors, (height, width), near, sharpness, dtype, scales))
     operator = private_operator("splat_aligned", _family(backend))
     arguments = (*tensors, height, width, near, sharpness, dtype, bounds, scales)
     wanted = (features.requires_grad or points.requires_grad) and torch.is_grad_enabled()
     if torch.compiler.is_compiling() or wanted:
-        return View(*operator(*arguments)[:4])
+        return Readout(*operator(*arguments)[:4])
     with torch._C._AutoDispatchBelowAutograd():  # as in `splat`
-        return View(*operator(*arguments)[:4])
+        return Readout(*operator(*arguments)[:4])
 
 
 def check_write_inputs(
@@ -649,7 +649,7 @@ def bounded_write(
     - ``carve_views`` > 0: a view sees through a token that projects into a cell whose depth is more than 5 % behind it,
       where none of the four cells around shows anything within 5 % of its depth: neither by its least depth nor, where
       that belongs to something more than 5 % before the token, by its own. A token that so many views have seen through
-      since a view last saw it in its place is ``carved`` by the last of them: marked dead, for :func:`cache_trim` to
+      since a view last saw it in its place is ``carved`` by the last of them: marked dead, for :func:`cache_compact` to
       remove.
 
     Every decision is by minima, counts and ranks that no order of threads can change: the same bits on every backend.
@@ -714,7 +714,7 @@ def bounded_write(
     return operator(*held, *inputs, depth_sampling == "bilinear", *rest)
 
 
-def cache_trim(
+def cache_compact(
     points: Tensor,
     features: Tensor,
     frame_ids: Tensor,
@@ -748,8 +748,8 @@ def cache_trim(
     arguments = (_plain(points), _plain(features), frame_ids, votes, looks, count, most, bounds, scales)
     backend = choose_backend(points.device, torch.float32)
     if backend == "reference":
-        return reference.cache_trim(*arguments)
-    return private_operator("cache_trim", _family(backend))(*arguments)
+        return reference.cache_compact(*arguments)
+    return private_operator("cache_compact", _family(backend))(*arguments)
 
 
 def view_overlap(

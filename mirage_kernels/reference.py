@@ -613,7 +613,7 @@ def cache_write(
     return torch.cat([torch.tensor([fits, rows.shape[0] - fits], device=keep.device), rejected])
 
 
-# What `bounded_write` and `cache_trim` decide by, measured on a real room (benchmarks/fidelity.py). The kernels' copies
+# What `bounded_write` and `cache_compact` decide by, measured on a real room (benchmarks/fidelity.py). The kernels' copies
 # of these numbers are in csrc/core/bound.h and triton/bounded_write.py.
 COVERED = 0.2  # a token that fits a cell of the new view with this score, or a better one, shows what is there
 SAME_LOOK = 0.05  # so does one that lacks no more than this, wherever in the cell it lies
@@ -812,7 +812,7 @@ def bounded_write(
     return torch.tensor(list(report.values()), device=points.device)
 
 
-def cache_trim(
+def cache_compact(
     points: Tensor,
     features: Tensor,
     frame_ids: Tensor,
@@ -823,7 +823,7 @@ def cache_trim(
     bounds: Tensor | None = None,
     scales: Tensor | None = None,
 ) -> Tensor:
-    """Definition of :func:`mirage_kernels.cache_trim`: survivors move together, in order; returns how many went."""
+    """Definition of :func:`mirage_kernels.cache_compact`: survivors move together, in order; returns how many went."""
     live = int(count)
     alive = torch.ones(live, dtype=torch.bool, device=points.device) if votes is None else votes[:live] != DEAD
     held = alive.nonzero()[:, 0]

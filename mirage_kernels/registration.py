@@ -97,7 +97,7 @@ def _fake_bounded_write(points: Tensor, *args: Any) -> Tensor:
     return points.new_empty((len(WRITE_REPORT),), dtype=torch.int64)
 
 
-def _fake_cache_trim(points: Tensor, *args: Any) -> Tensor:
+def _fake_cache_compact(points: Tensor, *args: Any) -> Tensor:
     return points.new_empty((), dtype=torch.int64)
 
 
@@ -163,7 +163,7 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "splat_aligned_backward": _fake_splat_aligned_backward,
     "cache_write": _fake_cache_write,
     "bounded_write": _fake_bounded_write,
-    "cache_trim": _fake_cache_trim,
+    "cache_compact": _fake_cache_compact,
     "block_bounds": _fake_block_bounds,
     "view_overlap": _fake_view_overlap,
 }

@@ -44,7 +44,7 @@ SCHEMAS = {
         " Tensor? mask, Tensor order, int first_frame, bool bilinear, float min_depth, float max_depth, float near,"
         " int views_per_voxel, int carve_views, Tensor(g!)? bounds=None, Tensor(h!)? scales=None) -> Tensor"
     ),
-    "cache_trim": (
+    "cache_compact": (
         "(Tensor(a!) points, Tensor(b!) features, Tensor(c!) frame_ids, Tensor(d!)? votes, Tensor(e!)? looks,"
         " Tensor(f!) count, int max_tokens, Tensor(g!)? bounds=None, Tensor(h!)? scales=None) -> Tensor"
     ),

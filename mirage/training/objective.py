@@ -18,7 +18,7 @@ from diffusers import AutoencoderKLWan
 from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d
 from torch import Tensor, nn
 
-from mirage_kernels import Cameras, LatentCache, View
+from mirage_kernels import Cameras, LatentCache, Readout
 
 from ..chunks import STRIDE, latent_count
 from ..conditioning import CleanFrames, choose_references, make_memory_context, make_scores, show_rays
@@ -72,19 +72,19 @@ class DepthChunk:
 class _Seen:
     """What the memory shows at the T target and P preceding frames of one clip, and which frames may be references."""
 
-    target: View
-    preceding: View
+    target: Readout
+    preceding: Readout
     references: list[int]
 
     def part(self, preceding: int, references: int) -> _Seen:
         """With so many preceding frames, the last ones, and at most so many references, the best."""
         first = len(self.preceding.mask) - preceding
-        return _Seen(self.target, View(*(part[first:] for part in self.preceding)), self.references[:references])
+        return _Seen(self.target, Readout(*(part[first:] for part in self.preceding)), self.references[:references])
 
     def without_memory(self) -> _Seen:
         """Where nothing is remembered, and frames are references all the same."""
         nothing = [
-            View(*(torch.full_like(part, -1 if name == "index" else 0) for name, part in view._asdict().items()))
+            Readout(*(torch.full_like(part, -1 if name == "index" else 0) for name, part in view._asdict().items()))
             for view in (self.target, self.preceding)
         ]
         return _Seen(nothing[0], nothing[1], self.references)
@@ -100,7 +100,7 @@ class _LatentMemory:
     def write(self, frames: list[int], depth: Tensor, cameras: Cameras, static: Tensor) -> None:
         self.cache.write(self.latents[frames], depth, cameras, static)
 
-    def read(self, cameras: Cameras, begin: int, start: int, stop: int, size: tuple[int, int]) -> View:
+    def read(self, cameras: Cameras, begin: int, start: int, stop: int, size: tuple[int, int]) -> Readout:
         """At latent frames [start, stop) of the clip, whose F cameras these are, in a chunk that begins at `begin`."""
         return self.cache.read(cameras[start:stop], size, splat=self.splat)
 
@@ -114,13 +114,13 @@ class _PixelMemory:
     def write(self, frames: list[int], depth: Tensor, cameras: Cameras, static: Tensor) -> None:
         write_pixels(self.cache, self.pictures[frames], depth, cameras, static)
 
-    def read(self, cameras: Cameras, begin: int, start: int, stop: int, size: tuple[int, int]) -> View:
+    def read(self, cameras: Cameras, begin: int, start: int, stop: int, size: tuple[int, int]) -> Readout:
         """As of :class:`_LatentMemory`; the chunk's pictures are encoded as one video."""
         if start == stop:
             return LatentCache(self.vae.config.z_dim, device=self.cache.device).read(cameras[:0], size)
         with _autocast(self.cache.device, self.half):
             view = read_pixels(self.cache, self.vae, between(cameras[begin:stop]))
-        return View(*(part[start - begin :] for part in view))
+        return Readout(*(part[start - begin :] for part in view))
 
 
 class ChunkMaker:
@@ -373,7 +373,7 @@ class ChunkMaker:
         length = target.shape[2]
         alone = max(starts) == 0 and _happens(chance, 0.5)
         frames = slice(0, 1) if alone else slice(0 if max(starts) == 0 else 1, length)
-        views = [View(*(part[frames] for part in one.target)) for one in seen]
+        views = [Readout(*(part[frames] for part in one.target)) for one in seen]
         level = self.config.depth_latent_noise * torch.rand(len(clips), 1, 1, 1, 1, generator=chance).to(target)
         noise = torch.randn(target[:, :, frames].shape, generator=chance).to(target)
         size = (int(target.shape[3]), int(target.shape[4]))

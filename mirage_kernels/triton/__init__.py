@@ -5,13 +5,13 @@ CPU tensors. Every kernel equals ``mirage_kernels.reference`` bit for bit in flo
 and no shape, allocation or number of launches depends on data, so all of it can be captured in a CUDA graph.
 """
 
-from . import back_project, block_bounds, bounded_write, cache_trim, cache_write, splat, splat_aligned, view_overlap
+from . import back_project, block_bounds, bounded_write, cache_compact, cache_write, splat, splat_aligned, view_overlap
 
 __all__ = [
     "back_project",
     "block_bounds",
     "bounded_write",
-    "cache_trim",
+    "cache_compact",
     "cache_write",
     "splat",
     "splat_aligned",

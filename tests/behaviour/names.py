@@ -144,7 +144,7 @@ def bounded_write(buffers: dict[str, Tensor], centers: Tensor, *views: Tensor, *
 
 
 def cache_trim(buffers: dict[str, Tensor], max_tokens: int | None) -> Tensor:
-    return mirage_kernels.cache_trim(
+    return mirage_kernels.cache_compact(
         *(buffers[name] for name in WRITTEN),
         buffers["count"],
         votes=buffers.get("votes"),

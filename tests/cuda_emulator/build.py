@@ -25,12 +25,12 @@ TORCH = Path(torch.__file__).parent
 NAMESPACE = "mirage_emulated"
 # The operators as they are, on sm_80, and a variant: as on GPUs before it, with constants so small that loops which
 # only a huge input enters twice go round often. Suffix of the namespace: (architecture, files, replacements).
-OPERATORS = ("back_project", "block_bounds", "bounded_write", "cache_trim", "cache_write", "splat", "splat_aligned")
+OPERATORS = ("back_project", "block_bounds", "bounded_write", "cache_compact", "cache_write", "splat", "splat_aligned")
 VARIANTS = {
     "": (800, (*OPERATORS, "view_overlap", "faults"), ()),
     "_small": (
         750,
-        ("back_project", "cache_trim", "cache_write"),
+        ("back_project", "cache_compact", "cache_write"),
         (
             ("kScanThreads = 1024", "kScanThreads = 64"),
             ("kThreads = 1024", "kThreads = 256"),

@@ -13,7 +13,7 @@ import torch
 import mirage_kernels
 from mirage_kernels.__main__ import build_facts
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 def run_setup(tmp_path: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:

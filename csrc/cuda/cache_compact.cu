@@ -1,4 +1,4 @@
-// cache_trim on CUDA: the frame up to which rows must go is found digit by digit, the rows that stay are counted by block,
+// cache_compact on CUDA: the frame up to which rows must go is found digit by digit, the rows that stay are counted by block,
 // the counts are summed up, and what stays moves down, part after part of the buffers through a copy of bounded size.
 //
 // In place: points, features, frame_ids, votes, looks, count, bounds, scales. Out: how many tokens were evicted.
@@ -279,7 +279,7 @@ void for_word(size_t row_bytes, const void* rows, const F& f) {
 
 }  // namespace
 
-Tensor cache_trim(Tensor points, Tensor features, Tensor frame_ids, std::optional<Tensor> votes,
+Tensor cache_compact(Tensor points, Tensor features, Tensor frame_ids, std::optional<Tensor> votes,
                   std::optional<Tensor> looks, Tensor count, int64_t max_tokens, std::optional<Tensor> bounds,
                   std::optional<Tensor> scales) {
   const torch::stable::accelerator::DeviceGuard guard(points.get_device_index());
@@ -360,4 +360,4 @@ Tensor cache_trim(Tensor points, Tensor features, Tensor frame_ids, std::optiona
 
 }  // namespace mirage::cuda
 
-STABLE_TORCH_LIBRARY_IMPL(mirage, CUDA, m) { m.impl("cache_trim_compiled", TORCH_BOX(&mirage::cuda::cache_trim)); }
+STABLE_TORCH_LIBRARY_IMPL(mirage, CUDA, m) { m.impl("cache_compact_compiled", TORCH_BOX(&mirage::cuda::cache_compact)); }

@@ -188,7 +188,7 @@ asked |= {{"callback_on_step_end": step_done, "static_filter": Filter(), "cache"
 generation.make_pipeline()(**asked)
 print(peaks[3], peaks[12], live[3], live[12])
 """
-    content = script.format(tests=str(Path(__file__).parent), run=str(tmp_path / "run"), policy=policy)
+    content = script.format(tests=str(Path(__file__).parents[2]), run=str(tmp_path / "run"), policy=policy)
     done = subprocess.run([sys.executable, "-c", content], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     third, twelfth, *live = map(int, done.stdout.split())
@@ -426,7 +426,7 @@ pipe(**generation.options(29, run_dir={run!r}, resume=True, output_type=None, ca
 
 
 def run_script(kill: bool, run: Path) -> subprocess.CompletedProcess[str]:
-    content = KILLED.format(tests=str(Path(__file__).parent), kill=kill, run=str(run))
+    content = KILLED.format(tests=str(Path(__file__).parents[2]), kill=kill, run=str(run))
     return subprocess.run([sys.executable, "-c", content], capture_output=True, text=True)
 
 

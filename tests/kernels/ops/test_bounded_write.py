@@ -1,4 +1,4 @@
-"""`bounded_write` and `cache_trim` on every backend: against the definition, the brute force, and their own rules."""
+"""`bounded_write` and `cache_compact` on every backend: against the definition, the brute force, and their own rules."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from comparison import assert_equal_bits
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mirage_kernels import block_bounds, bounded_write, cache_trim, use_backend
+from mirage_kernels import block_bounds, bounded_write, cache_compact, use_backend
 from mirage_kernels.reference import BLOCK, DEAD, FLOAT8, WRITE_REPORT, bounds_rows, token_voxels, z_order
 
 GRID = (6, 9)
@@ -85,7 +85,7 @@ class Held:
         options = dict(
             votes=self.votes, looks=self.looks, bounds=self.bounds, scales=self.scales, max_tokens=max_tokens
         )
-        return int(cache_trim(self.points, self.features, self.frame_ids, self.count, **options))
+        return int(cache_compact(self.points, self.features, self.frame_ids, self.count, **options))
 
     def all(self):
         """Every buffer whole, so that a stray write shows."""
@@ -429,7 +429,7 @@ def test_trim_without_votes(backend):
     held = Held(100, put=backend.put)
     held.frame_ids[:] = backend.put(torch.arange(100).int() // 10)
     held.count.fill_(100)
-    evicted = cache_trim(held.points, held.features, held.frame_ids, held.count, max_tokens=35)
+    evicted = cache_compact(held.points, held.features, held.frame_ids, held.count, max_tokens=35)
     assert int(evicted) == 65 and int(held.count) == 35
     assert held.frame_ids[:35].tolist() == [6] * 5 + [row // 10 for row in range(70, 100)]
 

@@ -1,7 +1,7 @@
 """Triton kernels against the definition, bit for bit: on a GPU where there is one, else in Triton's interpreter.
 
 The interpreter has to be chosen before Triton is imported. Without a GPU ``test_comparisons_in_the_interpreter`` runs
-the comparisons in a process of its own; ``TRITON_INTERPRET=1 python -m pytest tests/test_triton.py`` runs only them.
+the comparisons in a process of its own; ``TRITON_INTERPRET=1 python -m pytest tests/kernels/ops/test_triton.py`` runs only them.
 """
 
 from __future__ import annotations
@@ -886,10 +886,10 @@ def test_bounded_write_strided_inputs():
     check_bounded_write(held_tokens(200, 60, 2, torch.float32, False), moving=0.01, change=strided)
 
 
-# ------------------------------------------------------------------------------------------------------- cache_trim
+# ------------------------------------------------------------------------------------------------------- cache_compact
 
 
-def check_cache_trim(held, max_tokens, with_votes=True):
+def check_cache_compact(held, max_tokens, with_votes=True):
     expected = [None if x is None else x.clone() for x in held]
     if not with_votes:
         expected[3] = None
@@ -898,8 +898,8 @@ def check_cache_trim(held, max_tokens, with_votes=True):
     if held[1].element_size() == 1:
         scales = torch.arange(len(held[0])).to(torch.uint8)
         got_scales = scales.clone().to(DEVICE)
-    evicted = reference.cache_trim(*expected, max_tokens, boxes, scales)
-    agree(triton_operator("cache_trim", *got, max_tokens, got_boxes, got_scales), evicted)
+    evicted = reference.cache_compact(*expected, max_tokens, boxes, scales)
+    agree(triton_operator("cache_compact", *got, max_tokens, got_boxes, got_scales), evicted)
     ours, theirs = (*got, got_boxes, got_scales), (*expected, boxes, scales)
     agree([x for x in ours if x is not None], tuple(x for x in theirs if x is not None))
     return int(evicted), int(expected[5])
@@ -908,44 +908,44 @@ def check_cache_trim(held, max_tokens, with_votes=True):
 @comparison
 @pytest.mark.parametrize("max_tokens", [0, 1, 100, 199, 2**62])
 @pytest.mark.parametrize("with_votes", [False, True])
-def test_cache_trim(max_tokens, with_votes):
+def test_cache_compact(max_tokens, with_votes):
     held = held_tokens(300, 280, 5, torch.float16, max_tokens % 2 == 0)
     alive = int((held[3][:280] != 255).sum()) if with_votes else 280
-    assert check_cache_trim(held, max_tokens, with_votes) == (max(alive - max_tokens, 0), min(alive, max_tokens))
+    assert check_cache_compact(held, max_tokens, with_votes) == (max(alive - max_tokens, 0), min(alive, max_tokens))
 
 
 @comparison
 @pytest.mark.parametrize("dtype", [*FLOATS, torch.float8_e4m3fn])
 @pytest.mark.parametrize("channels", [0, 1, 48, 65])
-def test_cache_trim_channels(dtype, channels):
-    check_cache_trim(held_tokens(150, 140, channels, dtype, True), 2**62)
+def test_cache_compact_channels(dtype, channels):
+    check_cache_compact(held_tokens(150, 140, channels, dtype, True), 2**62)
 
 
 @comparison
 @pytest.mark.parametrize("count", [0, 1, 127, 128, 129, 300])
 @pytest.mark.parametrize("votes", [0, 254, 255])
-def test_cache_trim_where_none_or_all_are_dead(count, votes):
+def test_cache_compact_where_none_or_all_are_dead(count, votes):
     held = held_tokens(300, count, 3, torch.float32, True)
     held[3][:] = votes
-    assert check_cache_trim(held, 2**62) == (0, 0 if votes == 255 else count)
-    assert check_cache_trim(held, 100)[1] == (0 if votes == 255 else min(count, 100))
+    assert check_cache_compact(held, 2**62) == (0, 0 if votes == 255 else count)
+    assert check_cache_compact(held, 100)[1] == (0 if votes == 255 else min(count, 100))
 
 
 @comparison
 @pytest.mark.parametrize("max_tokens", [3, 350, 2**62])
-def test_cache_trim_moves_chunk_after_chunk(max_tokens, monkeypatch):
-    from mirage_kernels.triton import cache_trim as module
+def test_cache_compact_moves_chunk_after_chunk(max_tokens, monkeypatch):
+    from mirage_kernels.triton import cache_compact as module
 
     monkeypatch.setattr(module, "_CHUNK", 2)
     monkeypatch.setattr(module, "_SCAN", 2)
     held = held_tokens(700, 650, 3, torch.bfloat16, True)
     held[3][:130] = held[3][256:400] = 0  # a block that stays where it is, and one that moves whole
-    check_cache_trim(held, max_tokens)
+    check_cache_compact(held, max_tokens)
 
 
 @comparison
 @pytest.mark.parametrize("max_tokens", [1, 60, 120])
-def test_cache_trim_frame_ids(max_tokens):
+def test_cache_compact_frame_ids(max_tokens):
     """Of one frame, of every frame, and the extremes of int32."""
     held = held_tokens(140, 130, 2, torch.float32, False)
     random = torch.Generator().manual_seed(2)
@@ -956,22 +956,22 @@ def test_cache_trim_frame_ids(max_tokens):
         extremes[torch.randint(0, 6, (140,), generator=random)],
     ):
         held[2][:] = frame_ids
-        check_cache_trim(held, max_tokens)
+        check_cache_compact(held, max_tokens)
 
 
 @comparison
 @pytest.mark.parametrize("count", [-1, 41, 2**40])
-def test_cache_trim_with_a_count_that_is_none_changes_nothing(count):
+def test_cache_compact_with_a_count_that_is_none_changes_nothing(count):
     held = held_tokens(40, count, 2, torch.float32, True)
     moved = tuple(x.clone().to(DEVICE) for x in held)
-    (evicted,) = triton_operator("cache_trim", *moved, 3)
+    (evicted,) = triton_operator("cache_compact", *moved, 3)
     assert evicted == 0
     agree(moved, held)
 
 
 @comparison
-def test_cache_trim_of_no_capacity():
-    assert check_cache_trim(held_tokens(0, 0, 2, torch.float32, True), 0) == (0, 0)
+def test_cache_compact_of_no_capacity():
+    assert check_cache_compact(held_tokens(0, 0, 2, torch.float32, True), 0) == (0, 0)
 
 
 # ----------------------------------------------------------------------------------------------------- view_overlap
@@ -1259,7 +1259,7 @@ def launch_arguments(device: str) -> dict[str, tuple[object, ...]]:
             2,
             boxes,
         ),
-        "cache_trim": (*held, 300, boxes),
+        "cache_compact": (*held, 300, boxes),
         "block_bounds": (points, live, torch.zeros(reference.bounds_rows(len(points)), 6)),
         "view_overlap": (points, live, intrinsics, cam2world, intrinsics, cam2world, *size, 0.1, 0.05, boxes[:3]),
     }
@@ -1415,7 +1415,7 @@ def compile_launch(kernel, arguments: dict, options: dict, capability: int):
                 "tiles_kernel",
             },
         ),
-        ("cache_trim", {"digit_kernel", "count_kernel", "scan_kernel", "move_kernel", "bounds_kernel", "tiles_kernel"}),
+        ("cache_compact", {"digit_kernel", "count_kernel", "scan_kernel", "move_kernel", "bounds_kernel", "tiles_kernel"}),
         ("block_bounds", {"bounds_kernel", "tiles_kernel"}),
         ("view_overlap", {"prepare_kernel", "cull_kernel", "mark_kernel", "count_kernel"}),
     ],
@@ -1452,7 +1452,7 @@ def test_compiles_for_large_cells_and_wide_indices(monkeypatch):
     ("name", "changes"),
     [
         ("bounded_write", {4: None, 19: 0, 20: None}),
-        ("cache_trim", {3: None, 4: None, 6: 2**62, 7: None}),
+        ("cache_compact", {3: None, 4: None, 6: 2**62, 7: None}),
         ("splat", {2: None, 9: None}),
         ("splat_aligned", {2: None, 12: None}),
         ("view_overlap", {1: None, 10: None}),
@@ -1468,7 +1468,7 @@ def test_compiles_without_what_may_be_left_out(name, changes, monkeypatch):
 @compiles
 @pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize(
-    "name", ["splat", "splat_aligned", "splat_aligned_backward", "cache_write", "bounded_write", "cache_trim"]
+    "name", ["splat", "splat_aligned", "splat_aligned_backward", "cache_write", "bounded_write", "cache_compact"]
 )
 def test_compiles_float8_features(name, capability, monkeypatch):
     """By integers: sm_80 has no conversions of its own."""

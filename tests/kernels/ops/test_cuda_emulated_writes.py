@@ -1,4 +1,4 @@
-"""``bounded_write`` and ``cache_trim`` on CUDA, run on the CPU by ``cuda_emulator``: every test that the other backends
+"""``bounded_write`` and ``cache_compact`` on CUDA, run on the CPU by ``cuda_emulator``: every test that the other backends
 pass, in several orders of threads, and what only CUDA can get wrong.
 """
 
@@ -31,7 +31,7 @@ def emulate(emulated: Emulated, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cal
 
     def begin(order: Order, variant: str = "") -> Target:
         def operator(name: str, family: str) -> Callable[..., Any]:
-            suffix = variant if name == "cache_trim" else ""
+            suffix = variant if name == "cache_compact" else ""
             return lambda *arguments: emulated.run(f"{name}_compiled", *arguments, order=order, variant=suffix)
 
         monkeypatch.setattr(ops, "private_operator", operator)
@@ -124,7 +124,7 @@ def test_points_that_begin_anywhere_are_refused(emulate: Callable[..., Target]) 
             call()
 
 
-# cache_trim
+# cache_compact
 
 
 def crowded(

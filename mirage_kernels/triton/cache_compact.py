@@ -1,4 +1,4 @@
-"""`cache_trim`: the frame up to which tokens go, by four bits at a time; counts by blocks, their prefix sums; moves.
+"""`cache_compact`: the frame up to which tokens go, by four bits at a time; counts by blocks, their prefix sums; moves.
 
 Rows move towards the front, chunk after chunk through a buffer of bounded size, since programs read what others
 overwrite. Nothing but that buffer and a few numbers a block is allocated.
@@ -208,8 +208,8 @@ def move_kernel(
                 copy_numbers(scales, row, held_scales, place, mask)
 
 
-@implements("cache_trim")
-def cache_trim(
+@implements("cache_compact")
+def cache_compact(
     points: Tensor,
     features: Tensor,
     frame_ids: Tensor,

@@ -12,7 +12,7 @@ from torch import Tensor
 pytest.importorskip("diffusers", reason="the extra generate is not installed")
 
 from mirage.latent_depth import LatentDepth, LatentDepthOutput, latent_depth_loss, pluecker_rays
-from mirage_kernels import Cameras, LatentCache, View
+from mirage_kernels import Cameras, LatentCache, Readout
 
 CHANNELS = 6
 
@@ -60,8 +60,8 @@ def make_chunk(frames: int = 3, size: tuple[int, int] = (7, 11)) -> tuple[Tensor
     return noise(frames, CHANNELS, *size), torch.where(mask, depth, 0.0), mask
 
 
-def view_of(depth: Tensor, mask: Tensor) -> View:
-    return View(torch.zeros(len(depth), CHANNELS, *depth.shape[1:]), mask, depth, torch.where(mask, 0, -1))
+def view_of(depth: Tensor, mask: Tensor) -> Readout:
+    return Readout(torch.zeros(len(depth), CHANNELS, *depth.shape[1:]), mask, depth, torch.where(mask, 0, -1))
 
 
 # --------------------------------------------------------------------------------------------------------- geometry

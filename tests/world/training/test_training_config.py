@@ -92,7 +92,7 @@ def test_what_is_wrong_is_told_by_key(key: str, value: Any, message: str | None)
         make_config(given)
 
 
-CONFIGS = Path(__file__).parents[1] / "configs"
+CONFIGS = Path(__file__).parents[3] / "configs"
 
 
 @pytest.mark.parametrize("file", sorted(CONFIGS.rglob("*.yaml")), ids=lambda file: f"{file.parent.name}/{file.stem}")

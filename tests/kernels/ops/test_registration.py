@@ -26,7 +26,7 @@ SIZE = (5, 7)
 IMAGE = (23, 36)
 COMPILERS = ["aot_eager", "inductor"]
 FLOAT8 = torch.float8_e4m3fn
-WITH_SCALES = ("splat", "splat_aligned", "splat_aligned_backward", "cache_write", "bounded_write", "cache_trim")
+WITH_SCALES = ("splat", "splat_aligned", "splat_aligned_backward", "cache_write", "bounded_write", "cache_compact")
 
 
 def operator_arguments(name, seed=0, count=200, views=2, dtype=torch.float32, masked=True):
@@ -63,13 +63,13 @@ def operator_arguments(name, seed=0, count=200, views=2, dtype=torch.float32, ma
         buffers = scenes.buffers(60, 6, dtype, held=2)
         bounds = torch.zeros(2, 6) if masked else None
         return *buffers, latents, depth, *image_cameras, mask, 5, False, 0.1, 2.4, bounds
-    if name in ("bounded_write", "cache_trim"):
+    if name in ("bounded_write", "cache_compact"):
         points, features, frame_ids, count = scenes.buffers(60, 6, dtype, held=40)
         votes = torch.from_numpy(rng.choice([0, 1, reference.DEAD], 60)).byte()
         looks = torch.ones(60, dtype=torch.uint8) if masked else None
         bounds = block_bounds(points, num_points=count) if masked else None
         held = points, features, frame_ids.abs(), votes, looks, count
-        if name == "cache_trim":
+        if name == "cache_compact":
             return *held, 15, bounds
         latents = torch.from_numpy(rng.normal(size=(views, 6, *SIZE))).to(dtype)
         views_of = latents, depth, *image_cameras, mask, reference.z_order(SIZE), 61
@@ -168,7 +168,7 @@ def test_float8_features(kernels, name):
             written = given.alias_info is not None and given.alias_info.is_write
             # What bounded writes change in place depends on what is held: they may leave some of it as it was.
             assert same or written, given.name
-            assert not same or not written or name in ("bounded_write", "cache_trim"), given.name
+            assert not same or not written or name in ("bounded_write", "cache_compact"), given.name
 
 
 # ---------------------------------------------------------------------------------------------- gradients

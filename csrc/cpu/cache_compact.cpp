@@ -1,4 +1,4 @@
-// cache_trim on the CPU: marks what is too many, then moves the runs of survivors together, in order.
+// cache_compact on the CPU: marks what is too many, then moves the runs of survivors together, in order.
 //
 // In place: points, features, frame_ids, votes, looks, count, bounds, scales. Out: how many tokens were evicted.
 #include "../core/bound.h"
@@ -42,7 +42,7 @@ void close_gaps(Tensor& buffer, const std::vector<uint8_t>& stays) {
 
 }  // namespace
 
-Tensor cache_trim(Tensor points, Tensor features, Tensor frame_ids, std::optional<Tensor> votes,
+Tensor cache_compact(Tensor points, Tensor features, Tensor frame_ids, std::optional<Tensor> votes,
                   std::optional<Tensor> looks, Tensor count, int64_t max_tokens,
                   std::optional<Tensor> bounds, std::optional<Tensor> scales) {
   if (bounds.has_value()) check_bounds(*bounds, points.size(0));
@@ -71,4 +71,4 @@ Tensor cache_trim(Tensor points, Tensor features, Tensor frame_ids, std::optiona
 
 }  // namespace mirage::cpu
 
-STABLE_TORCH_LIBRARY_IMPL(mirage, CPU, m) { m.impl("cache_trim_compiled", TORCH_BOX(&mirage::cpu::cache_trim)); }
+STABLE_TORCH_LIBRARY_IMPL(mirage, CPU, m) { m.impl("cache_compact_compiled", TORCH_BOX(&mirage::cpu::cache_compact)); }

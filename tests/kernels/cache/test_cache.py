@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import mirage_kernels.storage
-from mirage_kernels import Cameras, LatentCache, bounded_write, cache_trim, cache_write, splat_aligned
+from mirage_kernels import Cameras, LatentCache, bounded_write, cache_compact, cache_write, splat_aligned
 
 GRID = (5, 7)
 IMAGE = (25, 35)
@@ -880,7 +880,7 @@ def test_a_bounded_cache_is_what_the_operators_write(backend, options):
         views = latents, depth, cameras.intrinsics, cameras.cam2world
         counts = bounded_write(*buffers, *views, looks=looks, mask=mask, first_frame=2 * k, **chosen)
         most = options.get("max_tokens")
-        counts[-1] = cache_trim(points, features, frame_ids, count, votes=votes, looks=looks, max_tokens=most)
+        counts[-1] = cache_compact(points, features, frame_ids, count, votes=votes, looks=looks, max_tokens=most)
         assert report.counts.tolist() == counts.tolist()
     n = int(count)
     assert_equal_bits(contents(cache)[:4], [points[:n, :3], points[:n, 3], features[:n], frame_ids[:n]])
