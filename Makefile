@@ -52,7 +52,7 @@ tiny: $(READY)
 	$(BIN)/python -m mirage train configs/tiny/backbone.yaml
 	$(BIN)/python -m mirage train configs/tiny/adapter.yaml
 	$(BIN)/python -m mirage train configs/tiny/lora.yaml
-	$(BIN)/python -m mirage.tiny --runs runs/tiny
+	$(BIN)/python -m mirage.zoo --runs runs/tiny
 
 # The memories to compare with, on mirage-tiny's backbone, after `make tiny`, whose files they go on from: none with an adapter
 # and LoRA of its own, of the same steps, on the cameras' rays; nearest and pixel with 1,000 steps more on their own read-outs.

@@ -28,8 +28,8 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from mirage.codec import PatchCodec
-from mirage.rgbd import RGBDFrames, load_rgbd_folder
+from mirage.scenes.patch_pca import PatchCodec
+from mirage.scenes.rgbd import RGBDFrames, load_rgbd_folder
 from mirage_kernels import Cameras, LatentCache
 from mirage_kernels.compat import LatentPointCloud
 from mirage_kernels.ops import NEAR
@@ -64,7 +64,8 @@ def load_room(folder: str | Path) -> Room:
     """Frames of a folder, dealt by their numbers as the protocol says.
 
     Raises:
-        OSError, ValueError: as :func:`mirage.rgbd.load_rgbd_folder`; or the folder lacks frames the protocol needs.
+        OSError, ValueError: as :func:`mirage.scenes.rgbd.load_rgbd_folder`; or the folder lacks frames the protocol
+        needs.
     """
     frames = load_rgbd_folder(folder)
     numbers = [int(name.split("-")[1]) for name in frames.names]

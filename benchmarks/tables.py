@@ -15,8 +15,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from mirage.evaluation_report import format_goals, format_table
-from mirage.memories import MIRAGE_TINY_FOLDER
+from mirage.evaluation.report import format_goals, format_table
+from mirage.pipeline.memory import MIRAGE_TINY_FOLDER
 
 from .fidelity import find
 from .goals import Outcome, outcomes

@@ -25,11 +25,11 @@ def _full_size_pipeline(device: torch.device) -> Any:
     from diffusers import UniPCMultistepScheduler
     from transformers import UMT5Config, UMT5EncoderModel
 
-    from mirage.adapter import MirageMemoryAdapter
-    from mirage.latent_depth import LatentDepth
-    from mirage.pipeline import MiragePipeline
-    from mirage.tiny import _byte_tokenizer
-    from mirage.transformer import MirageTransformer3DModel
+    from mirage.models.adapter import MirageMemoryAdapter
+    from mirage.models.latent_depth import LatentDepth
+    from mirage.models.transformer import MirageTransformer3DModel
+    from mirage.pipeline.pipeline import MiragePipeline
+    from mirage.zoo import _byte_tokenizer
 
     from .pixel_memory import make_encoder
 
@@ -67,7 +67,7 @@ def test_chunk(bench: Any) -> None:
     if bench.device.type == "cuda":
         pipeline, size, what = _full_size_pipeline(bench.device), Size(1, 704, 1280), "Wan2.2-TI2V-5B's widths"
     else:
-        from mirage.tiny import tiny_random_pipeline
+        from mirage.zoo import tiny_random_pipeline
 
         pipeline, what = tiny_random_pipeline(), "tiny widths"
         size = Size(1, QUICK.height, QUICK.width) if bench.quick else Size(1, 352, 640)

@@ -11,12 +11,12 @@ from typing import Any
 from mirage_kernels import Cameras, LatentCache, __version__
 
 _LAZY = {
-    "LatentDepth": "latent_depth",
-    "MirageMemoryAdapter": "adapter",
-    "MiragePipeline": "pipeline",
-    "MiragePipelineOutput": "pipeline",
-    "MirageSession": "session",
-    "MirageTransformer3DModel": "transformer",
+    "LatentDepth": "models.latent_depth",
+    "MirageMemoryAdapter": "models.adapter",
+    "MiragePipeline": "pipeline.pipeline",
+    "MiragePipelineOutput": "pipeline.pipeline",
+    "MirageSession": "pipeline.session",
+    "MirageTransformer3DModel": "models.transformer",
 }
 
 __all__ = ["Cameras", "LatentCache", "__version__", *_LAZY]
@@ -25,7 +25,7 @@ __all__ = ["Cameras", "LatentCache", "__version__", *_LAZY]
 def __getattr__(name: str) -> Any:
     if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from .extras import import_extra
+    from .optional import import_extra
 
     import_extra("diffusers", "generate")
     return getattr(importlib.import_module(f"{__name__}.{_LAZY[name]}"), name)

@@ -389,7 +389,8 @@ def splat_aligned(
         dtype: of the latents, any of these but float8_e4m3fn; default that of ``features``, bfloat16 for float8_e4m3fn.
 
     Returns:
-        :class:`Readout`. ``depth`` and ``index`` are those of the best fit. ``latents`` carries gradients to ``features``
+        :class:`Readout`. ``depth`` and ``index`` are those of the best fit. ``latents`` carries gradients to
+        ``features``
         and, with the choice of tokens held fixed, to ``points``; they are deterministic too, equal on every backend up
         to rounding. Nothing else carries one, and float8_e4m3fn features may not ask for one.
 

@@ -613,8 +613,8 @@ def cache_write(
     return torch.cat([torch.tensor([fits, rows.shape[0] - fits], device=keep.device), rejected])
 
 
-# What `bounded_write` and `cache_compact` decide by, measured on a real room (benchmarks/fidelity.py). The kernels' copies
-# of these numbers are in csrc/core/bound.h and triton/bounded_write.py.
+# What `bounded_write` and `cache_compact` decide by, measured on a real room (benchmarks/fidelity.py). The kernels'
+# copies # of these numbers are in csrc/core/bound.h and triton/bounded_write.py.
 COVERED = 0.2  # a token that fits a cell of the new view with this score, or a better one, shows what is there
 SAME_LOOK = 0.05  # so does one that lacks no more than this, wherever in the cell it lies
 FRESH = 0.02  # up to this score the look is the same, and the newer one takes its place

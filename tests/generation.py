@@ -8,10 +8,10 @@ import room
 import torch
 from torch import Tensor
 
-from mirage.pipeline import MiragePipeline
-from mirage.static_filter import ChunkViews
-from mirage.tiny import tiny_random_pipeline
-from mirage.trajectories import out_and_back
+from mirage.perception.static_filter import ChunkViews
+from mirage.pipeline.pipeline import MiragePipeline
+from mirage.scenes.trajectories import out_and_back
+from mirage.zoo import tiny_random_pipeline
 from mirage_kernels import Cameras
 
 SIZE, LATENT = (64, 96), (4, 6)

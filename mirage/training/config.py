@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..chunks import CHUNK_FRAMES, check_num_frames
-from ..extras import import_extra
-from ..memories import MEMORIES
+from ..optional import import_extra
+from ..pipeline.chunks import CHUNK_FRAMES, check_num_frames
+from ..pipeline.memory import MEMORIES
 
 STAGES = ("vae", "backbone", "adapter", "lora")
 SCHEDULES = ("constant", "linear", "cosine")
@@ -106,7 +106,7 @@ class ObjectiveConfig:
         max_references, preceding_frames: as in generation, at most; how many are drawn anew.
         drop_references, drop_preceding, drop_memory, drop_prompt: chance that a step goes without.
         reference_threshold, reference_voxel_size: as in generation.
-        memory: on whose read-outs the model is trained, one of :data:`~mirage.memories.MEMORIES`. "none" trains
+        memory: on whose read-outs the model is trained, one of :data:`~mirage.pipeline.memory.MEMORIES`. "none" trains
             without any and without reference frames, steered by the cameras' rays in every step; "pixel" decodes the
             clips.
         readouts: how many read-outs of a clip are made and kept, to be drawn again, as the published code, which
@@ -325,7 +325,7 @@ def make_config(given: dict[str, Any]) -> TrainConfig:
 
 
 def _check_data(config: TrainConfig) -> None:
-    from ..synthetic import PATHS
+    from ..scenes.synthetic import PATHS
 
     data = config.data
     check_num_frames("data.frames", data.frames)

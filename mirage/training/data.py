@@ -5,7 +5,8 @@ are those of the latent frames' tokens. It has frames, or latents that `mirage p
 
 Layouts on disk:
 
-- "rgbd": a folder in the layout of 7-Scenes (:func:`~mirage.rgbd.load_rgbd_folder`), or a folder of such folders. A
+- "rgbd": a folder in the layout of 7-Scenes (:func:`~mirage.scenes.rgbd.load_rgbd_folder`), or a folder of such
+  folders. A
   `static/frame-000000.png` beside a frame marks what stands still by non-zero pixels, `prompt.txt` says what there is.
 - "realestate10k": `cameras/CLIP.txt` in RealEstate10K's own format, and for each of its lines
   `frames/CLIP/TIMESTAMP.jpg` (or .png) and `depth/CLIP/TIMESTAMP.png` (16 bits, millimetres) or `.npy` (metres); if
@@ -42,11 +43,11 @@ from mirage_kernels import Cameras
 from mirage_kernels.reference import pool_depth, pool_mask
 from mirage_kernels.storage import replace_file
 
-from ..chunks import STRIDE, latent_count
-from ..extras import import_extra
-from ..rgbd import list_rgbd_folder, load_rgbd_folder
-from ..synthetic import SyntheticRoom
-from ..trajectories import load_realestate10k
+from ..optional import import_extra
+from ..pipeline.chunks import STRIDE, latent_count
+from ..scenes.rgbd import list_rgbd_folder, load_rgbd_folder
+from ..scenes.synthetic import SyntheticRoom
+from ..scenes.trajectories import load_realestate10k
 from .config import DataConfig, SourceConfig
 
 FORMAT, VERSION = "mirage-clip", 2
@@ -68,7 +69,7 @@ class Clip:
         cameras: of the F latent frames, image size of the frames.
         frames: (N, 3, H, W) float32 in [0, 1]; None where there are latents.
         latents: (F, C, h, w) float32, normalised; None where there are frames.
-        still: (C, h, w) float32, beside latents: of the first frame, see :func:`~mirage.streaming.encode_still`.
+        still: (C, h, w) float32, beside latents: of the first frame, see :func:`~mirage.models.vae.encode_still`.
         prompt_embeds: (L, D), where they were encoded.
         vae: fingerprint of the VAE that has encoded the latents.
     """

@@ -30,7 +30,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from ..extras import import_extra
+from ..optional import import_extra
 from .config import TrainConfig, make_config
 from .data import Clips, Drawn, Numbers, list_broken, mix, write_bytes
 from .models import Models, add_lora, load_models, save_models, trained

@@ -16,13 +16,13 @@ from peft import LoraConfig as PeftLoraConfig
 from torch import Tensor, nn
 from transformers import AutoTokenizer, UMT5EncoderModel
 
-from ..adapter import MirageMemoryAdapter
-from ..checkpoints import load_lora, save_lora
-from ..generate import TINY_RANDOM
-from ..latent_depth import LatentDepth
-from ..pipeline import check_models, fingerprint
-from ..tiny import CHANNELS, tiny_random_pipeline
-from ..transformer import MirageTransformer3DModel
+from ..commands.generate import TINY_RANDOM
+from ..models.adapter import MirageMemoryAdapter
+from ..models.checkpoints import load_lora, save_lora
+from ..models.latent_depth import LatentDepth
+from ..models.transformer import MirageTransformer3DModel
+from ..pipeline.pipeline import check_models, fingerprint
+from ..zoo import CHANNELS, tiny_random_pipeline
 from .config import LoraConfig, ModelsConfig, TrainConfig
 from .data import mix
 

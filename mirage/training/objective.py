@@ -20,12 +20,12 @@ from torch import Tensor, nn
 
 from mirage_kernels import Cameras, LatentCache, Readout
 
-from ..chunks import STRIDE, latent_count
-from ..conditioning import CleanFrames, choose_references, make_memory_context, make_scores, show_rays
-from ..latent_depth import latent_depth_loss, pluecker_rays
-from ..memories import SPLATS
-from ..pixel_memory import between, make_pixel_cache, read_pixels, write_pixels
-from ..streaming import StreamingDecoder, encode_frames, encode_still
+from ..models.latent_depth import latent_depth_loss, pluecker_rays
+from ..models.vae import StreamingDecoder, encode_frames, encode_still
+from ..pipeline.chunks import STRIDE, latent_count
+from ..pipeline.conditioning import CleanFrames, choose_references, make_memory_context, make_scores, show_rays
+from ..pipeline.memory import SPLATS
+from ..pipeline.pixel_memory import between, make_pixel_cache, read_pixels, write_pixels
 from .config import ObjectiveConfig, TrainConfig
 from .data import Clip, Drawn, mix
 from .models import HALF, Models, trained

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..extras import import_extra
-from ..streaming import encode_frames, encode_still
+from ..models.vae import encode_frames, encode_still
+from ..optional import import_extra
 from .config import TrainConfig
 from .data import Clips, read_origin, save_clip
 from .models import load_models

@@ -194,19 +194,19 @@ def offload(cache: LatentCache, cameras: Cameras) -> None:
 
 
 def tiny_random(**options: Any) -> Any:
-    from mirage.tiny import tiny_random_pipeline
+    from mirage.zoo import tiny_random_pipeline
 
     return _silent(tiny_random_pipeline(**options))
 
 
 def mirage_tiny() -> Any:
-    from mirage.tiny import mirage_tiny_pipeline
+    from mirage.zoo import mirage_tiny_pipeline
 
     return _silent(mirage_tiny_pipeline())
 
 
 def load_pipeline(folder: Path) -> Any:
-    from mirage.pipeline import MiragePipeline
+    from mirage.pipeline.pipeline import MiragePipeline
 
     return _silent(MiragePipeline.from_pretrained(folder))
 
@@ -216,10 +216,10 @@ def make_small_pipeline(seed: int) -> Any:
     from diffusers import AutoencoderKLWan
     from transformers import UMT5Config, UMT5EncoderModel
 
-    from mirage.adapter import MirageMemoryAdapter
-    from mirage.latent_depth import LatentDepth
-    from mirage.pipeline import MiragePipeline
-    from mirage.transformer import MirageTransformer3DModel
+    from mirage.models.adapter import MirageMemoryAdapter
+    from mirage.models.latent_depth import LatentDepth
+    from mirage.models.transformer import MirageTransformer3DModel
+    from mirage.pipeline.pipeline import MiragePipeline
 
     base, channels = tiny_random(), 8
     with torch.random.fork_rng(devices=[]):
@@ -277,7 +277,7 @@ def _silent(pipeline: Any) -> Any:
 
 def film_room(seed: int, frames: int, size: tuple[int, int]) -> dict[str, Any]:
     """Image, prompt, cameras and depth (N, H, W) of a loop through a synthetic room."""
-    from mirage.synthetic import SyntheticRoom
+    from mirage.scenes.synthetic import SyntheticRoom
 
     room = SyntheticRoom(seed, moving=0, texture=0.25)
     cameras = room.path("pan-and-back", frames, size)
@@ -294,7 +294,7 @@ def start_session(pipeline: Any, room: dict[str, Any], memory: str, depth: str, 
         options: num_frames, num_inference_steps, guidance_scale, negative_prompt, height, width, run_dir, resume, seed,
             on_step, static_filter.
     """
-    from mirage.memories import memory_options
+    from mirage.pipeline.memory import memory_options
 
     name, policy = {"bounded": ("ours", "bounded"), "append": ("ours", "append")}.get(memory, (memory, "bounded"))
     on_step = options.pop("on_step", None)

@@ -1,4 +1,4 @@
-"""`bounded_write` and `cache_compact` on every backend: against the definition, the brute force, and their own rules."""
+"""`bounded_write` and `cache_compact` on every backend: against the definition, brute force, and their own rules."""
 
 from __future__ import annotations
 

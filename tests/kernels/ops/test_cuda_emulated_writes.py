@@ -1,5 +1,5 @@
-"""``bounded_write`` and ``cache_compact`` on CUDA, run on the CPU by ``cuda_emulator``: every test that the other backends
-pass, in several orders of threads, and what only CUDA can get wrong.
+"""``bounded_write`` and ``cache_compact`` on CUDA, run on the CPU by ``cuda_emulator``: every test that the other
+backends pass, in several orders of threads, and what only CUDA can get wrong.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Triton kernels against the definition, bit for bit: on a GPU where there is one, else in Triton's interpreter.
 
 The interpreter has to be chosen before Triton is imported. Without a GPU ``test_comparisons_in_the_interpreter`` runs
-the comparisons in a process of its own; ``TRITON_INTERPRET=1 python -m pytest tests/kernels/ops/test_triton.py`` runs only them.
+the comparisons in a process of its own; ``TRITON_INTERPRET=1 python -m pytest tests/kernels/ops/test_triton.py`` runs
+only them.
 """
 
 from __future__ import annotations
@@ -1415,7 +1416,10 @@ def compile_launch(kernel, arguments: dict, options: dict, capability: int):
                 "tiles_kernel",
             },
         ),
-        ("cache_compact", {"digit_kernel", "count_kernel", "scan_kernel", "move_kernel", "bounds_kernel", "tiles_kernel"}),
+        (
+            "cache_compact",
+            {"digit_kernel", "count_kernel", "scan_kernel", "move_kernel", "bounds_kernel", "tiles_kernel"},
+        ),
         ("block_bounds", {"bounds_kernel", "tiles_kernel"}),
         ("view_overlap", {"prepare_kernel", "cull_kernel", "mark_kernel", "count_kernel"}),
     ],

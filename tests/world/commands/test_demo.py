@@ -16,11 +16,11 @@ import torch
 
 import mirage_kernels
 from mirage import LatentCache
-from mirage.cli import main
-from mirage.codec import PatchCodec
-from mirage.figures import contact_sheet, heat_map, paint_holes, save_video
-from mirage.rgbd import stereo_motorcycle
-from mirage.world_demo import WORLD_REPORT, WORLD_SHEET, WORLD_VIDEO
+from mirage.commands.cli import main
+from mirage.commands.world_demo import WORLD_REPORT, WORLD_SHEET, WORLD_VIDEO
+from mirage.media import contact_sheet, heat_map, paint_holes, save_video
+from mirage.scenes.patch_pca import PatchCodec
+from mirage.scenes.rgbd import stereo_motorcycle
 
 for module in ("skimage", "PIL", "imageio_ffmpeg", "tqdm"):
     pytest.importorskip(module)
@@ -261,7 +261,7 @@ def test_video_keeps_the_old_file_when_it_fails(tmp_path: Path):
 
 
 def test_contact_sheet_of_anything():
-    from mirage.figures import Panel
+    from mirage.media import Panel
 
     panel = Panel(torch.rand(3, 20, 30), "a", ("viridis", "1 m", "2 m"))
     sheet = contact_sheet("title", [], [[panel], [panel] * 4], width=400)

@@ -16,10 +16,11 @@ pytest.importorskip("PIL", reason="the extra demo is not installed")
 import generation
 import PIL.Image
 
-from mirage import cli, memories
-from mirage.extras import MissingExtraError
-from mirage.figures import load_video
-from mirage.world_demo import WORLD_REPORT, WORLD_SHEET, WORLD_VIDEO, format_world, run_world_demo
+from mirage.commands import cli
+from mirage.commands.world_demo import WORLD_REPORT, WORLD_SHEET, WORLD_VIDEO, format_world, run_world_demo
+from mirage.media import load_video
+from mirage.optional import MissingExtraError
+from mirage.pipeline import memory as memories
 
 
 @pytest.fixture(scope="module")
@@ -52,14 +53,14 @@ def test_a_walk_is_filmed_with_a_memory_and_without(model: Path, tmp_path: Path,
 def test_the_command_goes_on_to_it_where_the_model_is(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import mirage.demo
-    import mirage.world_demo
+    import mirage.commands.demo
+    import mirage.commands.world_demo
 
-    monkeypatch.setattr(mirage.demo, "run_demo", lambda *_: {"seconds": 1.0})
-    monkeypatch.setattr(mirage.demo, "format_report", lambda _: "")
+    monkeypatch.setattr(mirage.commands.demo, "run_demo", lambda *_: {"seconds": 1.0})
+    monkeypatch.setattr(mirage.commands.demo, "format_report", lambda _: "")
     made = {"model": "mirage-tiny", "loop": "around", "frames": 5, "tokens": 7, "memory_bytes": 1, "seconds": 1.0}
     made |= {name: {"none": 1.0, "ours": 2.0} for name in ("revisit_psnr", "novel_psnr")}
-    monkeypatch.setattr(mirage.world_demo, "run_world_demo", lambda *_, **__: made)
+    monkeypatch.setattr(mirage.commands.world_demo, "run_world_demo", lambda *_, **__: made)
     monkeypatch.setattr(memories, "MIRAGE_TINY_FOLDER", tmp_path)
     assert cli.main(["demo", "--out", str(tmp_path / "out")]) == 0
     assert "`make tiny` and `make tiny-memories` train it" in capsys.readouterr().out
@@ -70,7 +71,7 @@ def test_the_command_goes_on_to_it_where_the_model_is(
     def missing(*_: Any, **__: Any) -> None:
         raise MissingExtraError("install it")
 
-    monkeypatch.setattr(mirage.world_demo, "run_world_demo", missing)
+    monkeypatch.setattr(mirage.commands.world_demo, "run_world_demo", missing)
     assert cli.main(["demo", "--out", str(tmp_path / "out")]) == 0
     assert "to see mirage-tiny generate a walk: install it" in capsys.readouterr().out
     assert torch.is_grad_enabled()

@@ -16,13 +16,22 @@ import pytest
 import torch
 from skimage.metrics import structural_similarity
 
-from mirage import cli
-from mirage.checkpoints import save_lora
-from mirage.evaluate import LOOPS, EvaluateOptions, make_loop, measure, run_evaluate
-from mirage.evaluation_report import OWN, format_goals, goals, summarise
-from mirage.figures import line_chart, load_video
-from mirage.metrics import LAG, MOST_PSNR, consistency, find_first_visits, find_revisits, load_lpips, psnr, ssim
-from mirage.training.card import add_evaluation, write_card
+from mirage.commands import cli
+from mirage.evaluation.closed_loop import LOOPS, EvaluateOptions, make_loop, measure, run_evaluate
+from mirage.evaluation.metrics import (
+    LAG,
+    MOST_PSNR,
+    consistency,
+    find_first_visits,
+    find_revisits,
+    load_lpips,
+    psnr,
+    ssim,
+)
+from mirage.evaluation.report import OWN, format_goals, goals, summarise
+from mirage.media import line_chart, load_video
+from mirage.models.checkpoints import save_lora
+from mirage.training.release import add_evaluation, write_card
 
 SIZE = (64, 96)
 QUICK = ["--frames", "17", "--chunk-frames", "5", "--size", "32x64", "--steps", "1", "--seeds", "10000:10002"]

@@ -13,9 +13,9 @@ import PIL.Image
 import pytest
 import torch
 
-from mirage import cli
-from mirage.figures import load_video
-from mirage.worldscore import MOVES, crop, describe_cameras, instance_folder, move_cameras, write_instance
+from mirage.commands import cli
+from mirage.evaluation.worldscore import MOVES, crop, describe_cameras, instance_folder, move_cameras, write_instance
+from mirage.media import load_video
 from mirage_kernels import Cameras
 
 SIZE = (64, 96)

@@ -24,9 +24,9 @@ from test_transformer import (
 )
 from torch import Tensor, nn
 
-from mirage.adapter import MirageMemoryAdapter
-from mirage.checkpoints import load_published
-from mirage.transformer import MirageTransformer3DModel
+from mirage.models.adapter import MirageMemoryAdapter
+from mirage.models.checkpoints import load_published
+from mirage.models.transformer import MirageTransformer3DModel
 
 
 @pytest.fixture(autouse=True)

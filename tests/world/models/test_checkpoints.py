@@ -23,9 +23,9 @@ from test_transformer import (
 )
 from torch import Tensor, nn
 
-from mirage import checkpoints
-from mirage.checkpoints import load_lora, load_published, save_lora
-from mirage.transformer import MirageTransformer3DModel
+from mirage.models import checkpoints
+from mirage.models.checkpoints import load_lora, load_published, save_lora
+from mirage.models.transformer import MirageTransformer3DModel
 
 State = dict[str, Any]
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 pytest.importorskip("diffusers", reason="the extra generate is not installed")
 
-from mirage.latent_depth import LatentDepth, LatentDepthOutput, latent_depth_loss, pluecker_rays
+from mirage.models.latent_depth import LatentDepth, LatentDepthOutput, latent_depth_loss, pluecker_rays
 from mirage_kernels import Cameras, LatentCache, Readout
 
 CHANNELS = 6

@@ -10,11 +10,11 @@ import torch
 
 pytest.importorskip("diffusers")
 
-from mirage.evaluate import EvaluateOptions, film, load_memory, make_loop, measure
-from mirage.evaluation_report import OWN, summarise
-from mirage.memories import MIRAGE_TINY, MIRAGE_TINY_FOLDER, MIRAGE_TINY_STEPS
-from mirage.tiny import mirage_tiny_pipeline
-from mirage.training import card
+from mirage.evaluation.closed_loop import EvaluateOptions, film, load_memory, make_loop, measure
+from mirage.evaluation.report import OWN, summarise
+from mirage.pipeline.memory import MIRAGE_TINY, MIRAGE_TINY_FOLDER, MIRAGE_TINY_STEPS
+from mirage.training import release as card
+from mirage.zoo import mirage_tiny_pipeline
 
 
 def test_it_is_small_and_whole() -> None:

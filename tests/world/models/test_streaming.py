@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mirage.streaming import StreamingDecoder, denormalise_latents, encode_frames, encode_still, normalise_latents
+from mirage.models.vae import StreamingDecoder, denormalise_latents, encode_frames, encode_still, normalise_latents
 
 FORMS: dict[str, dict[str, Any]] = {
     "2.1": {},

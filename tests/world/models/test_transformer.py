@@ -28,9 +28,9 @@ from peft import LoraConfig
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from mirage.adapter import MirageMemoryAdapter
-from mirage.checkpoints import PublishedModels, load_published
-from mirage.transformer import FrameIndex, MirageRotaryPosEmbed, MirageTransformer3DModel, MirageTransformerBlock
+from mirage.models.adapter import MirageMemoryAdapter
+from mirage.models.checkpoints import PublishedModels, load_published
+from mirage.models.transformer import FrameIndex, MirageRotaryPosEmbed, MirageTransformer3DModel, MirageTransformerBlock
 
 TINY = {
     "num_attention_heads": 2,

@@ -15,7 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from mirage.depth import (
+from mirage.optional import MissingExtraError
+from mirage.perception.depth import (
     DEPTH_ESTIMATORS,
     DepthAnything3,
     DepthAnythingV2,
@@ -26,7 +27,6 @@ from mirage.depth import (
     align_depth,
     make_depth_estimator,
 )
-from mirage.extras import MissingExtraError
 from mirage_kernels import Cameras, LatentCache
 
 

@@ -14,10 +14,9 @@ import torch.nn.functional as F
 from room import FURNITURE, SIZE, cast, path, render
 from torch import Tensor, nn
 
-from mirage import static_filter
-from mirage.extras import MissingExtraError
-from mirage.rgbd import load_rgbd_folder
-from mirage.static_filter import (
+from mirage.optional import MissingExtraError
+from mirage.perception import static_filter
+from mirage.perception.static_filter import (
     STATIC_FILTERS,
     AllOf,
     AllStatic,
@@ -30,6 +29,7 @@ from mirage.static_filter import (
     StaticFilter,
     make_static_filter,
 )
+from mirage.scenes.rgbd import load_rgbd_folder
 from mirage_kernels import Cameras, LatentCache, back_project
 from mirage_kernels.reference import pool_mask
 

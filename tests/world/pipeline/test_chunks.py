@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mirage.chunks import Chunk, check_num_frames, latent_count, plan_chunks
+from mirage.pipeline.chunks import Chunk, check_num_frames, latent_count, plan_chunks
 
 
 def test_129_frames_are_four_chunks_of_33() -> None:

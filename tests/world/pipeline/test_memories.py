@@ -11,19 +11,19 @@ import pytest
 import torch
 from training_runs import config, draw, models_of
 
-from mirage.adapter import MirageMemoryAdapter
-from mirage.checkpoints import load_published
-from mirage.conditioning import show_rays
-from mirage.generate import GenerateOptions, load_pipeline
-from mirage.latent_depth import pluecker_rays
-from mirage.memories import MEMORIES, memory_options
-from mirage.pipeline import fingerprint
-from mirage.pixel_memory import between, make_pixel_cache, read_pixels, refine_depth, write_pixels
-from mirage.streaming import encode_frames
-from mirage.synthetic import SyntheticRoom
-from mirage.tiny import tiny_random_pipeline
+from mirage.commands.generate import GenerateOptions, load_pipeline
+from mirage.models.adapter import MirageMemoryAdapter
+from mirage.models.checkpoints import load_published
+from mirage.models.latent_depth import pluecker_rays
+from mirage.models.vae import encode_frames
+from mirage.pipeline.conditioning import show_rays
+from mirage.pipeline.memory import MEMORIES, memory_options
+from mirage.pipeline.pipeline import fingerprint
+from mirage.pipeline.pixel_memory import between, make_pixel_cache, read_pixels, refine_depth, write_pixels
+from mirage.scenes.synthetic import SyntheticRoom
 from mirage.training.loop import train
 from mirage.training.objective import ChunkMaker
+from mirage.zoo import tiny_random_pipeline
 from mirage_kernels import Cameras
 from mirage_kernels.reference import pool_depth
 

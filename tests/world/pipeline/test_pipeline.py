@@ -22,14 +22,14 @@ from diffusers import (
 from generation import LATENT, SIZE, options
 from torch import Tensor
 
-from mirage.adapter import MirageMemoryAdapter
-from mirage.depth import GivenDepth
-from mirage.extras import MissingExtraError
-from mirage.latent_depth import LatentDepth
-from mirage.pipeline import MiragePipeline, published_sigmas
-from mirage.session import MirageChunk
-from mirage.streaming import encode_frames
-from mirage.tiny import tiny_random_pipeline
+from mirage.models.adapter import MirageMemoryAdapter
+from mirage.models.latent_depth import LatentDepth
+from mirage.models.vae import encode_frames
+from mirage.optional import MissingExtraError
+from mirage.perception.depth import GivenDepth
+from mirage.pipeline.pipeline import MiragePipeline, published_sigmas
+from mirage.pipeline.session import MirageChunk
+from mirage.zoo import tiny_random_pipeline
 from mirage_kernels import Cameras, LatentCache
 from mirage_kernels.cache import CacheMark
 

@@ -17,12 +17,12 @@ import torch
 from generation import LATENT, SIZE, Marked, options
 from torch import Tensor
 
-import mirage.session
-from mirage import run_store
-from mirage.depth import GivenDepth
-from mirage.figures import load_video
-from mirage.pipeline import MiragePipeline
-from mirage.session import MirageSession
+import mirage.pipeline.session
+from mirage.media import load_video
+from mirage.perception.depth import GivenDepth
+from mirage.pipeline import run_store
+from mirage.pipeline.pipeline import MiragePipeline
+from mirage.pipeline.session import MirageSession
 from mirage_kernels import Cameras, LatentCache
 from mirage_kernels.reference import pool_mask
 
@@ -370,9 +370,9 @@ def test_a_full_disk_leaves_session_and_run_as_they_were(
     def full(*args: Any, **kwargs: Any) -> Any:
         raise OSError(28, "No space left on device")
 
-    place = {"save_video": "mirage.session.save_video", "replace": "mirage.run_store.os.replace"}
+    place = {"save_video": "mirage.pipeline.session.save_video", "replace": "mirage.pipeline.run_store.os.replace"}
     with monkeypatch.context() as patch:
-        patch.setattr(place.get(name, f"mirage.run_store.{name}"), full)
+        patch.setattr(place.get(name, f"mirage.pipeline.run_store.{name}"), full)
         with pytest.raises(OSError, match="No space left"):
             session.step(new)
     assert session.num_chunks == chunk and same_state(session.cache, before)  # though it was written to in place
@@ -468,7 +468,11 @@ def test_a_run_stopped_at_any_file_of_a_commit_resumes_to_the_same_bits(
         return watched
 
     with monkeypatch.context() as patch:
-        for module, name in ((mirage.session, "save_video"), (run_store, "save_file"), (run_store.os, "replace")):
+        for module, name in (
+            (mirage.pipeline.session, "save_video"),
+            (run_store, "save_file"),
+            (run_store.os, "replace"),
+        ):
             patch.setattr(module, name, watch(getattr(module, name)))
         session.step(views[9:17])
     assert writes > stop

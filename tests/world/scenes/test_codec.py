@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mirage.codec import PatchCodec
+from mirage.scenes.patch_pca import PatchCodec
 
 
 def noise(*shape: int, seed: int = 0) -> Tensor:
@@ -61,7 +61,7 @@ def test_fewer_patches_than_values():
 
 def test_many_images_are_thinned(monkeypatch: pytest.MonkeyPatch):
     """Past the budget of patches it fits to fewer of them, and still sees every part of the sequence."""
-    monkeypatch.setattr("mirage.codec._MAX_PATCHES", 40)
+    monkeypatch.setattr("mirage.scenes.patch_pca._MAX_PATCHES", 40)
     images = torch.linspace(0, 1, 20)[:, None, None, None] * noise(20, 3, 32, 64)
     codec = PatchCodec.fit(images, channels=48)
     assert 0.2 < codec.mean.mean() < 0.3  # the mean of ramp x noise is a quarter
@@ -77,7 +77,7 @@ def test_zeros_decode_to_the_mean_patch_and_values_are_clamped():
 
 def test_generalises_to_the_held_out_view():
     pytest.importorskip("skimage")
-    from mirage.rgbd import stereo_motorcycle
+    from mirage.scenes.rgbd import stereo_motorcycle
 
     images = stereo_motorcycle().images
     codec = PatchCodec.fit(images[:1])

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mirage.rgbd import RGBDFrames, load_rgbd_folder, stereo_motorcycle
+from mirage.scenes.rgbd import RGBDFrames, load_rgbd_folder, stereo_motorcycle
 from mirage_kernels import Cameras
 
 image_module = pytest.importorskip("PIL.Image")

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mirage.synthetic import CLEARANCE, FPS, PATHS, SyntheticRoom
+from mirage.scenes.synthetic import CLEARANCE, FPS, PATHS, SyntheticRoom
 from mirage_kernels import Cameras
 
 SIZE = (48, 80)

@@ -13,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mirage.trajectories import (
+from mirage.scenes.trajectories import (
     TRAJECTORIES,
     dolly,
     load_nerfstudio,

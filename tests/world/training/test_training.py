@@ -27,16 +27,16 @@ from training_runs import TOKENS, config, draw, models_of, values
 
 import mirage.training.loop as loop
 from mirage import LatentDepth, MirageMemoryAdapter, MirageTransformer3DModel
-from mirage.checkpoints import load_lora
-from mirage.cli import main
-from mirage.conditioning import CleanFrames
-from mirage.pipeline import check_models
-from mirage.session import Prompt, Settings
-from mirage.streaming import encode_still
-from mirage.tiny import assemble_mirage_tiny, mirage_tiny_pipeline, tiny_random_pipeline
+from mirage.commands.cli import main
+from mirage.models.checkpoints import load_lora
+from mirage.models.vae import encode_still
+from mirage.pipeline.conditioning import CleanFrames
+from mirage.pipeline.pipeline import check_models
+from mirage.pipeline.session import Prompt, Settings
 from mirage.training.loop import METRICS, train
 from mirage.training.models import trained
 from mirage.training.objective import ChunkMaker, DiffusionObjective
+from mirage.zoo import assemble_mirage_tiny, mirage_tiny_pipeline, tiny_random_pipeline
 
 
 @pytest.fixture(autouse=True)

@@ -11,7 +11,7 @@ pytest.importorskip("yaml", reason="the extra train is not installed")
 
 import yaml
 
-from mirage.memories import MEMORIES
+from mirage.pipeline.memory import MEMORIES
 from mirage.training import load_config, make_config
 
 LEAST: dict[str, Any] = {"stage": "adapter", "out": "runs/a", "data": {"sources": [{"kind": "synthetic"}]}}

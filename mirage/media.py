@@ -21,7 +21,7 @@ from torch import Tensor
 
 from mirage_kernels.storage import replace_file
 
-from .extras import import_extra
+from .optional import import_extra
 
 # Nine evenly spaced colours of matplotlib's maps of these names, so that a picture needs no plotting library.
 PALETTES = {

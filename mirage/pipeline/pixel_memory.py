@@ -17,8 +17,8 @@ from mirage_kernels import Cameras, LatentCache, Readout
 from mirage_kernels.cache import WriteReport
 from mirage_kernels.reference import pool_depth
 
+from ..models.vae import encode_frames
 from .chunks import STRIDE
-from .streaming import encode_frames
 
 CHANNELS = 4
 

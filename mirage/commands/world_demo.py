@@ -16,11 +16,11 @@ import torch
 
 from mirage_kernels.storage import replace_file
 
-from .evaluate import EvaluateOptions, film, load_memory, make_loop, measure, write_text
-from .evaluation_report import OWN, summarise
-from .extras import import_extra
-from .figures import Panel, contact_sheet, label, save_video
-from .memories import MIRAGE_TINY, default_steps
+from ..evaluation.closed_loop import EvaluateOptions, film, load_memory, make_loop, measure, write_text
+from ..evaluation.report import OWN, summarise
+from ..media import Panel, contact_sheet, label, save_video
+from ..optional import import_extra
+from ..pipeline.memory import MIRAGE_TINY, default_steps
 
 WORLD_VIDEO, WORLD_SHEET, WORLD_REPORT = "world.mp4", "world.png", "world.json"
 SEED = 10_000  # the first room of `mirage evaluate`, never trained on

@@ -12,9 +12,9 @@ from typing import Any
 from mirage_kernels import LatentCache
 from mirage_kernels.storage import format_version, read_metadata
 
-from . import __version__
-from .extras import MissingExtraError, import_extra
-from .memories import MEMORIES, MIRAGE_TINY_STEPS, STEPS, WRITE_POLICIES, default_steps
+from .. import __version__
+from ..optional import MissingExtraError, import_extra
+from ..pipeline.memory import MEMORIES, MIRAGE_TINY_STEPS, STEPS, WRITE_POLICIES, default_steps
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -232,8 +232,8 @@ def generate_command(options: argparse.Namespace) -> int:
 
 def evaluate_command(options: argparse.Namespace) -> int:
     """Evaluate a model, print the tables and where the report is."""
-    from .evaluate import CONTACT, PLOTS, REPORT, TABLE, VIDEO, EvaluateOptions, run_evaluate
-    from .evaluation_report import format_report
+    from ..evaluation.closed_loop import CONTACT, PLOTS, REPORT, TABLE, VIDEO, EvaluateOptions, run_evaluate
+    from ..evaluation.report import format_report
 
     asked = EvaluateOptions(**_given(options) | {"weights": dict(options.weights)})
     print(format_report(run_evaluate(asked)))
@@ -243,7 +243,7 @@ def evaluate_command(options: argparse.Namespace) -> int:
 
 def worldscore_command(options: argparse.Namespace) -> int:
     """Generate WorldScore's videos, print how many."""
-    from .worldscore import OUTPUT, WorldScoreOptions, run_worldscore
+    from ..evaluation.worldscore import OUTPUT, WorldScoreOptions, run_worldscore
 
     report = run_worldscore(WorldScoreOptions(**_given(options)))
     where = options.out / OUTPUT
@@ -254,8 +254,8 @@ def worldscore_command(options: argparse.Namespace) -> int:
 def train_command(options: argparse.Namespace) -> int:
     """Train a stage, print what became of it."""
     _import_for_training()
-    from .training.config import load_config
-    from .training.loop import train
+    from ..training.config import load_config
+    from ..training.loop import train
 
     config = load_config(options.config, options.overrides)
     report = train(config)
@@ -268,9 +268,9 @@ def train_command(options: argparse.Namespace) -> int:
 def prepare_command(options: argparse.Namespace) -> int:
     """Encode clips, print how many, and which were broken."""
     _import_for_training()
-    from .training.config import load_config
-    from .training.data import list_broken
-    from .training.prepare import prepare
+    from ..training.config import load_config
+    from ..training.data import list_broken
+    from ..training.prepare import prepare
 
     report = prepare(load_config(options.config, options.overrides), options.out, options.device)
     for name, reason in report["broken"].items():
@@ -296,7 +296,7 @@ def demo_command(options: argparse.Namespace) -> int:
 
 def _generate_for_demo(options: argparse.Namespace) -> int:
     """The part of the demo that needs a trained model: a walk with a memory and without."""
-    from .memories import MIRAGE_TINY_FOLDER
+    from ..pipeline.memory import MIRAGE_TINY_FOLDER
 
     if not (MIRAGE_TINY_FOLDER / "memories" / "none").is_dir():
         print("mirage-tiny is not in this installation: `make tiny` and `make tiny-memories` train it")

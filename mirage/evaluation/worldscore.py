@@ -30,11 +30,11 @@ from torch import Tensor
 from mirage_kernels import Cameras
 from mirage_kernels.storage import replace_file
 
-from .chunks import check_num_frames
-from .extras import import_extra
-from .figures import save_video
-from .generate import GenerateOptions, load_pipeline
-from .memories import STEPS, memory_options
+from ..commands.generate import GenerateOptions, load_pipeline
+from ..media import save_video
+from ..optional import import_extra
+from ..pipeline.chunks import check_num_frames
+from ..pipeline.memory import STEPS, memory_options
 
 OUTPUT = "worldscore_output"
 FOCAL = 500.0
@@ -56,7 +56,7 @@ MOVES = (*_STRAIGHT, *_TURNS)
 
 @dataclass(frozen=True)
 class WorldScoreOptions:
-    """What `mirage worldscore` is asked for; :func:`mirage.cli.make_parser` says what each is."""
+    """What `mirage worldscore` is asked for; :func:`mirage.commands.cli.make_parser` says what each is."""
 
     out: Path
     dataset: Path

@@ -1,8 +1,9 @@
 """Pipelines small enough for a laptop CPU.
 
-`tiny_random_pipeline`: every part of a :class:`~mirage.pipeline.MiragePipeline`, real code and random weights. Its
+`tiny_random_pipeline`: every part of a :class:`~mirage.pipeline.pipeline.MiragePipeline`, real code and random
+weights. Its
 videos mean nothing; it shows that the whole path runs. `mirage-tiny` is trained on synthetic rooms: `make tiny` trains
-it by the files in configs/tiny, and `python -m mirage.tiny RUNS` puts its parts together in this package.
+it by the files in configs/tiny, and `python -m mirage.zoo RUNS` puts its parts together in this package.
 """
 
 from __future__ import annotations
@@ -18,12 +19,12 @@ from diffusers import AutoencoderKLWan, UniPCMultistepScheduler
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
-from .adapter import MirageMemoryAdapter
-from .checkpoints import load_lora
-from .latent_depth import LatentDepth
-from .memories import MIRAGE_TINY_FOLDER as FOLDER
-from .pipeline import MiragePipeline
-from .transformer import MirageTransformer3DModel
+from .models.adapter import MirageMemoryAdapter
+from .models.checkpoints import load_lora
+from .models.latent_depth import LatentDepth
+from .models.transformer import MirageTransformer3DModel
+from .pipeline.memory import MIRAGE_TINY_FOLDER as FOLDER
+from .pipeline.pipeline import MiragePipeline
 
 CHANNELS = 48
 LORA = "lora.safetensors"
@@ -123,7 +124,7 @@ def assemble_mirage_tiny(runs: Path, folder: Path = FOLDER, memories: Sequence[s
     Raises:
         OSError, ValueError: a part is missing, the parts do not belong together, or they are too large to ship.
     """
-    from .training import card
+    from .training import release as card
 
     base = tiny_random_pipeline(with_memory=False, with_depth=False)
     base.tokenizer.model_max_length = TEXT_LENGTH
@@ -170,12 +171,12 @@ def _byte_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def main() -> None:
-    """`python -m mirage.tiny`: put mirage-tiny together, or add evaluations to its card."""
-    parser = argparse.ArgumentParser(prog="python -m mirage.tiny", description=main.__doc__)
+    """`python -m mirage.zoo`: put mirage-tiny together, or add evaluations to its card."""
+    parser = argparse.ArgumentParser(prog="python -m mirage.zoo", description=main.__doc__)
     parser.add_argument("--runs", type=Path, help="what `make tiny` has trained, runs/tiny")
     parser.add_argument("--report", type=Path, action="append", default=[], help="a report.json of `mirage evaluate`")
     asked = parser.parse_args()
-    from .training import card
+    from .training import release as card
 
     if asked.runs is not None:
         print(f"{assemble_mirage_tiny(asked.runs):,} bytes in {FOLDER}")

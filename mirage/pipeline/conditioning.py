@@ -13,9 +13,9 @@ from torch import Tensor
 
 from mirage_kernels import Cameras, LatentCache
 
+from ..models.latent_depth import pluecker_rays
+from ..models.vae import encode_frames
 from .chunks import STRIDE
-from .latent_depth import pluecker_rays
-from .streaming import encode_frames
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,8 @@ def show_rays(cameras: Cameras, size: tuple[int, int], channels: int) -> tuple[T
         channels: C of a read-out, at least 6.
 
     Returns:
-        (F, C, h, w) float32, Plücker rays (:func:`~mirage.latent_depth.pluecker_rays`) in the first six channels and
+        (F, C, h, w) float32, Plücker rays (:func:`~mirage.models.latent_depth.pluecker_rays`) in the first six
+        channels and
         zeros in the others; (F, h, w) bool, all False, for nothing is remembered. Moments are in world units: a model
         knows the unit that it was trained in.
 

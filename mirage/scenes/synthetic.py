@@ -23,7 +23,7 @@ from torch import Tensor
 
 from mirage_kernels import Cameras
 
-from .codec import one_thread
+from .patch_pca import one_thread
 from .trajectories import dolly, orbit, out_and_back, pan
 
 FPS = 24.0
@@ -441,8 +441,8 @@ class SyntheticRoom:
             kind: one of :data:`PATHS`. "walk" strolls and looks around, at most 4 cm and 2 degrees a frame; "around"
                 goes around the room once and ends where it began; "laps" rides a small circle twice, the second lap the
                 first's views bit for bit, and looks left and right; "orbit", "dolly" and "pan" are those of
-                :mod:`mirage.trajectories`, as large as there is room. "-and-back" ones return: their second half is
-                their first reversed, bit for bit.
+                :mod:`mirage.scenes.trajectories`, as large as there is room. "-and-back" ones return: their second
+                half is their first reversed, bit for bit.
             num_frames: >= 1.
             image_size: (height, width) in pixels.
             fov: horizontal field of view in degrees.

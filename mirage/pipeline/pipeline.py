@@ -1,7 +1,7 @@
 """`MiragePipeline`: Wan2.2 image-to-video along a camera path, with a latent spatial memory in the loop.
 
 The pipeline holds the models and knows how one chunk is conditioned and denoised;
-:class:`~mirage.session.MirageSession` holds a scene and knows what happens around that.
+:class:`~mirage.pipeline.session.MirageSession` holds a scene and knows what happens around that.
 """
 
 from __future__ import annotations
@@ -32,19 +32,19 @@ from transformers import AutoTokenizer, UMT5EncoderModel
 from mirage_kernels import Cameras, LatentCache
 from mirage_kernels.cache import SPLATS
 
-from .adapter import MirageMemoryAdapter
-from .checkpoints import load_lora
+from ..models.adapter import MirageMemoryAdapter
+from ..models.checkpoints import load_lora
+from ..models.latent_depth import LatentDepth
+from ..models.transformer import MirageTransformer3DModel
+from ..models.vae import encode_frames, encode_still
+from ..optional import import_extra
+from ..perception.depth import DepthEstimator, GivenDepth, make_depth_estimator
+from ..perception.static_filter import StaticFilter, make_static_filter
 from .chunks import CHUNK_FRAMES, STRIDE, check_num_frames
 from .conditioning import CleanFrames, make_memory_context, make_scores
-from .depth import DepthEstimator, GivenDepth, make_depth_estimator
-from .extras import import_extra
-from .latent_depth import LatentDepth
 from .pixel_memory import CHANNELS, make_pixel_cache
 from .run_store import RunStore
 from .session import DepthSources, MirageChunk, MirageSession, Prompt, Settings
-from .static_filter import StaticFilter, make_static_filter
-from .streaming import encode_frames, encode_still
-from .transformer import MirageTransformer3DModel
 
 Callback: TypeAlias = Callable[..., dict[str, Any]] | PipelineCallback | MultiPipelineCallbacks
 
@@ -183,8 +183,8 @@ class MiragePipeline(DiffusionPipeline, WanLoraLoaderMixin):
         """As of diffusers' Wan pipelines, and for files of the published release too; what does not fit is an error.
 
         Args:
-            source: a file or a state dict, see :func:`~mirage.checkpoints.load_lora`; or a folder or an id on the hub.
-            adapter_name: default "default".
+            source: a file or a state dict, see :func:`~mirage.models.checkpoints.load_lora`; or a folder or an id on
+            the hub. adapter_name: default "default".
             kwargs: for folders and ids, as of diffusers: `weight_name`, `subfolder`, and so on.
 
         Raises:
@@ -260,7 +260,7 @@ class MiragePipeline(DiffusionPipeline, WanLoraLoaderMixin):
             output_type: "np", "pt", "pil" or "latent"; None keeps no frames: they go to `run_dir` and the callback
                 only, and memory stays flat however long the video is.
             return_dict: False returns a tuple of the frames.
-            callback_on_chunk_end: called with the pipeline and each :class:`~mirage.session.MirageChunk`.
+            callback_on_chunk_end: called with the pipeline and each :class:`~mirage.pipeline.session.MirageChunk`.
             options: of :meth:`start`: `height`, `width`, `num_inference_steps`, `generator`, `run_dir`, `resume`, ...
 
         Returns:
@@ -342,10 +342,10 @@ class MiragePipeline(DiffusionPipeline, WanLoraLoaderMixin):
         Args:
             image, prompt, depth: see :meth:`__call__`.
             depth_estimator: for frames whose depth is not given: a name ("depth-anything-v2", "depth-pro",
-                "map-anything", "depth-anything-3") or a :class:`~mirage.depth.DepthEstimator`; None takes the
-                pipeline's `latent_depth`.
+                "map-anything", "depth-anything-3") or a :class:`~mirage.perception.depth.DepthEstimator`; None takes
+                the pipeline's `latent_depth`.
             static_filter: what is kept out of the memory: names joined by "+" ("none", "geometric", "sky", "sam2",
-                "sam3", "confidence"), see :func:`~mirage.static_filter.make_static_filter`, or a filter.
+                "sam3", "confidence"), see :func:`~mirage.perception.static_filter.make_static_filter`, or a filter.
             num_frames: of the whole video, where it is known: to check `depth` and `depth_estimator` against.
             height, width: of the frames, multiples of 32; default the image's, rounded down.
             negative_prompt, prompt_embeds, negative_prompt_embeds, max_sequence_length: as of the Wan pipelines;
@@ -364,9 +364,9 @@ class MiragePipeline(DiffusionPipeline, WanLoraLoaderMixin):
             decode: "chunk" decodes every chunk (streaming: the frames are those of decoding all at once); "end" decodes
                 nothing until the end, which needs depth and filters that look at no frames.
             points: what the memory's points are: "latents", or "pixels", for a comparison: RGB points, which are
-                rasterised and encoded for every chunk, see :mod:`mirage.pixel_memory`.
+                rasterised and encoded for every chunk, see :mod:`mirage.pipeline.pixel_memory`.
             cache: the memory to use, which may hold a scene already, in whose world `cameras` are then. Default a new
-                one in the transformer's dtype, or one of :func:`~mirage.pixel_memory.make_pixel_cache`.
+                one in the transformer's dtype, or one of :func:`~mirage.pipeline.pixel_memory.make_pixel_cache`.
             generator: of the noise; its state is saved with a run.
             run_dir: folder where every chunk is saved, so that a killed run can be resumed; None saves nothing. The
                 session holds it until it is closed.
@@ -501,7 +501,7 @@ class MiragePipeline(DiffusionPipeline, WanLoraLoaderMixin):
         return encode_frames(self.vae, image[:, :, None]).to(self._execution_device)
 
     def encode_still(self, image: Tensor) -> Tensor:
-        """What the memory keeps of an image, likewise, see :func:`~mirage.streaming.encode_still`."""
+        """What the memory keeps of an image, likewise, see :func:`~mirage.models.vae.encode_still`."""
         return encode_still(self.vae, image).to(self._execution_device)
 
     def make_memory_context(self, readout: Tensor, visible: Tensor) -> Tensor:

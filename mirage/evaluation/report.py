@@ -21,8 +21,8 @@ def summarise(rooms: Sequence[dict[str, Any]]) -> dict[str, Any]:
         poses against the true pictures. Each {psnr, ssim, lpips}, with revisit_psnr_stderr and novel_psnr_stderr.
         revisit_psnr_per_chunk, true_psnr_per_chunk, true_mse_per_chunk: None where no room has such a frame.
         drift: mean squared error against the truth of the last chunk over that of the second; None with fewer than 3.
-        true_psnr_per_frame. photometric, reprojection: see :func:`~mirage.metrics.consistency`. rooms, and, where a
-        memory was filmed, memory_bytes, tokens, read_seconds (of a chunk).
+        true_psnr_per_frame. photometric, reprojection: see :func:`~mirage.evaluation.metrics.consistency`. rooms, and,
+        where a memory was filmed, memory_bytes, tokens, read_seconds (of a chunk).
     """
     chunks = rooms[0]["chunks"]
     figures: dict[str, Any] = {"rooms": len(rooms)}

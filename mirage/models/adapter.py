@@ -26,7 +26,7 @@ class MirageMemoryAdapter(ModelMixin, ConfigMixin, PeftAdapterMixin, AttentionMi
     What the memory shows ("memory context") is C read-out channels and either C score channels (`control_channels` =
     2 C, 96 for Wan2.2, as published) or one visibility channel (`control_channels` = C + 1 = 49). One that steers a
     model without a memory, for a comparison, is shown the cameras' rays in the read-out's place: `control="rays"`, see
-    :func:`~mirage.conditioning.show_rays`.
+    :func:`~mirage.pipeline.conditioning.show_rays`.
 
     Args:
         control_channels: of the memory context.

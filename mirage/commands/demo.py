@@ -1,6 +1,6 @@
 """`mirage demo`: a real scene written into the memory, read where nobody stood, and measured.
 
-An RGB-D scene is encoded with :class:`~mirage.codec.PatchCodec`, written into a
+An RGB-D scene is encoded with :class:`~mirage.scenes.patch_pca.PatchCodec`, written into a
 :class:`~mirage_kernels.LatentCache` and read at held-out cameras and along a closed loop. Figures, pictures
 and the cache go into one folder.
 """
@@ -26,11 +26,11 @@ from mirage_kernels import Cameras, LatentCache, back_project, splat
 from mirage_kernels.backends import choose_backend
 from mirage_kernels.storage import replace_file
 
-from .codec import PatchCodec
-from .extras import import_extra
-from .figures import Panel, contact_sheet, heat_map, paint_holes, save_video, upsample
-from .rgbd import RGBDFrames, list_rgbd_folder, load_rgbd_folder, stereo_motorcycle
-from .trajectories import out_and_back, spiral
+from ..media import Panel, contact_sheet, heat_map, paint_holes, save_video, upsample
+from ..optional import import_extra
+from ..scenes.patch_pca import PatchCodec
+from ..scenes.rgbd import RGBDFrames, list_rgbd_folder, load_rgbd_folder, stereo_motorcycle
+from ..scenes.trajectories import out_and_back, spiral
 
 CONTACT, LOOP, CACHE, REPORT = "contact.png", "loop.mp4", "cache.safetensors", "report.json"
 
@@ -65,7 +65,7 @@ def run_demo(
 
     Without `rgbd`, the left view of scikit-image's stereo pair is written and the right one held out; the
     loop is a spiral about the left camera. With `rgbd`, frames of that folder are taken (see
-    :func:`~mirage.rgbd.load_rgbd_folder`; at most 120, evenly spaced): every other one is written, up to 12
+    :func:`~mirage.scenes.rgbd.load_rgbd_folder`; at most 120, evenly spaced): every other one is written, up to 12
     of those between are held out, and the loop goes along the written cameras and back.
 
     Args:

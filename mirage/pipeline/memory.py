@@ -4,8 +4,8 @@
 read-out also tells where the camera goes: an adapter trained without a memory is shown the cameras' rays instead.
 "nearest": the published memory, every token kept, the nearest read. "ours": reads aligned, the default; bounded, or
 with every token kept as the others keep theirs.
-"pixel": RGB points, see :mod:`mirage.pixel_memory`. A model shows what a memory is worth only where it was trained on
-that memory's read-outs, see `objective.memory` in :mod:`mirage.training.config`.
+"pixel": RGB points, see :mod:`mirage.pipeline.pixel_memory`. A model shows what a memory is worth only where it was
+trained on that memory's read-outs, see `objective.memory` in :mod:`mirage.training.config`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from mirage_kernels import LatentCache
 
-from .static_filter import ChunkViews
+from ..perception.static_filter import ChunkViews
 
 MEMORIES = ("none", "nearest", "ours", "pixel")
 SPLATS = {"none": "aligned", "nearest": "nearest", "ours": "aligned", "pixel": "aligned"}
@@ -30,7 +30,7 @@ STEPS, MIRAGE_TINY_STEPS = 20, 2
 """Of denoising, where nothing else is asked for. Small models gather errors with every step."""
 
 MIRAGE_TINY = "mirage-tiny"
-MIRAGE_TINY_FOLDER = Path(__file__).parent / "mirage-tiny"
+MIRAGE_TINY_FOLDER = Path(__file__).parents[1] / "mirage-tiny"
 """Where the model that comes with the package is. `memories/NAME` in it are what other memories have for weights."""
 
 
@@ -49,7 +49,8 @@ def default_steps(model: str) -> int:
 
 
 def memory_options(name: str, pipeline: Any, write_policy: str = "bounded") -> dict[str, Any]:
-    """Arguments of :meth:`~mirage.pipeline.MiragePipeline.start` with which a session runs on the memory of this name.
+    """Arguments of :meth:`~mirage.pipeline.pipeline.MiragePipeline.start` with which a session runs on the memory of
+    this name.
 
     Args:
         name: one of :data:`MEMORIES`.

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from mirage_kernels import Cameras
 
-from .extras import import_extra
+from ..optional import import_extra
 
 _MULTIPLE = 16
 _INVALID_DEPTH = 65535  # of 16-bit depth files, beside 0

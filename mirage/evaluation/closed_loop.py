@@ -23,14 +23,14 @@ from torch import Tensor
 from mirage_kernels import Cameras
 from mirage_kernels.storage import replace_file
 
-from .chunks import STRIDE, check_num_frames, plan_chunks
-from .evaluation_report import OWN, format_report, goals, summarise
-from .extras import import_extra
-from .figures import Panel, contact_sheet, label, line_chart, load_video, save_video
-from .generate import GenerateOptions, load_pipeline, memory_weights, take_weights
-from .memories import MEMORIES, STEPS, WRITE_POLICIES, memory_options
+from ..commands.generate import GenerateOptions, load_pipeline, memory_weights, take_weights
+from ..media import Panel, contact_sheet, label, line_chart, load_video, save_video
+from ..optional import import_extra
+from ..pipeline.chunks import STRIDE, check_num_frames, plan_chunks
+from ..pipeline.memory import MEMORIES, STEPS, WRITE_POLICIES, memory_options
+from ..scenes.synthetic import SyntheticFrames, SyntheticRoom
 from .metrics import consistency, find_first_visits, find_revisits, load_lpips, psnr, ssim
-from .synthetic import SyntheticFrames, SyntheticRoom
+from .report import OWN, format_report, goals, summarise
 
 REPORT, TABLE, PLOTS, CONTACT, VIDEO = "report.json", "report.md", "plots", "contact.png", "side_by_side.mp4"
 DEPTHS = ("true", "head")
@@ -47,7 +47,7 @@ _PRECEDING = 2  # latent frames before a chunk that the model sees anyway
 
 @dataclass(frozen=True)
 class EvaluateOptions:
-    """What `mirage evaluate` is asked for; :func:`mirage.cli.make_parser` says what each is."""
+    """What `mirage evaluate` is asked for; :func:`mirage.commands.cli.make_parser` says what each is."""
 
     out: Path
     model: str
@@ -205,7 +205,7 @@ def film(
 
 @torch.no_grad()
 def _recode(pipeline: Any, true: SyntheticFrames) -> tuple[Tensor, dict[str, Any]]:
-    from .streaming import StreamingDecoder, encode_frames
+    from ..models.vae import StreamingDecoder, encode_frames
 
     latents = encode_frames(pipeline.vae, true.images.movedim(0, 1)[None] * 2.0 - 1.0)
     video = StreamingDecoder(pipeline.vae).decode(latents)[0].movedim(1, 0)
@@ -222,7 +222,7 @@ def measure(
         true: the N true frames.
         chunk_frames: as generated. A revisit counts where its first visit is so far back that the model cannot have
             seen it but through a memory: a chunk and the latent frames that precede it.
-        lpips: of :func:`~mirage.metrics.load_lpips`.
+        lpips: of :func:`~mirage.evaluation.metrics.load_lpips`.
 
     Returns:
         Plain values: chunks [[start, stop], ..]; true {psnr, ssim, mse, lpips: one value a frame}; revisits [[first
@@ -283,7 +283,7 @@ def _weights_of(options: EvaluateOptions, name: str) -> Path | None:
 
 
 def _fingerprints(pipeline: Any, name: str) -> dict[str, str | None]:
-    from .pipeline import fingerprint
+    from ..pipeline.pipeline import fingerprint
 
     parts = ("vae",) if name == CEILING else ("vae", "transformer", "memory_adapter", "latent_depth")
     return {part: fingerprint(getattr(pipeline, part)) for part in parts}

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from mirage_kernels import Cameras, back_project
 
-from .extras import MissingExtraError, import_extra
+from ..optional import MissingExtraError, import_extra
 
 
 @runtime_checkable

@@ -17,13 +17,13 @@ from torch import Tensor
 from mirage_kernels import Cameras
 from mirage_kernels.storage import replace_file
 
-from .extras import import_extra
-from .figures import Panel, contact_sheet, load_video
-from .memories import MIRAGE_TINY, MIRAGE_TINY_FOLDER, STEPS, memory_options
-from .rgbd import stereo_motorcycle
-from .run_store import CACHE
-from .session import METRICS_LINES, VIDEO
-from .trajectories import TRAJECTORIES, load_npz, load_trajectory, make_trajectory, save_npz
+from ..media import Panel, contact_sheet, load_video
+from ..optional import import_extra
+from ..pipeline.memory import MIRAGE_TINY, MIRAGE_TINY_FOLDER, STEPS, memory_options
+from ..pipeline.run_store import CACHE
+from ..pipeline.session import METRICS_LINES, VIDEO
+from ..scenes.rgbd import stereo_motorcycle
+from ..scenes.trajectories import TRAJECTORIES, load_npz, load_trajectory, make_trajectory, save_npz
 
 CONTACT, TRAJECTORY, PATH = "contact.png", "trajectory.npz", "trajectory.json"
 LORA = "lora.safetensors"
@@ -36,7 +36,7 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 
 @dataclass(frozen=True)
 class GenerateOptions:
-    """What `mirage generate` is asked for; :func:`mirage.cli.make_parser` says what each is."""
+    """What `mirage generate` is asked for; :func:`mirage.commands.cli.make_parser` says what each is."""
 
     out: Path
     model: str
@@ -162,26 +162,26 @@ def format_report(options: GenerateOptions, report: dict[str, Any]) -> str:
 
 
 def load_pipeline(options: GenerateOptions) -> Any:
-    """The :class:`~mirage.pipeline.MiragePipeline` of `model`, `adapter` and `lora`, on its device.
+    """The :class:`~mirage.pipeline.pipeline.MiragePipeline` of `model`, `adapter` and `lora`, on its device.
 
     Without `adapter` and `lora` it has the weights that come with the model for `memory`, where there are any.
 
     Raises:
         OSError, ValueError: no such model, or files that do not belong together.
     """
-    from .adapter import MirageMemoryAdapter
-    from .checkpoints import load_lora, load_published
-    from .pipeline import MiragePipeline, check_models
+    from ..models.adapter import MirageMemoryAdapter
+    from ..models.checkpoints import load_lora, load_published
+    from ..pipeline.pipeline import MiragePipeline, check_models
 
     dtype = _DTYPES[options.dtype or ("bfloat16" if options.device == "cuda" else "float32")]
     if options.model == TINY_RANDOM:
-        from .tiny import tiny_random_pipeline
+        from ..zoo import tiny_random_pipeline
 
         pipeline = tiny_random_pipeline()
         if dtype != torch.float32:
             pipeline.to(dtype)
     elif options.model == MIRAGE_TINY:
-        from .tiny import mirage_tiny_pipeline
+        from ..zoo import mirage_tiny_pipeline
 
         pipeline = mirage_tiny_pipeline(dtype)
     else:
@@ -225,10 +225,10 @@ def take_weights(pipeline: Any, folder: Path) -> None:
     Raises:
         OSError, ValueError: none of them is there, or they do not fit.
     """
-    from .adapter import MirageMemoryAdapter
-    from .checkpoints import load_lora
-    from .latent_depth import LatentDepth
-    from .pipeline import check_models
+    from ..models.adapter import MirageMemoryAdapter
+    from ..models.checkpoints import load_lora
+    from ..models.latent_depth import LatentDepth
+    from ..pipeline.pipeline import check_models
 
     parts = {"memory_adapter": MirageMemoryAdapter, "latent_depth": LatentDepth}
     if not any((folder / part).exists() for part in (*parts, LORA)):
@@ -248,10 +248,10 @@ def take_weights(pipeline: Any, folder: Path) -> None:
 
 def _check(options: GenerateOptions) -> None:
     """What can be seen before anything is loaded."""
-    from .chunks import check_num_frames
-    from .depth import DEPTH_ESTIMATORS
-    from .run_store import CHUNKS
-    from .static_filter import STATIC_FILTERS
+    from ..perception.depth import DEPTH_ESTIMATORS
+    from ..perception.static_filter import STATIC_FILTERS
+    from ..pipeline.chunks import check_num_frames
+    from ..pipeline.run_store import CHUNKS
 
     check_num_frames("frames", options.frames)
     check_num_frames("chunk-frames", options.chunk_frames)

@@ -240,7 +240,8 @@ class MirageTransformer3DModel(WanTransformer3DModel):
             num_reference_frames: R, how many of the F are references.
             memory_adapter: adds its hints to all but the reference tokens.
             memory_context: (B, control channels, F - R, h, w), what the memory shows at the target and preceding
-                frames' cameras, see :class:`~mirage.adapter.MirageMemoryAdapter`. Given if and only if the adapter is.
+                frames' cameras, see :class:`~mirage.models.adapter.MirageMemoryAdapter`. Given if and only if the
+                adapter is.
             memory_scale: factor of the hints.
             attention_kwargs: `{"scale": s}` scales loaded LoRA.
 

@@ -21,7 +21,7 @@ from mirage_kernels import Cameras, LatentCache, back_project
 from mirage_kernels.ops import NEAR, check_size
 from mirage_kernels.reference import in_view, make_projection, pool_mask, project_points
 
-from .extras import MissingExtraError, import_extra
+from ..optional import MissingExtraError, import_extra
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ..evaluation_report import format_table
+from ..evaluation.report import format_table
 from .data import write_bytes
 from .loop import CONFIG, SUMMARY
 
@@ -95,8 +95,8 @@ def format_card(facts: dict[str, Any], reports: list[dict[str, Any]]) -> str:
         "",
         "A world model with a spatial memory, small enough for a laptop's CPU: the architecture of Wan2.2-TI2V-5B (a"
         " VAE of 48 channels, 16x in space and 4x in time; a video transformer; memory adapter; LoRA) and a depth head,"
-        " trained from nothing on rooms that `mirage.synthetic` makes. `--model mirage-tiny` names it in every command."
-        " It shows the memory at work and is there to test with; it knows nothing but such rooms, at 96x160.",
+        " trained from nothing on rooms that `mirage.scenes.synthetic` makes. `--model mirage-tiny` names it in every"
+        " command. It shows the memory at work and is there to test with; it knows nothing but such rooms, at 96x160.",
         "",
         "## Training",
         "",

@@ -25,15 +25,15 @@ from mirage_kernels import Cameras, LatentCache, Readout
 from mirage_kernels.cache import CacheMark, WriteReport
 from mirage_kernels.storage import replace_file
 
+from ..media import join_videos, save_video
+from ..models.latent_depth import LatentDepth
+from ..models.vae import StreamingDecoder
+from ..perception.depth import DepthEstimator, GivenDepth, align_depth
+from ..perception.static_filter import ChunkViews, StaticFilter
 from .chunks import CHUNK_FRAMES, STRIDE, Chunk, check_num_frames, plan_chunks
 from .conditioning import choose_references, show_rays
-from .depth import DepthEstimator, GivenDepth, align_depth
-from .figures import join_videos, save_video
-from .latent_depth import LatentDepth
 from .pixel_memory import read_pixels, write_pixels
 from .run_store import CACHE, DECODER, SEGMENT, RunStore
-from .static_filter import ChunkViews, StaticFilter
-from .streaming import StreamingDecoder
 
 if TYPE_CHECKING:
     from .pipeline import MiragePipeline

@@ -1,0 +1,1 @@
+"""What is seen in a frame: depth, and what stands still."""

@@ -1,0 +1,1 @@
+"""Generation chunk by chunk along a camera path, with the memory in the loop."""

@@ -1,0 +1,1 @@
+"""Where frames and cameras come from: camera paths, RGB-D folders, synthetic rooms."""
