@@ -38,13 +38,13 @@ _CHECKER_PIXELS = 8
 
 
 def upsample(cells: Tensor, size: tuple[int, int]) -> Tensor:
-    """Values of a grid (..., h, w) as pixels (..., H, W), `size` = (H, W) a multiple of it: nearest."""
+    """Upsample values of a grid (..., h, w) to pixels (..., H, W), `size` = (H, W) a multiple of it: nearest."""
     rows, columns = size[0] // cells.shape[-2], size[1] // cells.shape[-1]
     return cells.repeat_interleave(rows, -2).repeat_interleave(columns, -1)
 
 
 def paint_holes(image: Tensor, mask: Tensor) -> Tensor:
-    """`image` (3, H, W) with a dark checker where `mask` (h, w) bool is False: nothing is known there."""
+    """Paint `image` (3, H, W) with a dark checker where `mask` (h, w) bool is False: nothing is known there."""
     height, width = image.shape[1:]
     row = torch.arange(height, device=image.device)[:, None] // _CHECKER_PIXELS
     column = torch.arange(width, device=image.device) // _CHECKER_PIXELS
@@ -53,7 +53,7 @@ def paint_holes(image: Tensor, mask: Tensor) -> Tensor:
 
 
 def heat_map(values: Tensor, low: float, high: float, palette: str) -> Tensor:
-    """(H, W) float to (3, H, W): `low` and beyond takes the first colour of `palette`, `high` the last.
+    """Color (H, W) float as (3, H, W): `low` and beyond takes the first colour of `palette`, `high` the last.
 
     `low` may be the larger of the two; equal, everything takes the first colour.
     """
@@ -80,7 +80,7 @@ class Panel:
 def contact_sheet(
     title: str, lines: Sequence[str], rows: Sequence[Sequence[Panel]], footer: str = "", width: int = 1600
 ) -> Any:
-    """A `PIL.Image` of `width` pixels: title, lines under it, rows of panels of one size each, footer.
+    """Compose a `PIL.Image` of `width` pixels: title, lines under it, rows of panels of one size each, footer.
 
     Raises:
         MissingExtraError: pillow is not installed.
@@ -90,7 +90,7 @@ def contact_sheet(
     font = import_extra("PIL.ImageFont", "demo").load_default
 
     def panel_size(row: Sequence[Panel]) -> tuple[int, int]:
-        """(height, width) of the pictures of a row, by its first."""
+        """Compute (height, width) of the images of a row from its first."""
         columns = (width - 2 * _MARGIN - (len(row) - 1) * _GAP) // len(row)
         return round(columns * row[0].image.shape[1] / row[0].image.shape[2]), columns
 
@@ -126,7 +126,7 @@ def contact_sheet(
 
 
 def label(image: Tensor, caption: str, width: int = 320) -> Tensor:
-    """`image` (3, H, W), enlarged by a whole number to about `width` columns, under a strip with `caption`.
+    """Label `image` (3, H, W), enlarged by a whole number to about `width` columns, under a strip with `caption`.
 
     Raises:
         MissingExtraError: pillow is not installed.
@@ -255,7 +255,7 @@ _PLAYABLE = [
 
 
 def _run_ffmpeg(ffmpeg: str, arguments: list[str], content: Iterable[bytes] = ()) -> None:
-    """Run it, with `content` on its standard input; anything it complains of is an OSError, whatever it exits with."""
+    """Run ffmpeg with `content` on its standard input; anything it prints is an OSError, whatever it exits with."""
     command = [ffmpeg, "-y", "-xerror", "-loglevel", "error", *arguments]
     with tempfile.TemporaryFile() as complaints:
         process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=complaints)
@@ -277,7 +277,7 @@ def _run_ffmpeg(ffmpeg: str, arguments: list[str], content: Iterable[bytes] = ()
 
 
 def load_video(path: str | os.PathLike[str]) -> Iterator[Tensor]:
-    """The frames of a video, each (3, H, W) float32 in [0, 1].
+    """Load the frames of a video, each (3, H, W) float32 in [0, 1].
 
     Raises:
         MissingExtraError: imageio-ffmpeg is not installed.
@@ -291,7 +291,7 @@ def load_video(path: str | os.PathLike[str]) -> Iterator[Tensor]:
 
 
 def _to_bytes(image: Tensor) -> Any:
-    """`image` (3, H, W) float in [0, 1] as a uint8 numpy array (H, W, 3)."""
+    """Convert `image` (3, H, W) float in [0, 1] to a uint8 numpy array (H, W, 3)."""
     return (image.clamp(0.0, 1.0) * 255.0).round().to(torch.uint8).permute(1, 2, 0).contiguous().cpu().numpy()
 
 
@@ -300,6 +300,6 @@ def _to_pil(image: Tensor) -> Any:
 
 
 def _palette(name: str) -> Tensor:
-    """(colours, 3) float in [0, 1]."""
+    """Parse a palette: (colours, 3) float in [0, 1]."""
     codes = [bytes.fromhex(code) for code in PALETTES[name].split()]
     return torch.tensor([list(code) for code in codes], dtype=torch.float32) / 255.0

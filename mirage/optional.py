@@ -13,7 +13,7 @@ class MissingExtraError(ImportError):
 
 
 def import_extra(module: str, extra: str) -> ModuleType:
-    """The module called `module`, from a package of the extra `extra` of this distribution.
+    """Import a module from a package of the extra `extra` of this distribution.
 
     Raises:
         MissingExtraError: it is not installed.

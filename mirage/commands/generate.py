@@ -22,8 +22,9 @@ from ..optional import import_extra
 from ..pipeline.memory import MIRAGE_TINY, MIRAGE_TINY_FOLDER, STEPS, memory_options
 from ..pipeline.run_store import CACHE
 from ..pipeline.session import METRICS_LINES, VIDEO
+from ..scenes.camera_files import load_npz, load_trajectory, save_npz
 from ..scenes.rgbd import stereo_motorcycle
-from ..scenes.trajectories import TRAJECTORIES, load_npz, load_trajectory, make_trajectory, save_npz
+from ..scenes.trajectories import TRAJECTORIES, make_trajectory
 
 CONTACT, TRAJECTORY, PATH = "contact.png", "trajectory.npz", "trajectory.json"
 LORA = "lora.safetensors"
@@ -248,8 +249,8 @@ def take_weights(pipeline: Any, folder: Path) -> None:
 
 def _check(options: GenerateOptions) -> None:
     """What can be seen before anything is loaded."""
-    from ..perception.depth import DEPTH_ESTIMATORS
-    from ..perception.static_filter import STATIC_FILTERS
+    from ..perception.depth_models import DEPTH_ESTIMATORS
+    from ..perception.static_filter_models import STATIC_FILTERS
     from ..pipeline.chunks import check_num_frames
     from ..pipeline.run_store import CHUNKS
 

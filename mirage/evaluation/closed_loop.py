@@ -69,7 +69,7 @@ class EvaluateOptions:
 
 
 def run_evaluate(options: EvaluateOptions, progress: bool = True) -> dict[str, Any]:
-    """Film every room with every memory, measure, and write the report into `options.out`.
+    """Generate every room with every memory, measure, and write the report into `options.out`.
 
     Rooms that are there already are not filmed again. Each memory is run with its own weights, `options.weights` or
     `MODEL/memories/NAME` (what `mirage train` leaves: memory_adapter/, lora.safetensors, latent_depth/), or, where
@@ -121,7 +121,7 @@ def run_evaluate(options: EvaluateOptions, progress: bool = True) -> dict[str, A
 def make_loop(
     seed: int, frames: int, size: Sequence[int], texture: float = EvaluateOptions.texture
 ) -> tuple[SyntheticRoom, str, Cameras]:
-    """The room of a seed, the kind of its loop, and the loop: what is filmed for it."""
+    """Make the room of a seed, the kind of its loop, and the loop's cameras."""
     room, kind = SyntheticRoom(seed, moving=0, texture=texture), LOOPS[seed % len(LOOPS)]
     return room, kind, room.path(kind, frames, size)
 
@@ -140,7 +140,7 @@ def _all_rooms(
 def _one_room(
     options: EvaluateOptions, pipeline: Any, name: str, depth: str, seed: int, lpips: Callable[..., Tensor] | None
 ) -> dict[str, Any]:
-    """The measurements of a room: from its file, or filmed and measured now."""
+    """Get the measurements of a room: from its file, or generated and measured now."""
     path = _room_path(options, depth, name, seed)
     weights = _fingerprints(pipeline, name)
     if path.exists():
@@ -171,7 +171,7 @@ def _one_room(
 def film(
     options: EvaluateOptions, pipeline: Any, name: str, depth: str, room: SyntheticRoom, true: SyntheticFrames
 ) -> tuple[Tensor, dict[str, Any]]:
-    """The loop as the model makes it with a memory, (N, 3, H, W) in [0, 1], and what it cost.
+    """Generate a loop with a memory: frames (N, 3, H, W) in [0, 1], and what they cost.
 
     Args:
         pipeline: of :func:`load_memory`.
@@ -215,7 +215,7 @@ def _recode(pipeline: Any, true: SyntheticFrames) -> tuple[Tensor, dict[str, Any
 def measure(
     frames: Tensor, true: SyntheticFrames, chunk_frames: int = 33, lpips: Callable[..., Tensor] | None = None
 ) -> dict[str, Any]:
-    """Compare a filmed loop with the true one, and with itself where it comes back.
+    """Compare a generated loop with the true one, and with itself where it comes back.
 
     Args:
         frames: (N, 3, H, W) float32 in [0, 1].
@@ -255,7 +255,7 @@ def measure(
 
 
 def load_memory(options: EvaluateOptions, name: str) -> tuple[Any, str]:
-    """The pipeline on the weights of a memory, and where they are from.
+    """Load the pipeline with the weights of a memory; also return where they are from.
 
     Raises:
         OSError, ValueError: naming what cannot be used.
@@ -337,7 +337,7 @@ def _report(
 
 
 def _draw(options: EvaluateOptions, report: dict[str, Any]) -> None:
-    """Plots, the contact sheet and the video."""
+    """Draw plots, the contact sheet and the video."""
     folder = options.out / PLOTS
     folder.mkdir(exist_ok=True)
     for depth, memories in report["memory_by_depth"].items():
@@ -370,7 +370,7 @@ def _caption(report: dict[str, Any], name: str) -> str:
 
 
 def _side_by_side(options: EvaluateOptions, report: dict[str, Any], shown: dict[str, list[Path]]) -> Iterator[Tensor]:
-    """The first rooms one after the other: the truth, and what each memory made of it."""
+    """Show the first rooms one after the other: the truth, and what each memory made of it."""
     for number, seed in enumerate(list(options.seeds)[:_SHOWN]):
         room, _, cameras = make_loop(seed, options.frames, options.size, options.texture)
         true = room.render(cameras).images
@@ -385,7 +385,7 @@ def _side_by_side(options: EvaluateOptions, report: dict[str, Any], shown: dict[
 
 
 def _sheet(options: EvaluateOptions, report: dict[str, Any]) -> Any:
-    """The first room's way out, turn and way back: a row for each memory."""
+    """Show the first room's way out, turn and way back: a row for each memory."""
     seed = options.seeds[0]
     room, kind, cameras = make_loop(seed, options.frames, options.size, options.texture)
     last = options.frames - 1
@@ -414,7 +414,7 @@ def _room_path(options: EvaluateOptions, depth: str, name: str, seed: int) -> Pa
 
 
 def _record(options: EvaluateOptions) -> None:
-    """Write down what rooms are filmed with, or check that it is what they were filmed with."""
+    """Record what rooms are generated with, or check that it has not changed."""
     path = options.out / "settings.json"
     names = ("frames", "size", "steps", "guidance", "chunk_frames", "dtype", "write_policy", "texture")
     now = json.loads(json.dumps({"version": _VERSION} | {name: getattr(options, name) for name in names}))

@@ -37,13 +37,13 @@ _TEXTURE = 1e-3  # least of the smaller eigenvalues of a patch's structure tenso
 
 
 def psnr(left: Tensor, right: Tensor) -> Tensor:
-    """(N,) dB of N pairs (N, 3, H, W), at most :data:`MOST_PSNR`."""
+    """Compute PSNR (N,) in dB of N pairs (N, 3, H, W), at most :data:`MOST_PSNR`."""
     error = (left - right).square().flatten(1).mean(1)
     return -10.0 * error.clamp(min=10.0 ** (-MOST_PSNR / 10.0)).log10()
 
 
 def ssim(left: Tensor, right: Tensor) -> Tensor:
-    """(N,) of N pairs (N, C, H, W): the mean over channels and all windows that lie in the picture."""
+    """Compute SSIM (N,) of N pairs (N, C, H, W): the mean over channels and all windows that lie in the picture."""
     side = torch.arange(_WINDOW, dtype=left.dtype) - _WINDOW // 2
     line = torch.exp(-side.square() / (2.0 * _SIGMA**2))
     line = (line / line.sum()).to(left.device)
@@ -63,7 +63,7 @@ def ssim(left: Tensor, right: Tensor) -> Tensor:
 
 
 def load_lpips(device: torch.device | str = "cpu") -> Callable[[Tensor, Tensor], Tensor] | None:
-    """LPIPS (AlexNet) as a function like :func:`psnr`; None where the package `lpips` is not installed."""
+    """Load LPIPS (AlexNet) as a function like :func:`psnr`; None where the package `lpips` is not installed."""
     if importlib.util.find_spec("lpips") is None:
         return None
     network = importlib.import_module("lpips").LPIPS(net="alex", verbose=False).eval().requires_grad_(False).to(device)
@@ -76,7 +76,7 @@ def load_lpips(device: torch.device | str = "cpu") -> Callable[[Tensor, Tensor],
 
 
 def find_revisits(cameras: Cameras, apart: int) -> list[tuple[int, int]]:
-    """(first visit, revisit) of every view whose pose an earlier one had, `apart` frames before or more.
+    """Find (first visit, revisit) of every view whose pose an earlier one had, `apart` frames before or more.
 
     Poses are the same to 1e-6 in each entry. Of several earlier views the first is taken.
     """
@@ -90,13 +90,13 @@ def find_revisits(cameras: Cameras, apart: int) -> list[tuple[int, int]]:
 
 
 def find_first_visits(cameras: Cameras) -> list[int]:
-    """The views whose pose no earlier one had, but for the first."""
+    """Find the views whose pose no earlier one had, except the first."""
     poses = cameras.cam2world.flatten(1).cpu()
     return [j for j in range(1, len(poses)) if not ((poses[:j] - poses[j]).abs() < 1e-6).all(1).any()]
 
 
 def consistency(frames: Tensor, true: Tensor, depth: Tensor, cameras: Cameras) -> dict[str, float | None]:
-    """Of a video with known geometry.
+    """Measure the consistency of a video with known geometry.
 
     Args:
         frames: (N, 3, H, W), the video.
@@ -126,7 +126,7 @@ def _mean(values: Tensor) -> float | None:
 
 
 def _correspondence(z: Tensor, z_other: Tensor, camera: Cameras, other: Cameras) -> tuple[Tensor, Tensor]:
-    """Where each pixel of a view lies in another, as `grid_sample` takes it, and whether both see its surface."""
+    """Find where each pixel of a view lies in another, as `grid_sample` takes it, and whether both see its surface."""
     height, width = z.shape
     v, u = torch.meshgrid(
         torch.arange(height, dtype=torch.float64) + 0.5, torch.arange(width, dtype=torch.float64) + 0.5, indexing="ij"
@@ -144,7 +144,7 @@ def _correspondence(z: Tensor, z_other: Tensor, camera: Cameras, other: Cameras)
 
 
 def _displacement(picture: Tensor, other: Tensor) -> Tensor:
-    """(H, W): how far each patch of (3, H, W) has to be moved to match best; the shortest way of equals."""
+    """Measure (H, W): how far each patch of (3, H, W) has to be moved to match best; the shortest way of equals."""
     steps = [(y, x) for y in range(-REACH, REACH + 1) for x in range(-REACH, REACH + 1)]
     steps.sort(key=lambda step: step[0] ** 2 + step[1] ** 2)
     padded = F.pad(other[None], (REACH,) * 4, mode="replicate")[0]
@@ -161,7 +161,7 @@ def _displacement(picture: Tensor, other: Tensor) -> Tensor:
 
 
 def _textured(picture: Tensor) -> Tensor:
-    """(H, W) bool: patches of (3, H, W) that look different wherever they are moved (Shi and Tomasi 1994)."""
+    """Find patches of (3, H, W) that differ wherever they are moved (Shi and Tomasi 1994), (H, W) bool."""
     grey = F.pad(picture.mean(0)[None, None], (1, 1, 1, 1), mode="replicate")[0, 0]
     along = (grey[1:-1, 2:] - grey[1:-1, :-2]) / 2
     down = (grey[2:, 1:-1] - grey[:-2, 1:-1]) / 2

@@ -14,7 +14,7 @@ OWN = "the model's own"
 
 
 def summarise(rooms: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Figures of one memory, of what :func:`measure` gives of each room.
+    """Summarise one memory from what :func:`measure` gives of each room.
 
     Returns:
         revisit_*: a revisit against its first visit; revisit_true_*: against the true picture; novel_*: frames of new
@@ -28,7 +28,7 @@ def summarise(rooms: Sequence[dict[str, Any]]) -> dict[str, Any]:
     figures: dict[str, Any] = {"rooms": len(rooms)}
 
     def over(values: Callable[[dict[str, Any]], list[float] | None]) -> list[float]:
-        """One mean a room, of those that have any."""
+        """Take one mean a room, of those that have any."""
         return [statistics.fmean(found) for room in rooms if (found := values(room))]
 
     def at(frames: Callable[[dict[str, Any]], Sequence[int]], metric: str) -> Callable[[dict[str, Any]], list[float]]:
@@ -60,7 +60,7 @@ def summarise(rooms: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def goals(figures: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
-    """What is asked of our memory: {goal, value, asked, bound, met}, of those that can be told."""
+    """Check the goals of the aligned memory: {goal, value, asked, bound, met}, of those that can be told."""
 
     def gain(metric: str, other: str) -> float | None:
         if figures.get(other, {}).get("weights") == OWN:  # not trained for it: that tells nothing
@@ -122,7 +122,7 @@ _COLUMNS = {
 
 
 def format_report(report: dict[str, Any]) -> str:
-    """report.md: tables, goals, and what the columns mean."""
+    """Format report.md: tables, goals, and what the columns mean."""
     height, width = report["size"]
     first, stop = report["seeds"]
     lines = [
@@ -167,7 +167,7 @@ def format_report(report: dict[str, Any]) -> str:
 
 
 def _unfair(report: dict[str, Any]) -> list[str]:
-    """What makes a row no fair comparison."""
+    """Say what makes a row no fair comparison."""
     shared = [name for name, figures in report["memory"].items() if name != "ours" and figures["weights"] == OWN]
     if not shared:
         return []
@@ -176,7 +176,7 @@ def _unfair(report: dict[str, Any]) -> list[str]:
 
 
 def _row(name: str, figures: dict[str, Any]) -> str:
-    """A memory's name in a table; without a memory, what steers the model."""
+    """Name a memory in a table; without one, say what steers the model."""
     if name != "none":
         return name
     return "none (steered by camera rays)" if figures.get("control") == "rays" else "none (not steered)"
@@ -193,7 +193,7 @@ _SHORT = {
 
 
 def format_table(report: dict[str, Any]) -> list[str]:
-    """Lines of a short table, for a model card or a README: each memory with true depth and with the head's."""
+    """Format lines of a short table, for a model card or a README: each memory with true depth and with the head's."""
     lines = ["| memory | depth | " + " | ".join(_SHORT) + " |", "| --- | --- |" + " ---: |" * len(_SHORT)]
     for depth, memories in report["memory_by_depth"].items():
         for name, figures in memories.items():
@@ -206,7 +206,7 @@ def format_table(report: dict[str, Any]) -> list[str]:
 
 
 def format_goals(report: dict[str, Any]) -> list[str]:
-    """Lines that say of each goal whether it is met, with each depth."""
+    """Format lines that say of each goal whether it is met, with each depth."""
     names = {"true": "true depth", "head": "the depth head's"}
     return [f"{_goal(goal)} ({names[depth]})" for depth, found in report["goals"].items() for goal in found]
 

@@ -147,7 +147,7 @@ def _prompt(instance: dict[str, Any]) -> str:
 
 
 def instance_folder(instance: dict[str, Any]) -> Path:
-    """Where an instance's video lies under `worldscore_output`.
+    """Find where an instance's video lies under `worldscore_output`.
 
     Raises:
         ValueError: a key is missing, or it is neither static nor dynamic.
@@ -166,7 +166,7 @@ def instance_folder(instance: dict[str, Any]) -> Path:
 
 
 def move_cameras(start: Cameras, moves: Sequence[str], frames: int, length: float = 1.0) -> Cameras:
-    """The cameras of a path of WorldScore's moves, as its scripts have them.
+    """Make the cameras of a path of WorldScore's moves, as its scripts have them.
 
     push_in and pull_out go `length` forward and back, move_left and move_right half of it aside; a pan turns by 30
     degrees in place, an orbit about the point `length` ahead. Between a move's ends, the rotation of world-to-camera
@@ -216,7 +216,7 @@ def _yaw(degrees: float) -> Tensor:
 
 
 def describe_cameras(cameras: Cameras, frames: int, length: float) -> dict[str, Any]:
-    """camera_data.json of :func:`move_cameras`: focal_length, scale, cameras, cameras_interp."""
+    """Describe cameras as camera_data.json of :func:`move_cameras`: focal_length, scale, cameras, cameras_interp."""
     to_first = cameras.world2cam[0] @ cameras.cam2world
     left_up = torch.diag(torch.tensor([-1.0, -1.0, 1.0, 1.0], dtype=torch.float64))
     up_backward = torch.diag(torch.tensor([1.0, -1.0, -1.0, 1.0], dtype=torch.float64))
@@ -277,12 +277,12 @@ def write_instance(
 
 
 def is_complete(folder: Path) -> bool:
-    """Whether an instance is all there: image_data.json is written last."""
+    """Check whether an instance is complete: image_data.json is written last."""
     return (folder / "image_data.json").is_file()
 
 
 def crop(image: Any, size: tuple[int, int]) -> Any:
-    """The largest part of a PIL image about its middle that has the aspect of `size` (height, width), at that size."""
+    """Crop a PIL image about its middle to the aspect of `size` (height, width), and resize it."""
     height, width = size
     across, down = image.size
     scale = min(across / width, down / height)

@@ -38,8 +38,10 @@ from ..models.latent_depth import LatentDepth
 from ..models.transformer import MirageTransformer3DModel
 from ..models.vae import encode_frames, encode_still
 from ..optional import import_extra
-from ..perception.depth import DepthEstimator, GivenDepth, make_depth_estimator
-from ..perception.static_filter import StaticFilter, make_static_filter
+from ..perception.depth import DepthEstimator, GivenDepth
+from ..perception.depth_models import make_depth_estimator
+from ..perception.static_filter import StaticFilter
+from ..perception.static_filter_models import make_static_filter
 from .chunks import CHUNK_FRAMES, STRIDE, check_num_frames
 from .conditioning import CleanFrames, make_memory_context, make_scores
 from .pixel_memory import CHANNELS, make_pixel_cache

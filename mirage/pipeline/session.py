@@ -28,7 +28,8 @@ from mirage_kernels.storage import replace_file
 from ..media import join_videos, save_video
 from ..models.latent_depth import LatentDepth
 from ..models.vae import StreamingDecoder
-from ..perception.depth import DepthEstimator, GivenDepth, align_depth
+from ..perception.depth import DepthEstimator, GivenDepth
+from ..perception.depth_alignment import align_depth
 from ..perception.static_filter import ChunkViews, StaticFilter
 from .chunks import CHUNK_FRAMES, STRIDE, Chunk, check_num_frames, plan_chunks
 from .conditioning import choose_references, show_rays

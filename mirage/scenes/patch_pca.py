@@ -42,7 +42,7 @@ class PatchCodec:
 
     @classmethod
     def fit(cls, images: Tensor, channels: int = 48, patch: int = 16) -> PatchCodec:
-        """The principal components of the patches of `images`: the eigenvectors of their covariance.
+        """Fit the principal components of the patches of `images`: the eigenvectors of their covariance.
 
         Overlapping patches are used, because a memory shows its tokens shifted against the grid they were
         written on. In float64, each component signed so that its largest entry is positive: on one machine,
@@ -93,11 +93,11 @@ class PatchCodec:
         return self.basis.shape[0]
 
     def to(self, device: torch.device | str) -> PatchCodec:
-        """The same codec on `device`."""
+        """Move the codec to `device`."""
         return PatchCodec(self.mean.to(device), self.basis.to(device), self.patch)
 
     def encode(self, images: Tensor) -> Tensor:
-        """Latents (N, C, H / patch, W / patch) float32 of `images` (N, 3, H, W) float in [0, 1].
+        """Encode `images` (N, 3, H, W) float in [0, 1] to latents (N, C, H / patch, W / patch) float32.
 
         Raises:
             TypeError, ValueError: not such images, or sides that are no multiples of `patch`: cropping moves
@@ -112,7 +112,7 @@ class PatchCodec:
         return latents.permute(0, 3, 1, 2).contiguous()
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Images (N, 3, h patch, w patch) float32, clamped to [0, 1], of `latents` (N, C, h, w) float.
+        """Decode `latents` (N, C, h, w) float to images (N, 3, h patch, w patch) float32 in [0, 1].
 
         A latent of zeros, such as a hole of the memory, decodes to the mean patch.
 
@@ -138,7 +138,7 @@ def _check_images(images: Tensor) -> None:
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """One thread for what runs on the CPU: the same bits at any thread count, and no slower.
+    """Run what runs on the CPU on one thread: the same bits at any thread count, and no slower.
 
     The eigenvectors of a 768x768 matrix take thousands of steps too short to share: 0.15 s with one thread,
     0.2 s with two, but 20 s with two on cores that other programs use as well.

@@ -58,7 +58,7 @@ class RGBDFrames:
         return len(self.names)
 
     def __getitem__(self, index: slice | Sequence[int]) -> RGBDFrames:
-        """Some of the frames, by a slice or a list of ints."""
+        """Select frames by a slice or a list of ints."""
         rows = range(len(self))[index] if isinstance(index, slice) else index
         picked = list(rows)
         return RGBDFrames(
@@ -67,7 +67,7 @@ class RGBDFrames:
 
 
 def stereo_motorcycle() -> RGBDFrames:
-    """The Middlebury 2014 "Motorcycle" pair with the true disparity of its left image, at 496x736.
+    """Load the Middlebury 2014 "Motorcycle" pair with the true disparity of its left image, at 496x736.
 
     Scharstein et al., "High-Resolution Stereo Datasets with Subpixel-Accurate Ground Truth", GCPR 2014. The
     files are inside scikit-image's wheel (`skimage.data.stereo_motorcycle`): nothing is downloaded. Two
@@ -100,7 +100,7 @@ def stereo_motorcycle() -> RGBDFrames:
 
 
 def list_rgbd_folder(path: str | os.PathLike[str]) -> list[str]:
-    """Names of the colour images of an RGB-D folder, in order.
+    """List the names of the colour images of an RGB-D folder, in order.
 
     Raises:
         NotADirectoryError: no such folder.
@@ -116,7 +116,7 @@ def list_rgbd_folder(path: str | os.PathLike[str]) -> list[str]:
 
 
 def load_rgbd_folder(path: str | os.PathLike[str], frames: slice | None = None, progress: bool = False) -> RGBDFrames:
-    """Posed RGB-D frames from a folder in the layout of the 7-Scenes data set (Shotton et al., CVPR 2013).
+    """Load posed RGB-D frames from a folder in the layout of the 7-Scenes data set (Shotton et al., CVPR 2013).
 
     `intrinsics.txt` holds the 3x3 matrix for the images as they are, in continuous pixel coordinates (the
     centre of a 640x480 image is 320, 240). Each frame N (six digits) has `frame-N.color.jpg` (or .png),
@@ -170,7 +170,7 @@ def load_rgbd_folder(path: str | os.PathLike[str], frames: slice | None = None, 
 def _make_frames(
     images: np.ndarray, depth: np.ndarray, intrinsics: np.ndarray, cam2world: np.ndarray, names: list[str]
 ) -> RGBDFrames:
-    """From uint8 images (N, H, W, 3), float32 depth (N, H, W) and their intrinsics: cropped, converted."""
+    """Make frames from uint8 images (N, H, W, 3), float32 depth (N, H, W) and intrinsics: cropped, converted."""
     height, width = images.shape[1:3]
     h, w = height - height % _MULTIPLE, width - width % _MULTIPLE
     if not h or not w:
@@ -201,7 +201,7 @@ def _read_image(path: Path) -> Any:
 
 
 def _read_depth(path: Path, size: tuple[int, int]) -> np.ndarray:
-    """(H, W) float32 metres, 0 where unknown."""
+    """Read depth (H, W) float32 in metres, 0 where unknown."""
     image = _read_image(path)
     if image.size != size:
         expected, got = (f"{w}x{h}" for w, h in (size, image.size))
@@ -215,7 +215,7 @@ def _read_depth(path: Path, size: tuple[int, int]) -> np.ndarray:
 
 
 def _read_matrix(path: Path, size: int) -> np.ndarray:
-    """(size, size) float64 from a text file."""
+    """Read a (size, size) float64 matrix from a text file."""
     try:
         numbers = [[float(value) for value in line.split()] for line in path.read_text().splitlines() if line.strip()]
     except FileNotFoundError:

@@ -45,9 +45,9 @@ from mirage_kernels.storage import replace_file
 
 from ..optional import import_extra
 from ..pipeline.chunks import STRIDE, latent_count
+from ..scenes.camera_files import load_realestate10k
 from ..scenes.rgbd import list_rgbd_folder, load_rgbd_folder
 from ..scenes.synthetic import SyntheticRoom
-from ..scenes.trajectories import load_realestate10k
 from .config import DataConfig, SourceConfig
 
 FORMAT, VERSION = "mirage-clip", 2

@@ -18,7 +18,7 @@ from mirage.commands import cli, generate
 from mirage.media import join_videos, load_video, save_video
 from mirage.models.adapter import MirageMemoryAdapter
 from mirage.models.checkpoints import save_lora
-from mirage.scenes.trajectories import load_npz, save_npz
+from mirage.scenes.camera_files import load_npz, save_npz
 from mirage_kernels import LatentCache
 
 FILES = ("video.mp4", "cache.safetensors", "metrics.jsonl", "contact.png")

@@ -16,15 +16,14 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from mirage.optional import MissingExtraError
-from mirage.perception.depth import (
+from mirage.perception.depth import DepthEstimator, GivenDepth
+from mirage.perception.depth_alignment import align_depth
+from mirage.perception.depth_models import (
     DEPTH_ESTIMATORS,
     DepthAnything3,
     DepthAnythingV2,
-    DepthEstimator,
     DepthPro,
-    GivenDepth,
     MapAnything,
-    align_depth,
     make_depth_estimator,
 )
 from mirage_kernels import Cameras, LatentCache

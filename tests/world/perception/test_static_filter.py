@@ -15,20 +15,16 @@ from room import FURNITURE, SIZE, cast, path, render
 from torch import Tensor, nn
 
 from mirage.optional import MissingExtraError
-from mirage.perception import static_filter
+from mirage.perception import static_filter_models
 from mirage.perception.static_filter import (
-    STATIC_FILTERS,
     AllOf,
     AllStatic,
     ChunkViews,
     ConfidenceFilter,
     GeometricFilter,
-    Sam2Filter,
-    Sam3Filter,
-    SkyFilter,
     StaticFilter,
-    make_static_filter,
 )
+from mirage.perception.static_filter_models import STATIC_FILTERS, Sam2Filter, Sam3Filter, SkyFilter, make_static_filter
 from mirage.scenes.rgbd import load_rgbd_folder
 from mirage_kernels import Cameras, LatentCache, back_project
 from mirage_kernels.reference import pool_mask
@@ -591,7 +587,9 @@ def test_names(monkeypatch: pytest.MonkeyPatch) -> None:
     assert isinstance(make_static_filter("confidence"), ConfidenceFilter)
     made: list[tuple[str, Any]] = []
     for name, kind in (("sky", "SkyFilter"), ("sam2", "Sam2Filter"), ("sam3", "Sam3Filter")):
-        monkeypatch.setattr(static_filter, kind, lambda device, name=name: made.append((name, device)) or AllStatic())
+        monkeypatch.setattr(
+            static_filter_models, kind, lambda device, name=name: made.append((name, device)) or AllStatic()
+        )
     joined = make_static_filter("sky + geometric+sam2+sam3", device="cuda:1")
     assert isinstance(joined, AllOf) and len(joined.filters) == 4 and isinstance(joined, StaticFilter)
     assert made == [("sky", "cuda:1"), ("sam2", "cuda:1"), ("sam3", "cuda:1")]

@@ -50,13 +50,13 @@ def march(room: SyntheticRoom, camera: Cameras, time: float) -> tuple[Tensor, Te
     rays = local @ camera.cam2world[0, :3, :3].T
     length = rays.norm(dim=1)
     directions, z = rays / length[:, None], torch.zeros(len(rays), dtype=torch.float64)
-    centres = [offset(thing, time) for thing in room.things]
+    centres = [offset(thing, time) for thing in room.objects]
     for _ in range(300):
         points = camera.centers + z[:, None] * directions
         distances = torch.stack(
             [
                 wall_distance(points, room),
-                *(thing_distance(points, t, c) for t, c in zip(room.things, centres, strict=True)),
+                *(thing_distance(points, t, c) for t, c in zip(room.objects, centres, strict=True)),
             ]
         )
         z = z + distances.amin(0)
@@ -75,7 +75,7 @@ def test_depth_and_what_is_seen_are_those_of_a_ray_march(seed: int) -> None:
         # A ray that grazes something crawls, and does not arrive.
         assert (error < 1e-5).float().mean() > 0.995
         assert (frames.depth[i][frames.sky[i]] == 0).all()
-        moving = torch.tensor([t.moves for t in room.things] + [False])[thing]
+        moving = torch.tensor([t.moves for t in room.objects] + [False])[thing]
         assert (frames.static[i] & moving)[depth > 0].float().mean() < 0.002
     assert frames.depth.dtype == torch.float32 and frames.images.shape == (2, 3, *SIZE)
 
@@ -105,7 +105,7 @@ def test_the_same_surface_looks_the_same_from_elsewhere() -> None:
 def test_masks_of_moving_things_are_exact() -> None:
     for seed in range(40):
         with_moving, without = SyntheticRoom(seed, moving=2), SyntheticRoom(seed, moving=0)
-        assert with_moving.things[:-2] == without.things and not any(t.moves for t in without.things)
+        assert with_moving.objects[:-2] == without.objects and not any(t.moves for t in without.objects)
         views = with_moving.path("pan", 8, SIZE)
         times = [0.1 * i for i in range(8)]
         shown, empty = with_moving.render(views, times), without.render(views, times)
@@ -130,7 +130,7 @@ def test_times_default_to_frames_and_things_swing() -> None:
     by_default = room.render(views)
     given = room.render(views, [0.0, 1 / FPS, 2 / FPS])
     assert torch.equal(by_default.images, given.images) and torch.equal(by_default.static, given.static)
-    ball = room.things[-1]
+    ball = room.objects[-1]
     assert torch.allclose(torch.tensor(ball.at(0.7).centre).double(), offset(ball, 0.7), atol=1e-6)
 
 
@@ -154,7 +154,7 @@ def test_paths_keep_clear(kind: str) -> None:
         assert len(cameras) == 49 and cameras.image_size == SIZE
         centres = cameras.centers
         distances = [wall_distance(centres, room)]
-        for thing in room.things:
+        for thing in room.objects:
             for swing in torch.linspace(-1, 1, 9 if thing.moves else 1).tolist():
                 where = torch.tensor(thing.centre) + (swing * torch.tensor(thing.travel) if thing.moves else 0.0)
                 distances.append(thing_distance(centres, thing, where.double()))
@@ -199,13 +199,13 @@ def test_a_pace_is_a_share_of_the_speed(kind: str) -> None:
 def test_a_seed_is_a_room(threads: Any) -> None:
     rooms = [SyntheticRoom(seed) for seed in range(8)]
     assert len({room.size for room in rooms}) == 8
-    assert {any(t.moves for t in room.things) for room in rooms} == {False, True}
-    assert {t.shape for room in rooms for t in room.things} == {"box", "cylinder", "sphere"}
+    assert {any(t.moves for t in room.objects) for room in rooms} == {False, True}
+    assert {t.shape for room in rooms for t in room.objects} == {"box", "cylinder", "sphere"}
     made = []
     for count in (1, 2):
         threads(count)
         room = SyntheticRoom(4)
-        assert room.things == rooms[4].things and room.size == rooms[4].size and room.prompt == rooms[4].prompt
+        assert room.objects == rooms[4].objects and room.size == rooms[4].size and room.prompt == rooms[4].prompt
         cameras = room.path("walk", 5, SIZE, seed=2)
         made.append((cameras.cam2world, *vars(room.render(cameras)).values()))
     for one, other in zip(made[0][:-1], made[1][:-1], strict=True):
@@ -222,7 +222,7 @@ def test_texture_is_the_contrast_of_patterns() -> None:
     cameras = rooms[0].path("walk", 5, SIZE)
     made = [room.render(cameras) for room in rooms]
     for room, frames in zip(rooms, made, strict=True):
-        assert room.things == rooms[0].things and torch.equal(frames.depth, made[0].depth)
+        assert room.objects == rooms[0].objects and torch.equal(frames.depth, made[0].depth)
         assert torch.equal(room.path("walk", 5, SIZE).cam2world, cameras.cam2world)
     steps = [(frames.images[..., 1:] - frames.images[..., :-1]).abs().mean().item() for frames in made]
     assert steps[0] > 1.5 * steps[1] > 1.5 * steps[2] > 0

@@ -13,23 +13,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mirage.scenes.trajectories import (
-    TRAJECTORIES,
-    dolly,
+from mirage.scenes.camera_files import (
     load_nerfstudio,
     load_npz,
     load_realestate10k,
     load_trajectory,
-    make_trajectory,
-    orbit,
-    out_and_back,
-    pan,
     save_nerfstudio,
     save_npz,
     save_realestate10k,
     save_trajectory,
-    spiral,
 )
+from mirage.scenes.trajectories import TRAJECTORIES, dolly, make_trajectory, orbit, out_and_back, pan, spiral
 from mirage_kernels.cameras import Cameras
 
 SIZE = (480, 640)

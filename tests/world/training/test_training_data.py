@@ -12,9 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from mirage.scenes.camera_files import save_realestate10k
 from mirage.scenes.rgbd import load_rgbd_folder
 from mirage.scenes.synthetic import SyntheticFrames, SyntheticRoom
-from mirage.scenes.trajectories import save_realestate10k
 from mirage.training.config import DataConfig, SourceConfig
 from mirage.training.data import Clip, Clips, Numbers, load_clip, make_clip, mix, save_clip
 from mirage_kernels import Cameras, LatentCache
