@@ -5,7 +5,6 @@ Images are tensors (3, H, W) float in [0, 1], on any device. Writers replace the
 
 from __future__ import annotations
 
-import math
 import os
 import subprocess
 import tempfile
@@ -32,7 +31,6 @@ PALETTES = {
 _BACKGROUND, _TEXT, _FAINT = (17, 19, 23), (236, 239, 244), (148, 155, 166)
 _MARGIN, _GAP, _CAPTION = 36, 18, 34
 _STRIP = 28
-_LINES = ("#444444", "#d95f02", "#1b7837", "#7570b3", "#999999", "#b2182b")
 _CHECKER = (0.13, 0.17)  # greys no photograph mistakes for its own
 _CHECKER_PIXELS = 8
 
@@ -138,64 +136,6 @@ def label(image: Tensor, caption: str, width: int = 320) -> Tensor:
     import_extra("PIL.ImageDraw", "demo").Draw(strip).text((8, _STRIP // 2), caption, _TEXT, font, anchor="lm")
     pixels = torch.frombuffer(bytearray(strip.tobytes()), dtype=torch.uint8).view(_STRIP, large.shape[2], 3)
     return torch.cat([pixels.permute(2, 0, 1).float().to(large.device) / 255.0, large], 1)
-
-
-def line_chart(title: str, series: dict[str, dict[float, float]], x_axis: str, y_axis: str) -> str:
-    """An SVG of lines through points {x: y}, each named at its end, without a plotting library."""
-    wide, high, left, right, top, bottom = 720, 400, 60, 120, 44, 46
-    points = [point for line in series.values() for point in line.items()]
-    xs, ys = ([point[i] for point in points] or [0.0] for i in (0, 1))
-    x_ticks, y_ticks = _ticks(min(xs), max(xs)), _ticks(min(ys), max(ys))
-
-    def across(x: float) -> float:
-        low, size = x_ticks[0], x_ticks[-1] - x_ticks[0]
-        return left + (x - low) / size * (wide - left - right)
-
-    def down(y: float) -> float:
-        low, size = y_ticks[0], y_ticks[-1] - y_ticks[0]
-        return high - bottom - (y - low) / size * (high - top - bottom)
-
-    def text(x: float, y: float, content: str, more: str = "") -> str:
-        content = content.replace("&", "&amp;").replace("<", "&lt;")
-        return f'<text x="{x:.1f}" y="{y:.1f}" {more}>{content}</text>'
-
-    parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {wide} {high}" font-family="sans-serif" font-size="12">',
-        f'<rect width="{wide}" height="{high}" fill="white"/>',
-        text(left, 24, title, 'font-size="15"'),
-        text((left + wide - right) / 2, high - 10, x_axis, 'text-anchor="middle"'),
-        text(0, 0, y_axis, f'text-anchor="middle" transform="translate(16 {(top + high - bottom) / 2}) rotate(-90)"'),
-    ]
-    for x in x_ticks:
-        parts.append(text(across(x), high - bottom + 18, f"{x:g}", 'text-anchor="middle"'))
-    for y in y_ticks:
-        ends = f'x1="{left}" x2="{wide - right}" y1="{down(y):.1f}" y2="{down(y):.1f}"'
-        parts.append(f'<line {ends} stroke="#dddddd"/>')
-        parts.append(text(left - 6, down(y) + 4, f"{y:g}", 'text-anchor="end"'))
-    names: list[tuple[float, str, str]] = []
-    for number, (name, line) in enumerate(series.items()):
-        colour, places = _LINES[number % len(_LINES)], [(across(x), down(y)) for x, y in sorted(line.items())]
-        if not places:
-            continue
-        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
-        parts.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"/>')
-        if len(places) < 20:
-            parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{colour}"/>' for x, y in places]
-        names.append((places[-1][1], name, colour))
-    last = -math.inf
-    for y, name, colour in sorted(names):
-        last = max(y, last + 14)  # none over another
-        parts.append(text(wide - right + 8, last + 4, name, f'fill="{colour}"'))
-    return "\n".join([*parts, "</svg>", ""])
-
-
-def _ticks(low: float, high: float) -> list[float]:
-    """Round numbers from below `low` to above `high`, about six."""
-    size = max(high - low, abs(high) * 1e-3, 1e-6)
-    step = 10.0 ** math.floor(math.log10(size / 5))
-    step *= next(factor for factor in (1, 2, 5, 10) if size / 5 <= factor * step)
-    first, last = math.floor(low / step), math.ceil(high / step)
-    return [round(i * step, 12) for i in range(first, max(last, first + 1) + 1)]
 
 
 def save_video(path: str | os.PathLike[str], frames: Iterable[Tensor], fps: float) -> None:

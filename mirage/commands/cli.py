@@ -232,7 +232,8 @@ def generate_command(options: argparse.Namespace) -> int:
 
 def evaluate_command(options: argparse.Namespace) -> int:
     """Evaluate a model, print the tables and where the report is."""
-    from ..evaluation.closed_loop import CONTACT, PLOTS, REPORT, TABLE, VIDEO, EvaluateOptions, run_evaluate
+    from ..evaluation.closed_loop import run_evaluate
+    from ..evaluation.loops import CONTACT, PLOTS, REPORT, TABLE, VIDEO, EvaluateOptions
     from ..evaluation.report import format_report
 
     asked = EvaluateOptions(**_given(options) | {"weights": dict(options.weights)})

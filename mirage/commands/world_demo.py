@@ -1,6 +1,6 @@
 """The second part of `mirage demo`: mirage-tiny generates a walk through a room and back, with its memory and without.
 
-Both films have the same first picture, cameras and noise; depth is that of the depth head, so that nothing but the
+Both videos have the same first picture, cameras and noise; depth is that of the depth head, so that nothing but the
 first picture is known of the room. "Without" is the same backbone, trained as long without a memory: it is shown the
 cameras' rays instead.
 """
@@ -16,7 +16,8 @@ import torch
 
 from mirage_kernels.storage import replace_file
 
-from ..evaluation.closed_loop import EvaluateOptions, film, load_memory, make_loop, measure, write_text
+from ..evaluation.closed_loop import generate_loop, load_memory, measure, write_text
+from ..evaluation.loops import EvaluateOptions, make_loop
 from ..evaluation.report import OWN, summarise
 from ..media import Panel, contact_sheet, label, save_video
 from ..optional import import_extra
@@ -64,14 +65,14 @@ def run_world_demo(
     options = EvaluateOptions(out, model, frames=frames, steps=steps, device=device)
     room, kind, cameras = make_loop(seed, frames, options.size, options.texture)
     true = room.render(cameras)
-    films, measured, costs = {}, {}, {}
+    videos, measured, costs = {}, {}, {}
     names = import_extra("tqdm", "generate").tqdm(CAPTIONS, disable=not progress, leave=False, desc="generate")
     for name in names:
         pipeline, weights = load_memory(options, name)
         if name == "none" and weights == OWN:
             raise FileNotFoundError(f"{model}: must hold memories/none, weights that were trained without a memory")
-        films[name], costs[name] = film(options, pipeline, name, "head", room, true)
-        measured[name] = measure(films[name], true, options.chunk_frames)
+        videos[name], costs[name] = generate_loop(options, pipeline, name, "head", room, true)
+        measured[name] = measure(videos[name], true, options.chunk_frames)
         del pipeline
     figures = {name: summarise([one]) for name, one in measured.items()}
     report = {
@@ -83,7 +84,7 @@ def run_world_demo(
         "tokens": costs["ours"]["tokens"],
         "memory_bytes": costs["ours"]["memory_bytes"],
     }
-    columns = {"the true room": true.images, **{CAPTIONS[name]: made for name, made in films.items()}}
+    columns = {"the true room": true.images, **{CAPTIONS[name]: made for name, made in videos.items()}}
     out.mkdir(parents=True, exist_ok=True)
     save_video(
         out / WORLD_VIDEO,

@@ -2,7 +2,7 @@
 
 A loop starts from a room's true first picture and its depth; everything after is generated. When the camera comes back,
 the frame is compared with its first visit ("revisit") and with the true picture; frames of poses that are new are
-compared with the true pictures ("novel"). Every memory films the same rooms with the same noise. Rooms are static.
+compared with the true pictures ("novel"). Every memory generates the same rooms from the same noise. Rooms are static.
 
     rooms/<depth>/<memory>/001000.json, .mp4    one room: there whole or not at all, so that a run goes on
     report.json report.md plots/*.svg contact.png side_by_side.mp4    all rooms
@@ -12,66 +12,34 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mirage_kernels import Cameras
 from mirage_kernels.storage import replace_file
 
 from ..commands.generate import GenerateOptions, load_pipeline, memory_weights, take_weights
-from ..media import Panel, contact_sheet, label, line_chart, load_video, save_video
+from ..media import save_video
 from ..optional import import_extra
 from ..pipeline.chunks import STRIDE, check_num_frames, plan_chunks
-from ..pipeline.memory import MEMORIES, STEPS, WRITE_POLICIES, memory_options
+from ..pipeline.memory import MEMORIES, WRITE_POLICIES, memory_options
 from ..scenes.synthetic import SyntheticFrames, SyntheticRoom
+from .loops import CEILING, DEPTHS, LOOPS, REPORT, TABLE, EvaluateOptions, make_loop, room_path
 from .metrics import consistency, find_first_visits, find_revisits, load_lpips, psnr, ssim
+from .plots import draw
 from .report import OWN, format_report, goals, summarise
 
-REPORT, TABLE, PLOTS, CONTACT, VIDEO = "report.json", "report.md", "plots", "contact.png", "side_by_side.mp4"
-DEPTHS = ("true", "head")
-LOOPS = ("walk-and-back", "orbit-and-back", "pan-and-back", "laps")
-"""Out and back, bit for bit the same views on both ways, or twice around a circle; by the seed."""
-
-CEILING = "codec"
-"""The true pictures, encoded and decoded: what no memory can be better than."""
-
 _VERSION = 5
-_SHOWN = 4  # rooms in the video
 _PRECEDING = 2  # latent frames before a chunk that the model sees anyway
-
-
-@dataclass(frozen=True)
-class EvaluateOptions:
-    """What `mirage evaluate` is asked for; :func:`mirage.commands.cli.make_parser` says what each is."""
-
-    out: Path
-    model: str
-    adapter: str | None = None
-    lora: str | None = None
-    weights: dict[str, Path] = field(default_factory=dict)
-    seeds: range = range(10_000, 10_032)
-    frames: int = 97
-    memory: tuple[str, ...] = MEMORIES
-    depth: tuple[str, ...] = DEPTHS
-    size: tuple[int, int] = (96, 160)
-    steps: int = STEPS
-    guidance: float = 1.0
-    chunk_frames: int = 33
-    device: str = "cpu"
-    dtype: str | None = None
-    write_policy: str = "append"
-    texture: float = 0.25
 
 
 def run_evaluate(options: EvaluateOptions, progress: bool = True) -> dict[str, Any]:
     """Generate every room with every memory, measure, and write the report into `options.out`.
 
-    Rooms that are there already are not filmed again. Each memory is run with its own weights, `options.weights` or
+    Rooms that are there already are not generated again. Each memory is run with its own weights, `options.weights` or
     `MODEL/memories/NAME` (what `mirage train` leaves: memory_adapter/, lora.safetensors, latent_depth/), or, where
     there are none, with the model's own; the report says which.
 
@@ -111,19 +79,11 @@ def run_evaluate(options: EvaluateOptions, progress: bool = True) -> dict[str, A
     report["seconds"] = time.perf_counter() - began
     write_text(options.out / REPORT, json.dumps(report, indent=2) + "\n")
     write_text(options.out / TABLE, format_report(report))
-    _draw(options, report)
+    draw(options, report)
     return report
 
 
 # One room.
-
-
-def make_loop(
-    seed: int, frames: int, size: Sequence[int], texture: float = EvaluateOptions.texture
-) -> tuple[SyntheticRoom, str, Cameras]:
-    """Make the room of a seed, the kind of its loop, and the loop's cameras."""
-    room, kind = SyntheticRoom(seed, moving=0, texture=texture), LOOPS[seed % len(LOOPS)]
-    return room, kind, room.path(kind, frames, size)
 
 
 def _all_rooms(
@@ -141,7 +101,7 @@ def _one_room(
     options: EvaluateOptions, pipeline: Any, name: str, depth: str, seed: int, lpips: Callable[..., Tensor] | None
 ) -> dict[str, Any]:
     """Get the measurements of a room: from its file, or generated and measured now."""
-    path = _room_path(options, depth, name, seed)
+    path = room_path(options, depth, name, seed)
     weights = _fingerprints(pipeline, name)
     if path.exists():
         done: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
@@ -151,7 +111,9 @@ def _one_room(
     room, kind, cameras = make_loop(seed, options.frames, options.size, options.texture)
     true = room.render(cameras)
     began = time.perf_counter()
-    frames, cost = _recode(pipeline, true) if name == CEILING else film(options, pipeline, name, depth, room, true)
+    frames, cost = (
+        _recode(pipeline, true) if name == CEILING else generate_loop(options, pipeline, name, depth, room, true)
+    )
     measured = {
         "version": _VERSION,
         "seed": seed,
@@ -168,7 +130,7 @@ def _one_room(
     return measured
 
 
-def film(
+def generate_loop(
     options: EvaluateOptions, pipeline: Any, name: str, depth: str, room: SyntheticRoom, true: SyntheticFrames
 ) -> tuple[Tensor, dict[str, Any]]:
     """Generate a loop with a memory: frames (N, 3, H, W) in [0, 1], and what they cost.
@@ -331,78 +293,6 @@ def _report(
         "ceiling": summarise(ceiling),
         "goals": {depth: goals(figures) for depth, figures in by_depth.items()},
     }
-
-
-# For people.
-
-
-def _draw(options: EvaluateOptions, report: dict[str, Any]) -> None:
-    """Draw plots, the contact sheet and the video."""
-    folder = options.out / PLOTS
-    folder.mkdir(exist_ok=True)
-    for depth, memories in report["memory_by_depth"].items():
-        frames = {name: dict(enumerate(one["true_psnr_per_frame"])) for name, one in memories.items()}
-        frames["VAE"] = dict(enumerate(report["ceiling"]["true_psnr_per_frame"]))
-        chunks = {
-            name: {i: v for i, v in enumerate(one["revisit_psnr_per_chunk"], 1) if v is not None}
-            for name, one in memories.items()
-        }
-        what = "true depth" if depth == "true" else "the head's depth"
-        for name, series, title, axis in (
-            ("true_psnr", frames, f"against the true pictures, {what}", "frame"),
-            ("revisit_psnr", chunks, f"revisits against first visits, {what}", "chunk"),
-        ):
-            drawn = {label_: {float(x): y for x, y in points.items() if x} for label_, points in series.items()}
-            write_text(folder / f"{name}_{depth}.svg", line_chart(title, drawn, axis, "PSNR, dB"))
-    shown = {name: _rooms_shown(options, name) for name in options.memory}
-    replace_file(options.out / CONTACT, lambda draft: _sheet(options, report).save(draft, "PNG"))
-    save_video(options.out / VIDEO, _side_by_side(options, report, shown), fps=24.0)
-
-
-def _rooms_shown(options: EvaluateOptions, name: str) -> list[Path]:
-    depth = options.depth[0]
-    return [_room_path(options, depth, name, seed).with_suffix(".mp4") for seed in list(options.seeds)[:_SHOWN]]
-
-
-def _caption(report: dict[str, Any], name: str) -> str:
-    value = report["memory"][name]["revisit_psnr"]
-    return name if value is None else f"{name}, revisits {value:.1f} dB"
-
-
-def _side_by_side(options: EvaluateOptions, report: dict[str, Any], shown: dict[str, list[Path]]) -> Iterator[Tensor]:
-    """Show the first rooms one after the other: the truth, and what each memory made of it."""
-    for number, seed in enumerate(list(options.seeds)[:_SHOWN]):
-        room, _, cameras = make_loop(seed, options.frames, options.size, options.texture)
-        true = room.render(cameras).images
-        videos = [load_video(paths[number]) for paths in shown.values()]
-        for row in zip(true, *videos, strict=False):
-            captions = ["true", *(_caption(report, name) for name in shown)]
-            tiles = [label(picture, caption) for picture, caption in zip(row, captions, strict=True)]
-            columns = (len(tiles) + 1) // 2 if len(tiles) > 3 else len(tiles)
-            tiles += [torch.zeros_like(tiles[0])] * (-len(tiles) % columns)
-            rows = [torch.cat(tiles[i : i + columns], 2) for i in range(0, len(tiles), columns)]
-            yield torch.cat(rows, 1)
-
-
-def _sheet(options: EvaluateOptions, report: dict[str, Any]) -> Any:
-    """Show the first room's way out, turn and way back: a row for each memory."""
-    seed = options.seeds[0]
-    room, kind, cameras = make_loop(seed, options.frames, options.size, options.texture)
-    last = options.frames - 1
-    numbers = sorted({0, last // 4, last // 2, last - last // 4, last})
-    rows = {"true": room.render(cameras[numbers], [0.0] * len(numbers)).images}
-    for name in options.memory:
-        video = load_video(_rooms_shown(options, name)[0])
-        rows[name] = torch.stack([frame for i, frame in enumerate(video) if i in numbers])
-    panels = [
-        [
-            Panel(picture, f"{name}: frame {number}" if i == 0 else f"frame {number}")
-            for i, (picture, number) in enumerate(zip(pictures, numbers, strict=True))
-        ]
-        for name, pictures in rows.items()
-    ]
-    lines = [f"{options.model}, room {seed}, {kind}, {report['depth']} depth"]
-    return contact_sheet("Out, around and back", lines, panels)
 
 
 # Files.

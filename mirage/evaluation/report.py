@@ -22,7 +22,7 @@ def summarise(rooms: Sequence[dict[str, Any]]) -> dict[str, Any]:
         revisit_psnr_per_chunk, true_psnr_per_chunk, true_mse_per_chunk: None where no room has such a frame.
         drift: mean squared error against the truth of the last chunk over that of the second; None with fewer than 3.
         true_psnr_per_frame. photometric, reprojection: see :func:`~mirage.evaluation.metrics.consistency`. rooms, and,
-        where a memory was filmed, memory_bytes, tokens, read_seconds (of a chunk).
+        where a memory was run, memory_bytes, tokens, read_seconds (of a chunk).
     """
     chunks = rooms[0]["chunks"]
     figures: dict[str, Any] = {"rooms": len(rooms)}
@@ -198,7 +198,7 @@ def format_table(report: dict[str, Any]) -> list[str]:
     for depth, memories in report["memory_by_depth"].items():
         for name, figures in memories.items():
             if name == "none" and depth != report["depth"]:
-                continue  # the same films
+                continue  # the same videos
             cells = [_cell(figures, key) for key in _SHORT.values()]
             lines.append(f"| {_row(name, figures)} | {figures['depth']} | {' | '.join(cells)} |")
     cells = [_cell(report["ceiling"], key) for key in _SHORT.values()]

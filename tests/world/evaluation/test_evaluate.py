@@ -17,7 +17,8 @@ import torch
 from skimage.metrics import structural_similarity
 
 from mirage.commands import cli
-from mirage.evaluation.closed_loop import LOOPS, EvaluateOptions, make_loop, measure, run_evaluate
+from mirage.evaluation.closed_loop import measure, run_evaluate
+from mirage.evaluation.loops import LOOPS, EvaluateOptions, make_loop
 from mirage.evaluation.metrics import (
     LAG,
     MOST_PSNR,
@@ -28,8 +29,9 @@ from mirage.evaluation.metrics import (
     psnr,
     ssim,
 )
+from mirage.evaluation.plots import save_line_chart
 from mirage.evaluation.report import OWN, format_goals, goals, summarise
-from mirage.media import line_chart, load_video
+from mirage.media import load_video
 from mirage.models.checkpoints import save_lora
 from mirage.training.release import add_evaluation, write_card
 
@@ -143,13 +145,18 @@ def test_goals_tell_what_was_met() -> None:
     assert goals({"ours": ours})[0]["goal"].startswith("squared error") and not goals({"none": others})
 
 
-def test_a_chart_is_a_picture_with_its_names() -> None:
-    chart = line_chart("a < b", {"ours": {1.0: 20.0, 2.0: 21.5}, "none": {1.0: 20.0, 2.0: 20.0}, "": {}}, "chunk", "dB")
-    root = xml.etree.ElementTree.fromstring(chart)
-    texts = [element.text for element in root.iter() if element.tag.endswith("text")]
-    assert {"a < b", "chunk", "dB", "ours", "none", "20", "21.5"} <= set(texts)
-    assert sum(element.tag.endswith("polyline") for element in root.iter()) == 2
-    xml.etree.ElementTree.fromstring(line_chart("empty", {}, "x", "y"))
+def test_a_chart_is_a_picture_with_its_names(tmp_path: Path) -> None:
+    lines = {"aligned": {1.0: 20.0, 2.0: 21.5}, "none": {1.0: 20.0, 2.0: 20.0}, "": {}}
+    for name in ("first.svg", "second.svg"):
+        save_line_chart(tmp_path / name, "a < b", lines, "chunk", "dB")
+    assert (tmp_path / "first.svg").read_bytes() == (tmp_path / "second.svg").read_bytes()
+    root = xml.etree.ElementTree.parse(tmp_path / "first.svg").getroot()
+    texts = [(element.text or "").strip() for element in root.iter() if element.tag.endswith("text")]
+    assert {"a < b", "chunk", "dB", "aligned", "none"} <= set(texts)
+    curves = [e for e in root.iter() if e.tag.endswith("path") and "#d95f02" in e.get("style", "")]
+    assert any(" L " in " ".join(e.get("d", "").split()) for e in curves)
+    save_line_chart(tmp_path / "empty.svg", "empty", {}, "x", "y")
+    xml.etree.ElementTree.parse(tmp_path / "empty.svg")
 
 
 # The command.

@@ -10,7 +10,8 @@ import torch
 
 pytest.importorskip("diffusers")
 
-from mirage.evaluation.closed_loop import EvaluateOptions, film, load_memory, make_loop, measure
+from mirage.evaluation.closed_loop import generate_loop, load_memory, measure
+from mirage.evaluation.loops import EvaluateOptions, make_loop
 from mirage.evaluation.report import OWN, summarise
 from mirage.pipeline.memory import MIRAGE_TINY, MIRAGE_TINY_FOLDER, MIRAGE_TINY_STEPS
 from mirage.training import release as card
@@ -48,7 +49,7 @@ def test_it_finds_the_room_that_it_left(tmp_path: Path) -> None:
         assert (weights == OWN, pipeline.memory_adapter.config.control) == (
             (False, "rays") if name == "none" else (True, "memory")
         )
-        frames, cost = film(options, pipeline, name, "head", room, true)
+        frames, cost = generate_loop(options, pipeline, name, "head", room, true)
         figures[name] = summarise([measure(frames, true, options.chunk_frames)])
         assert (cost["tokens"] > 100) == (name == "ours")
         assert frames.std() > 0.05
