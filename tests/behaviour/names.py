@@ -256,7 +256,7 @@ def make_small_pipeline(seed: int) -> Any:
         encoder = UMT5EncoderModel(
             UMT5Config(vocab_size=259, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=1, is_encoder_decoder=False)
         )
-        depth = LatentDepth(latent_channels=channels, width=8)
+        depth = LatentDepth(latent_channels=channels, width=16)
     return _silent(
         MiragePipeline(
             tokenizer=base.tokenizer,
