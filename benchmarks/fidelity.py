@@ -32,8 +32,8 @@ from mirage.scenes.patch_pca import PatchCodec
 from mirage.scenes.rgbd import RGBDFrames, load_rgbd_folder
 from mirage_kernels import Cameras, LatentCache
 from mirage_kernels.compat import LatentPointCloud
-from mirage_kernels.ops import NEAR
-from mirage_kernels.reference import in_view, make_projection, project_points
+from mirage_kernels.constants import NEAR
+from mirage_kernels.geometry import in_view, make_projection, project_points
 
 from .plots import fidelity_over_tokens
 from .reference_memory import ReferenceMemory

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mirage_kernels import Cameras, LatentCache, back_project
-from mirage_kernels.reference import in_view, make_projection, project_points
+from mirage_kernels.geometry import in_view, make_projection, project_points
 
 from . import scenes
 from .pixel_memory import KernelPixelMemory, PlainPixelMemory
@@ -53,7 +53,7 @@ def latent_cache(size: Size, device: torch.device, dtype: torch.dtype, room: int
     cache = LatentCache(scenes.CHANNELS, dtype=dtype, device=device, capacity=size.tokens + room, write_policy="append")
     ids = torch.arange(size.frames, dtype=torch.int32, device=device).repeat_interleave(size.grid[0] * size.grid[1])
     centers = scenes.stored_cameras(size).centers.float().to(device)
-    cache._fill({"points": points, "features": features, "frame_ids": ids, "frame_centers": centers})
+    cache.buffers.fill({"points": points, "features": features, "frame_ids": ids, "frame_centers": centers})
     return cache
 
 

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mirage_kernels import Cameras, LatentCache, splat
-from mirage_kernels.reference import make_projection
+from mirage_kernels.geometry import make_projection
 
 NEAR = 0.05
 DEPTH_TOLERANCE = 0.05
@@ -194,14 +194,15 @@ class KernelPixelMemory:
         return Pictures(rgb, seen)
 
     def _render_bilinear(self, cameras: Cameras, size: tuple[int, int], rgb: Tensor, seen: Tensor) -> None:
-        points, frames = self.cache._points, len(cameras)
+        buffers, frames = self.cache.buffers, len(cameras)
+        points = buffers.points
         # Moving the principal point by about half a pixel makes `floor` name one of the four pixels around a point.
         intrinsics = cameras.intrinsics.repeat(4, 1, 1)
         for corner, (down, right) in zip(intrinsics.split(frames), _CORNERS, strict=True):
             corner[:, 0, 2] += (0.5 - MARGIN) * (2 * right - 1)
             corner[:, 1, 2] += (0.5 - MARGIN) * (2 * down - 1)
         poses = cameras.cam2world.repeat(4, 1, 1)
-        view = splat(points, self.cache._features, intrinsics, poses, size, num_points=self.cache._count, near=NEAR)
+        view = splat(points, buffers.features, intrinsics, poses, size, num_points=buffers.count, near=NEAR)
         columns = torch.arange(size[1], device=points.device) + 0.5
         rows = torch.arange(size[0], device=points.device)[:, None] + 0.5
         # Frame by frame, so that what one operation writes the next finds in the cache.

@@ -45,8 +45,8 @@ def test_latent(size: Size, variant: str, bench: Any) -> None:
     cache = memories.latent_cache(size, bench.device, dtype, room=tokens)
 
     def forget() -> None:
-        cache._count.fill_(size.tokens)
-        cache._num_frames = size.frames
+        cache.buffers.count.fill_(size.tokens)
+        cache.buffers.num_frames = size.frames
 
     bench.measure(
         "write", NAME, variant, size.label, _bytes(size, depth, dtype),

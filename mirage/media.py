@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mirage_kernels.storage import replace_file
+from mirage_kernels.io import replace_file
 
 from .optional import import_extra
 

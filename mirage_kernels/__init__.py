@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from . import registration as _registration
 from .backends import available_backends, find_backends, use_backend
 from .cache import LatentCache, WriteReport
 from .cameras import Cameras
@@ -18,10 +17,11 @@ from .ops import (
     splat_aligned,
     view_overlap,
 )
+from .ops.operator import import_triton_kernels
 from .version import __version__
 
-find_backends()
-del find_backends, _registration
+find_backends(import_triton_kernels)
+del find_backends, import_triton_kernels
 
 __all__ = [
     "BackProjection",

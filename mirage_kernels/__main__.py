@@ -11,7 +11,7 @@ from . import __version__, available_backends
 
 
 def build_facts() -> dict[str, str]:
-    """Facts for error reports: versions, architectures, compiler, SIMD, threads."""
+    """Collect facts for error reports: versions, architectures, compiler, SIMD, threads."""
     facts = {
         "mirage-kernels": __version__,
         "python": platform.python_version(),
@@ -39,6 +39,7 @@ def build_facts() -> dict[str, str]:
 
 
 def main() -> None:
+    """Print the facts, and which backends can run."""
     facts = build_facts()
     width = max(map(len, facts))
     for name, value in facts.items():

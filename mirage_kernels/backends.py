@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
-import os
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+
+from .environment import triton_interpreted
 
 BACKENDS = ("cuda", "triton", "cpu", "reference")
 
@@ -30,7 +31,7 @@ _forced: str | None = None
 
 
 def _load_module(stem: str) -> str | None:
-    """Load a compiled module's registrations; returns why that failed, or None."""
+    """Load a compiled module's registrations; return why that failed, or None."""
     found = sorted(Path(__file__).parent.glob(f"{stem}.*so")) + sorted(Path(__file__).parent.glob(f"{stem}.*pyd"))
     if not found:
         return "it was not built: no compiler at install time (see `python -m mirage_kernels`)"
@@ -59,27 +60,22 @@ def _find_cuda() -> Backend:
     return Backend(True, "compiled CUDA operators")
 
 
-def triton_interpreted() -> bool:
-    """True when Triton kernels run in its interpreter (``TRITON_INTERPRET=1``), on CPU tensors too."""
-    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
-
-
-def _find_triton() -> Backend:
+def _find_triton(import_kernels: Callable[[], None]) -> Backend:
     if importlib.util.find_spec("triton") is None:
         return Backend(False, "the package `triton` is not installed")
     if not triton_interpreted() and not torch.cuda.is_available():
         return Backend(False, "no GPU is visible; TRITON_INTERPRET=1 runs the kernels on the CPU, slowly")
     try:
-        importlib.import_module("mirage_kernels.triton")
+        import_kernels()
     except Exception as error:  # a broken Triton must not break the import of the package
         return Backend(False, f"importing the Triton kernels failed: {type(error).__name__}: {error}")
     return Backend(True, "Triton interpreter" if triton_interpreted() else "Triton kernels")
 
 
-def find_backends() -> None:
+def find_backends(import_triton_kernels: Callable[[], None]) -> None:
     """Load what is installed. Called once, at import of the package."""
     _status["cuda"] = _find_cuda()
-    _status["triton"] = _find_triton()
+    _status["triton"] = _find_triton(import_triton_kernels)
     _status["cpu"] = _find_cpu()
     _status["reference"] = Backend(True, "plain PyTorch, the definition")
     for device, order in (("cuda", ("cuda", "triton", "reference")), ("cpu", ("cpu", "reference"))):
@@ -87,7 +83,7 @@ def find_backends() -> None:
 
 
 def available_backends() -> dict[str, Backend]:
-    """Backends by name, best first: ``(available, reason)``, the reason saying why not where it is not available.
+    """Return the backends by name, best first: ``(available, reason)``, the reason saying why not where it is not.
 
     CUDA tensors use ``cuda``, else ``triton``, else ``reference``; CPU tensors use ``cpu``, else ``reference``.
     float64 tensors are always computed by ``reference``: the kernels work in float32.
@@ -125,7 +121,7 @@ class use_backend:
 
 
 def choose_backend(device: torch.device, dtype: torch.dtype) -> str:
-    """The backend for tensors of this device and working dtype.
+    """Choose the backend for tensors of this device and working dtype.
 
     Raises:
         RuntimeError: the forced backend cannot take them.

@@ -1,4 +1,4 @@
-"""`Cameras`: intrinsics and poses of T views, checked once when they are made.
+"""`Cameras`: intrinsics and poses of T views, validated once when they are made.
 
 Everything here is float64 and stays on the device it was given on. Conventions: OpenCV axes (x right, y down,
 z forward), continuous pixel coordinates (column j covers [j, j + 1), its centre is j + 0.5).
@@ -8,17 +8,27 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 _ROTATION_TOLERANCE = 1e-2  # real poses deviate by 4e-4
 _BOTTOM_ROW_TOLERANCE = 1e-6
+_kept_factors: dict[tuple[float, float], Tensor] = {}  # of `_row_factors`
+
+
+class _Scaled(NamedTuple):
+    """Keep the intrinsics of one size, and the versions of both tensors: any change in place makes it worthless."""
+
+    size: tuple[int, int]
+    intrinsics: Tensor
+    version: int
+    source_version: int
 
 
 class Cameras:
-    """T pinhole cameras that share one image size. Immutable; treat the tensors it hands out as read-only.
+    """Hold T pinhole cameras that share one image size. Immutable; treat the tensors it hands out as read-only.
 
     Args:
         intrinsics: (T, 3, 3) float, in pixels of `image_size`: fx, fy, cx, cy and nothing else (no skew). One
@@ -28,7 +38,7 @@ class Cameras:
 
     Both arrays may be tensors, numpy arrays or nested lists; they are copied, detached from autograd and held
     as contiguous float64 on the device they came on. T = 0 is allowed. Values are validated here and nowhere
-    else, which waits for the device.
+    else, which waits for the device; :meth:`trusted` skips that.
 
     Raises:
         TypeError: not a floating-point array, or `image_size` is not two ints.
@@ -37,11 +47,12 @@ class Cameras:
             from orthonormal, a reflection. The message names the first bad view.
     """
 
-    __slots__ = ("_cam2world", "_image_size", "_intrinsics")
+    __slots__ = ("_cam2world", "_image_size", "_intrinsics", "_scaled")
 
     _intrinsics: Tensor
     _cam2world: Tensor
     _image_size: tuple[int, int]
+    _scaled: _Scaled | None
 
     def __init__(self, intrinsics: Any, cam2world: Any, image_size: Sequence[int]) -> None:
         poses = _as_float64("cam2world", cam2world)
@@ -62,12 +73,22 @@ class Cameras:
         poses[:, 3, 3] = 1.0
         self._intrinsics = matrices.expand(views, 3, 3).contiguous()
         self._cam2world = poses
+        self._scaled = None
 
     @classmethod
-    def _unchecked(cls, intrinsics: Tensor, cam2world: Tensor, image_size: tuple[int, int]) -> Cameras:
-        """From values already validated: contiguous float64 (T, 3, 3) and (T, 4, 4) on one device."""
+    def trusted(cls, intrinsics: Tensor, cam2world: Tensor, image_size: tuple[int, int]) -> Cameras:
+        """Hold tensors that have been validated already, as they are: nothing is checked and nothing is copied.
+
+        For code that rearranges the tensors of other cameras, and on paths that must not wait for the device.
+
+        Args:
+            intrinsics: (T, 3, 3) float64, contiguous, in pixels of `image_size`.
+            cam2world: (T, 4, 4) float64, contiguous, on the same device.
+            image_size: (height, width) in pixels, two positive ints.
+        """
         cameras = cls.__new__(cls)
         cameras._intrinsics, cameras._cam2world, cameras._image_size = intrinsics, cam2world, image_size
+        cameras._scaled = None
         return cameras
 
     @property
@@ -111,7 +132,7 @@ class Cameras:
         return self._cam2world.shape[0]
 
     def __getitem__(self, index: int | slice | list[int] | Tensor) -> Cameras:
-        """Views picked by an int (the leading axis stays), a slice, or a list or 1-D tensor of ints.
+        """Pick views by an int (the leading axis stays), a slice, or a list or 1-D tensor of ints.
 
         One view or a slice of step 1 shares memory, anything else copies. A tensor on a GPU is read back, so
         that an index out of range is an IndexError here and not a crash there.
@@ -135,7 +156,7 @@ class Cameras:
         return (self[i] for i in range(len(self)))
 
     def resized(self, size: Sequence[int]) -> Cameras:
-        """The same cameras for images of `size` = (height, width); self where that is their size.
+        """Give the same cameras for images of `size` = (height, width); self where that is their size.
 
         fx and cx are multiplied by the ratio of widths, fy and cy by the ratio of heights, and nothing else
         changes: continuous pixel coordinates need no half-pixel shift. Does not wait for the device and can
@@ -144,20 +165,45 @@ class Cameras:
         size = _as_size("size", size)
         if size == self._image_size:
             return self
-        intrinsics = self._intrinsics.clone()
-        # By scalars: a tensor of scales would have to be copied to the device.
-        intrinsics[:, 0].mul_(size[1] / self._image_size[1])
-        intrinsics[:, 1].mul_(size[0] / self._image_size[0])
-        return self._unchecked(intrinsics, self._cam2world, size)
+        return self.trusted(self.intrinsics_at(size), self._cam2world, size)
+
+    def intrinsics_at(self, size: tuple[int, int]) -> Tensor:
+        """Give the intrinsics of :meth:`resized` alone, (T, 3, 3) float64; `size` must have been validated already."""
+        if size == self._image_size:
+            return self._intrinsics
+        source, kept = self._intrinsics, self._scaled
+        if (
+            kept is not None
+            and kept.size == size
+            and not torch.compiler.is_compiling()
+            and kept.source_version == source._version
+            and kept.version == kept.intrinsics._version
+        ):
+            return kept.intrinsics
+        across, down = size[1] / self._image_size[1], size[0] / self._image_size[0]
+        if type(source) is not Tensor or not source.is_cpu or torch.compiler.is_compiling():
+            # By scalars: a tensor of factors would have to be copied to the device. Nothing is kept there, where a CUDA
+            # graph may compute it anew at every replay.
+            intrinsics = source.clone()
+            intrinsics[:, 0].mul_(across)
+            intrinsics[:, 1].mul_(down)
+            return intrinsics
+        intrinsics = source * _row_factors(across, down)  # a third of the time of the above
+        # None of a tracing mode, which are of no use outside it; none of inference mode, which have no version.
+        if type(intrinsics) is Tensor and not intrinsics.is_inference() and not source.is_inference():
+            self._scaled = _Scaled(size, intrinsics, intrinsics._version, source._version)
+        return intrinsics
 
     def to(self, device: torch.device | str) -> Cameras:
-        """The same cameras on `device`; self when they are there already."""
+        """Give the same cameras on `device`; self when they are there already."""
+        if self._cam2world.device == device:
+            return self
         moved = self._map(lambda x: x.to(device))
         return self if moved._cam2world is self._cam2world else moved
 
     @classmethod
     def cat(cls, cameras: Sequence[Cameras]) -> Cameras:
-        """All views of `cameras`, one after the other. They must share `image_size` and device."""
+        """Join the views of `cameras`, one after the other. They must share `image_size` and device."""
         parts = list(cameras)
         if not parts:
             raise ValueError("cameras must hold at least one Cameras, got none")
@@ -169,20 +215,20 @@ class Cameras:
                 if expected != got:
                     raise ValueError(f"cameras[{i}] must have {name} {expected} as cameras[0], got {got}")
         intrinsics = torch.cat([part._intrinsics for part in parts])
-        return cls._unchecked(intrinsics, torch.cat([part._cam2world for part in parts]), parts[0]._image_size)
+        return cls.trusted(intrinsics, torch.cat([part._cam2world for part in parts]), parts[0]._image_size)
 
     def __repr__(self) -> str:
         return f"Cameras({len(self)} views, image_size={self._image_size}, device={str(self.device)!r})"
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Clones: a slice would otherwise drag the storage of all its views along.
-        return self._unchecked, (self._intrinsics.clone(), self._cam2world.clone(), self._image_size)
+        return self.trusted, (self._intrinsics.clone(), self._cam2world.clone(), self._image_size)
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> Cameras:
-        return self._unchecked(function(self._intrinsics), function(self._cam2world), self._image_size)
+        return self.trusted(function(self._intrinsics), function(self._cam2world), self._image_size)
 
     def _row(self, i: Any, index: Any) -> int:
-        """The view that the int `i` of `index` names, counted from 0."""
+        """Find the view that the int `i` of `index` names, counted from 0."""
         if isinstance(i, bool) or not hasattr(i, "__index__"):
             got = f"{type(index).__name__} {index!r}"
             raise TypeError(f"index must be an int, a slice, or a list or 1-D tensor of ints, got {got}")
@@ -192,8 +238,20 @@ class Cameras:
         return i % views
 
 
+def _row_factors(across: float, down: float) -> Tensor:
+    """Give the (3, 1) float64 factors of the rows of intrinsics, on the host, kept from one call to the next."""
+    factors = _kept_factors.get((across, down))
+    if factors is None:
+        factors = torch.tensor([[across], [down], [1.0]], dtype=torch.float64, device="cpu")
+        if type(factors) is Tensor:  # one that a tracing mode made is of no use outside it
+            if len(_kept_factors) >= 64:
+                _kept_factors.clear()
+            _kept_factors[across, down] = factors
+    return factors
+
+
 def _as_float64(name: str, value: Any) -> Tensor:
-    """A contiguous float64 copy of `value`, on its device."""
+    """Make a contiguous float64 copy of `value`, on its device."""
     if isinstance(value, (list, tuple)):
         if any(hasattr(item, "shape") for item in value):  # one array per view
             views = [_as_float64(f"{name}[{i}]", item) for i, item in enumerate(value)]
@@ -220,6 +278,7 @@ def _as_float64(name: str, value: Any) -> Tensor:
 
 
 def _as_size(name: str, size: Any) -> tuple[int, int]:
+    """Validate a (height, width) of two positive ints."""
     try:
         height, width = size
         if isinstance(height, bool) or isinstance(width, bool):
@@ -233,13 +292,14 @@ def _as_size(name: str, size: Any) -> tuple[int, int]:
 
 
 def _refuse(bad: Tensor, name: str, expected: str, got: Callable[[int], str]) -> None:
-    """Raise for the first view that `bad` (T,) marks."""
+    """Raise a ValueError for the first view that `bad` (T,) marks."""
     if bad.any():
         i = int(bad.nonzero()[0])
         raise ValueError(f"{name}[{i}] must {expected}, got {got(i)}")
 
 
 def _check_intrinsics(intrinsics: Tensor) -> None:
+    """Refuse values that are no intrinsics: (T, 3, 3) or (3, 3) float64 on the host."""
     if intrinsics.ndim == 2:  # shared: the message should not speak of an intrinsics[0]
         try:
             return _check_intrinsics(intrinsics[None])
@@ -261,6 +321,7 @@ def _check_intrinsics(intrinsics: Tensor) -> None:
 
 
 def _check_cam2world(cam2world: Tensor) -> None:
+    """Refuse values that are no rigid poses: (T, 4, 4) float64 on the host."""
     name, row = "cam2world", torch.tensor([0.0, 0.0, 0.0, 1.0], dtype=torch.float64)
     bottom, rotation = cam2world[:, 3], cam2world[:, :3, :3]
     gram = rotation @ rotation.mT

@@ -19,13 +19,14 @@ from torch import Tensor
 
 from . import ops
 from .cache import LatentCache
-from .storage import replace_file
+from .io import replace_file
+from .ops.checks import check_size
 
 _Array = np.ndarray | Tensor
 
 
 def _as_tensor(name: str, value: Any, shape: str, device: torch.device | str, add_axis: bool = False) -> Tensor:
-    """``value`` as float32 on ``device`` with as many axes as ``shape`` names; ``add_axis`` accepts one fewer."""
+    """Make ``value`` float32 on ``device``, of as many axes as ``shape`` names; ``add_axis`` accepts one fewer."""
     tensor = torch.as_tensor(value, dtype=torch.float32, device=device)
     axes = shape.count(",") + 1
     if add_axis and tensor.dim() == axes - 1:
@@ -36,12 +37,13 @@ def _as_tensor(name: str, value: Any, shape: str, device: torch.device | str, ad
 
 
 def _check_matrix(name: str, value: Tensor, side: int) -> None:
+    """Refuse matrices of another size."""
     if tuple(value.shape[-2:]) != (side, side):
         raise ValueError(f"{name} must be ({side}, {side}) matrices, got {tuple(value.shape)}")
 
 
 def _shifted(intrinsics: Tensor, cell_width: float, cell_height: float) -> Tensor:
-    """Principal points moved by half a cell, in float64 so that the shift itself rounds nothing."""
+    """Move principal points by half a cell, in float64 so that the shift itself rounds nothing."""
     moved = intrinsics.to(torch.float64).clone()
     moved[..., 0, 2] += 0.5 * cell_width
     moved[..., 1, 2] += 0.5 * cell_height
@@ -49,7 +51,7 @@ def _shifted(intrinsics: Tensor, cell_width: float, cell_height: float) -> Tenso
 
 
 class LatentPointCloud:
-    """Point cloud of latents with the published interface.
+    """Hold a point cloud of latents, with the published interface.
 
     Args:
         points_world: (N, 3) float positions.
@@ -75,23 +77,21 @@ class LatentPointCloud:
         if tuple(valid_mask.shape) != (count,):
             raise ValueError(f"valid_mask must be ({count},) like points_world, got {tuple(valid_mask.shape)}")
         self.intrinsics_latent = intrinsics_latent
-        self.latent_hw = ops.check_size(tuple(latent_hw), "latent_hw")
+        self.latent_hw = check_size(tuple(latent_hw), "latent_hw")
         # The tokens given here are kept as they are, invalid ones included; the cache holds the valid ones, then all
         # that `update` appends.
         self._first_points = points_world.float()
         self._first_features = features.float()
         self._first_valid = valid_mask.to(device=points_world.device, dtype=torch.bool)
-        self._cache = LatentCache(
-            features.shape[1], dtype=torch.float32, device=points_world.device, write_policy="append"
-        )
         kept = self._first_points[self._first_valid]
-        self._cache._fill(
-            {
-                "points": torch.nn.functional.pad(kept, (0, 1)),
-                "features": self._first_features[self._first_valid],
-                "frame_ids": torch.zeros(kept.shape[0], dtype=torch.int32, device=kept.device),
-                "frame_centers": kept.new_empty((0, 3)),
-            }
+        tokens = {
+            "points": torch.nn.functional.pad(kept, (0, 1)),
+            "features": self._first_features[self._first_valid],
+            "frame_ids": torch.zeros(kept.shape[0], dtype=torch.int32, device=kept.device),
+            "frame_centers": kept.new_empty((0, 3)),
+        }
+        self._cache = LatentCache.from_tensors(
+            tokens, points_world.device, channels=features.shape[1], dtype=torch.float32, write_policy="append"
         )
         self._first_kept = kept.shape[0]
 
@@ -197,7 +197,7 @@ class LatentPointCloud:
         keep = None
         if masks is not None:
             keep = _sampled_keep(_as_tensor("masks", masks, "(T, H, W)", device, add_axis=True), (height, width), size)
-        self._cache._write_views(
+        self._cache.write_views(
             latents,
             depths,
             _shifted(k, width / size[1], height / size[0]),
@@ -209,7 +209,7 @@ class LatentPointCloud:
         )
 
     def project(self, cam2world: _Array, intrinsics: _Array | None = None) -> tuple[Tensor, Tensor]:
-        """The cloud seen by one camera: latents (C, h, w) float32, 0 in holes, and (h, w) bool, True where seen.
+        """Render the cloud from one camera: latents (C, h, w) float32, 0 in holes, and (h, w) bool, True where seen.
 
         Args:
             cam2world: (4, 4).
@@ -223,17 +223,18 @@ class LatentPointCloud:
         k = _as_tensor("intrinsics", self.intrinsics_latent if intrinsics is None else intrinsics, "(3, 3)", device)
         _check_matrix("cam2world", pose, 4)
         _check_matrix("intrinsics", k, 3)
-        view = ops.splat(
-            self._cache._points,
-            self._cache._features,
+        buffers = self._cache.buffers
+        readout = ops.splat(
+            buffers.points,
+            buffers.features,
             _shifted(k, 1.0, 1.0)[None],
             pose[None],
             self.latent_hw,
-            num_points=self._cache._count,
-            bounds=self._cache._bounds,
+            num_points=buffers.count,
+            bounds=buffers.bounds,
             near=0.0,
         )
-        return view.latents[0], view.mask[0]
+        return readout.latents[0], readout.mask[0]
 
     def save(self, path: str | Path) -> None:
         """Save in the published file format (``torch.save`` of a dict of tensors), atomically."""
@@ -269,7 +270,7 @@ class LatentPointCloud:
 
 
 def _sampled_keep(masks: Tensor, depth_size: tuple[int, int], size: tuple[int, int]) -> Tensor:
-    """(T, H, W) non-zero = exclude to (T, h, w) True = keep, at the nearest pixel as ``F.interpolate`` takes it."""
+    """Sample (T, H, W) non-zero = exclude to (T, h, w) True = keep, at the nearest pixel as ``F.interpolate`` does."""
     if tuple(masks.shape[1:]) != tuple(depth_size):
         raise ValueError(f"mask must be {tuple(depth_size)} like depth, got {tuple(masks.shape[1:])}")
     return ~(torch.nn.functional.interpolate(masks[:, None], size=size, mode="nearest")[:, 0] > 0)

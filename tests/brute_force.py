@@ -404,7 +404,7 @@ class Token:
 
     def __init__(self, point: list[float], latent: list[float], frame: int) -> None:
         self.point, self.latent, self.frame = point, latent, frame
-        self.votes, self.looks = 0, 1
+        self.free_space_violations, self.num_observations = 0, 1
 
 
 def token_voxel(point: list[float]) -> tuple[int, int, int, int]:
@@ -485,13 +485,13 @@ def bounded_write(
                     around = [(least[r][c], lifted.depth[t, r, c]) for r in rows for c in columns]
                     shown = [own if 1.05 * nearest < at.z else nearest for nearest, own in around]
                     if 1.05 * at.z < surface and all(1.05 * at.z < z or 1.05 * z < at.z for z in shown):
-                        token.votes += 1
-                        if token.votes >= carve_views:
+                        token.free_space_violations += 1
+                        if token.free_space_violations >= carve_views:
                             dead.add(token)
                             report["carved"] += 1
                             continue
                     elif close:
-                        token.votes = 0
+                        token.free_space_violations = 0
                 if close and (i, j) in worth:
                     ratio = min(max(token.point[3] * float(grid[0, 0]) / at.z, 1 / 16), 16.0)
                     writer = [float(value) for value in frame_centers[token.frame]]
@@ -523,12 +523,12 @@ def bounded_write(
             score, k = best[cell]
             token = held[k]
             if merge:
-                n = token.looks
+                n = token.num_observations
                 mean = [(a * n + b) / (n + 1) for a, b in zip(token.point, point, strict=True)]
                 if token_voxel(mean) == token_voxel(token.point):
                     token.point = mean
                 token.latent = [(a * n + b) / (n + 1) for a, b in zip(token.latent, latent, strict=True)]
-                token.looks = min(n + 1, 16)
+                token.num_observations = min(n + 1, 16)
                 report["merged"] += 1
             elif (score <= 0.02 or token.point[3] >= 1.25 * point[3]) and (
                 token_voxel(token.point) == token_voxel(point) or enters(token_voxel(point))
@@ -538,7 +538,7 @@ def bounded_write(
             else:
                 report["covered"] += 1
                 continue
-            token.frame, token.votes = first_frame + t, 0
+            token.frame, token.free_space_violations = first_frame + t, 0
         held += added
     held[:] = [token for token in held if token not in dead]
     return report

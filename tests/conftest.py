@@ -17,7 +17,7 @@ import torch
 from hypothesis import HealthCheck, settings
 
 from mirage_kernels import available_backends, use_backend
-from mirage_kernels.backends import triton_interpreted
+from mirage_kernels.environment import triton_interpreted
 
 settings.register_profile(
     "mirage",

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mirage_kernels import LatentCache
-from mirage_kernels.storage import format_version, read_metadata
+from mirage_kernels.cache.storage import format_version, read_metadata
 
 from .. import __version__
 from ..optional import MissingExtraError, import_extra

@@ -24,7 +24,7 @@ from torch import Tensor
 import mirage_kernels
 from mirage_kernels import Cameras, LatentCache, back_project, splat
 from mirage_kernels.backends import choose_backend
-from mirage_kernels.storage import replace_file
+from mirage_kernels.io import replace_file
 
 from ..media import Panel, contact_sheet, heat_map, paint_holes, save_video, upsample
 from ..optional import import_extra

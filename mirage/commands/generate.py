@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from mirage_kernels import Cameras
-from mirage_kernels.storage import replace_file
+from mirage_kernels.io import replace_file
 
 from ..media import Panel, contact_sheet, load_video
 from ..optional import import_extra

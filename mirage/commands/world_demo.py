@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from mirage_kernels.storage import replace_file
+from mirage_kernels.io import replace_file
 
 from ..evaluation.closed_loop import generate_loop, load_memory, measure, write_text
 from ..evaluation.loops import EvaluateOptions, make_loop

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mirage_kernels.storage import replace_file
+from mirage_kernels.io import replace_file
 
 from ..commands.generate import GenerateOptions, load_pipeline, memory_weights, take_weights
 from ..media import save_video

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mirage_kernels.storage import replace_file
+from mirage_kernels.io import replace_file
 
 from ..media import Panel, contact_sheet, label, load_video, save_video
 from ..optional import import_extra

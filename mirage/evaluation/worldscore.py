@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from mirage_kernels import Cameras
-from mirage_kernels.storage import replace_file
+from mirage_kernels.io import replace_file
 
 from ..commands.generate import GenerateOptions, load_pipeline
 from ..media import save_video

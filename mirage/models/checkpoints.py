@@ -25,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from mirage_kernels.storage import replace_file
+from mirage_kernels.io import replace_file
 
 from .adapter import MirageMemoryAdapter
 from .transformer import MirageTransformer3DModel

@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mirage_kernels.storage import replace_file
+from mirage_kernels.io import replace_file
 
 FORMAT = "mirage-streaming-decoder"
 VERSION = 1

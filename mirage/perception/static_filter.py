@@ -17,8 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mirage_kernels import Cameras, LatentCache, back_project
-from mirage_kernels.ops import NEAR, check_size
-from mirage_kernels.reference import in_view, make_projection, project_points
+from mirage_kernels.constants import NEAR
+from mirage_kernels.geometry import in_view, make_projection, project_points
+from mirage_kernels.ops.checks import check_size
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mirage_kernels import Cameras, LatentCache, Readout
 from mirage_kernels.cache import WriteReport
-from mirage_kernels.reference import pool_depth
+from mirage_kernels.geometry import pool_depth
 
 from ..models.vae import encode_frames
 from .chunks import STRIDE
@@ -66,7 +66,7 @@ def read_pixels(cache: LatentCache, vae: AutoencoderKLWan, cameras: Cameras) -> 
     Returns:
         :class:`~mirage_kernels.Readout` of the n + 1 latent frames. Latents are float32, normalised, and those of the
         black of a hole where there is one. The mask is True where half of the pixels of its up to four pictures show
-        a point, and those of its keyframe; depth is that of :func:`~mirage_kernels.reference.pool_depth` there. There
+        a point, and those of its keyframe; depth is that of :func:`~mirage_kernels.geometry.pool_depth` there. There
         is no index: it is -1.
 
     Raises:

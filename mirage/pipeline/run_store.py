@@ -29,7 +29,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mirage_kernels import Cameras
-from mirage_kernels.storage import replace_file
+from mirage_kernels.io import replace_file
 
 from .chunks import Chunk
 

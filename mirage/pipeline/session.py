@@ -23,7 +23,7 @@ from torch import Tensor
 
 from mirage_kernels import Cameras, LatentCache, Readout
 from mirage_kernels.cache import CacheMark, WriteReport
-from mirage_kernels.storage import replace_file
+from mirage_kernels.io import replace_file
 
 from ..media import join_videos, save_video
 from ..models.latent_depth import LatentDepth

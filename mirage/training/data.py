@@ -40,8 +40,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from mirage_kernels import Cameras
-from mirage_kernels.reference import pool_depth, pool_mask
-from mirage_kernels.storage import replace_file
+from mirage_kernels.geometry import pool_depth, pool_mask
+from mirage_kernels.io import replace_file
 
 from ..optional import import_extra
 from ..pipeline.chunks import STRIDE, latent_count

@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 import mirage_kernels
-from mirage_kernels import Cameras, LatentCache, ops, registration, schemas
+from mirage_kernels import Cameras, LatentCache
 from mirage_kernels.compat import LatentPointCloud
+from mirage_kernels.ops.operator import OPERATORS
 
 __all__ = ["Cameras", "LatentCache", "LatentPointCloud"]
 
@@ -44,34 +45,32 @@ def use(backend: str) -> Iterator[None]:
             yield
         return
     emulated = _emulated_operators()
-    before = ops.private_operator
-    ops.private_operator = registration.private_operator = emulated  # type: ignore[assignment]
+    before = {name: operator.overloads["compiled"] for name, operator in OPERATORS.items()}
+    for name, operator in OPERATORS.items():
+        operator.overloads["compiled"] = emulated(name)
     try:
         with mirage_kernels.use_backend("cpu"):
             yield
     finally:
-        ops.private_operator = registration.private_operator = before
+        for name, operator in OPERATORS.items():
+            operator.overloads["compiled"] = before[name]
 
 
-def _emulated_operators() -> Callable[[str, str], Any]:
+def _emulated_operators() -> Callable[[str], Any]:
     build = importlib.import_module("tests.cuda_emulator.build")
     namespace = build.NAMESPACE
     if not REGISTERED:
         path = str(build.build())
         for suffix in build.VARIANTS:
             library = torch.library.Library(namespace + suffix, "DEF")
-            for name, schema in schemas.SCHEMAS.items():
-                library.define(f"{name}_compiled{schema}")
+            for name, operator in OPERATORS.items():
+                library.define(f"{name}_compiled{operator.schema}")
             REGISTERED.append(library)
         REGISTERED[0].define("run_faulty(Tensor input, int which) -> Tensor")
         torch.ops.load_library(path)
-        for name in ("splat", "splat_aligned"):
-            torch.library.register_autograd(
-                f"{namespace}::{name}_compiled",
-                getattr(registration, f"_{name}_backward")("compiled"),
-                setup_context=getattr(registration, f"_setup_{name}_context"),
-            )
-    return lambda name, family: getattr(getattr(torch.ops, namespace), f"{name}_{family}").default
+        for name, operator in OPERATORS.items():
+            operator.register_autograd(f"{namespace}::{name}_compiled", "compiled")
+    return lambda name: getattr(getattr(torch.ops, namespace), f"{name}_compiled").default
 
 
 # Operators. `buffers` holds points, features, frame_ids, count, and where there are any scales, votes, looks, bounds.
@@ -136,7 +135,7 @@ def bounded_write(buffers: dict[str, Tensor], centers: Tensor, *views: Tensor, *
         buffers["count"],
         centers,
         *views,
-        looks=buffers.get("looks"),
+        num_observations=buffers.get("looks"),
         scales=buffers.get("scales"),
         bounds=buffers.get("bounds"),
         **options,
@@ -147,8 +146,8 @@ def cache_trim(buffers: dict[str, Tensor], max_tokens: int | None) -> Tensor:
     return mirage_kernels.cache_compact(
         *(buffers[name] for name in WRITTEN),
         buffers["count"],
-        votes=buffers.get("votes"),
-        looks=buffers.get("looks"),
+        free_space_violations=buffers.get("votes"),
+        num_observations=buffers.get("looks"),
         scales=buffers.get("scales"),
         bounds=buffers.get("bounds"),
         max_tokens=max_tokens,

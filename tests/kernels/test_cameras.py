@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mirage_kernels.cameras import Cameras
 
@@ -375,6 +376,59 @@ def test_resized_changes_the_four_numbers_only() -> None:
     assert not after[:, 0, 1].any() and not after[:, 1, 0].any()
     assert torch.equal(resized.cam2world, cameras.cam2world)
     assert_same(cameras, make(2))  # and not in place
+
+
+@pytest.mark.parametrize("size", [(44, 80), (240, 320), (481, 640), SIZE])
+def test_intrinsics_alone_are_those_of_resized(size) -> None:
+    """The same bits each time, from any thread, and in inference mode; tensors of another kind likewise."""
+    cameras = make(3)
+    expected = cameras.intrinsics.clone()
+    expected[:, 0] *= size[1] / SIZE[1]
+    expected[:, 1] *= size[0] / SIZE[0]
+    with torch.inference_mode():
+        assert torch.equal(cameras.intrinsics_at(size), expected)
+    for _ in range(2):
+        assert torch.equal(cameras.intrinsics_at(size), expected)
+    assert torch.equal(cameras.resized(size).intrinsics, expected)
+    assert cameras.to("meta").intrinsics_at(size).shape == (3, 3, 3)
+    assert_same(cameras, make(3))
+
+
+def test_intrinsics_that_are_kept_follow_changes_in_place() -> None:
+    """As static inputs of captured graphs are changed; they are read-only otherwise."""
+    cameras = make(3)
+    first = cameras.intrinsics_at((44, 80))
+    assert cameras.intrinsics_at((44, 80)) is first
+    cameras.intrinsics[1, 0, 0] = 700
+    assert cameras.intrinsics_at((44, 80))[1, 0, 0] == 700 * (80 / 640)
+    cameras.intrinsics_at((44, 80)).zero_()
+    assert cameras.intrinsics_at((44, 80))[1, 0, 0] == 700 * (80 / 640)
+    assert cameras[1:2].intrinsics_at((44, 80))[0, 0, 0] == 700 * (80 / 640)
+    with torch.inference_mode():
+        inference = make(2)
+    for _ in range(2):
+        assert torch.equal(inference.intrinsics_at((44, 80)), make(2).intrinsics_at((44, 80)))
+
+
+def test_factors_made_while_tracing_are_not_kept() -> None:
+    cameras = make(1)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        assert mode.from_tensor(cameras.intrinsics).shape == (1, 3, 3)
+        cameras.intrinsics_at((7, 11))
+    assert type(cameras.intrinsics_at((7, 11))) is torch.Tensor
+
+
+def test_many_sizes() -> None:
+    cameras = make(1)
+    for width in range(1, 200):
+        assert cameras.intrinsics_at((1, width))[0, 0, 2] == cameras.intrinsics[0, 0, 2] * (width / 640)
+
+
+def test_trusted_holds_tensors_as_they_are() -> None:
+    intrinsics, cam2world = arrays(2)
+    cameras = Cameras.trusted(intrinsics, cam2world, SIZE)
+    assert cameras.intrinsics is intrinsics and cameras.cam2world is cam2world
+    assert_same(cameras, Cameras(intrinsics, cam2world, SIZE))
 
 
 def test_nothing_to_do_returns_self() -> None:

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mirage_kernels.schemas import SCHEMAS
+from mirage_kernels.ops.operator import OPERATORS
 
 ROOT = Path(__file__).resolve().parents[2]
 BUILD = ROOT / "build"
@@ -113,9 +113,9 @@ void torch_c10_cuda_free_error_msg(char*) {}
 """
 LOAD = """
 import sys, torch
-from mirage_kernels import schemas
+from mirage_kernels.ops.operator import OPERATORS
 torch.ops.load_library(sys.argv[1])
-for name in schemas.SCHEMAS:
+for name in OPERATORS:
     print(name, torch._C._dispatch_has_kernel_for_dispatch_key(f"mirage::{name}_compiled", "CUDA"))
 """
 
@@ -142,4 +142,4 @@ def test_module_loads_and_registers_every_operator(module: Path, tmp_path: Path)
     command = [sys.executable, "-c", LOAD, str(module)]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
-    assert result.stdout.splitlines() == [f"{name} True" for name in SCHEMAS]
+    assert result.stdout.splitlines() == [f"{name} True" for name in OPERATORS]

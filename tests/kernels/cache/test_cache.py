@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import sys
 from itertools import pairwise
 
 import numpy as np
@@ -16,8 +17,9 @@ from comparison import as_array, assert_equal_bits, assert_same_view, assert_sam
 from hypothesis import given
 from hypothesis import strategies as st
 
-import mirage_kernels.storage
-from mirage_kernels import Cameras, LatentCache, bounded_write, cache_compact, cache_write, splat_aligned
+import mirage_kernels.cache.storage
+from mirage_kernels import Cameras, LatentCache, WriteReport, bounded_write, cache_compact, cache_write, splat_aligned
+from mirage_kernels.ops import checks
 
 GRID = (5, 7)
 IMAGE = (25, 35)
@@ -54,7 +56,7 @@ def contents(cache):
 
 def state(cache):
     """Contents, and what says where they are."""
-    return [*contents(cache), torch.tensor([len(cache), cache.generation, cache.capacity, cache.num_frames])]
+    return [*contents(cache), torch.tensor([len(cache), cache.buffer_version, cache.capacity, cache.num_frames])]
 
 
 def latent_dtype(stored):
@@ -220,12 +222,12 @@ def test_the_table_of_frames_grows(splat):
     cache = append(channels=1, capacity=4000)
     depth = torch.full((600, 1, 1), 2.0)
     camera = Cameras(torch.tensor([[1.0, 0, 0.5], [0, 1, 0.5], [0, 0, 1]]), torch.eye(4).repeat(600, 1, 1), (1, 1))
-    before = cache.generation
+    before = cache.buffer_version
     cache.write(torch.ones(600, 1, 1, 1), depth, camera)
-    assert cache.generation == before
+    assert cache.buffer_version == before
     first = cache.read(camera[:1], (1, 1), splat=splat)
     cache.write(torch.ones(600, 1, 1, 1), depth, camera)
-    assert cache.generation == before + 1 and cache.frame_centers.shape == (1200, 3)
+    assert cache.buffer_version == before + 1 and cache.frame_centers.shape == (1200, 3)
     assert first.mask.all()
     assert_equal_bits(cache.read(camera[:1], (1, 1), splat=splat), first)
 
@@ -285,18 +287,18 @@ def test_view_overlap(backend):
 
 
 def test_growth_is_geometric_and_keeps_everything():
-    """Far fewer moves than writes; each bumps the generation; nothing written before changes."""
+    """Far fewer moves than writes; each bumps the version; nothing written before changes."""
     cache = append(channels=4)
-    generations, capacities, parts = [], [], []
+    versions, capacities, parts = [], [], []
     for seed in range(60):
         live = len(cache)
         cache.write(*frames(seed, views=1))
         parts.append([x[live:] for x in contents(cache)[:4]])
-        generations.append(cache.generation)
+        versions.append(cache.buffer_version)
         capacities.append(cache.capacity)
         assert len(cache) <= cache.capacity
     assert 60 * 15 < len(cache) < 60 * 35
-    moves = sum(a != b for a, b in pairwise(generations))
+    moves = sum(a != b for a, b in pairwise(versions))
     grown = [b for a, b in pairwise(capacities) if a != b]
     assert moves == len(grown) and 3 <= moves <= 14
     assert all(b >= 1.4 * a for a, b in pairwise(grown))
@@ -312,7 +314,7 @@ def test_a_fixed_capacity_never_moves():
         assert len(cache) == total
         buffers.append([x.data_ptr() for x in (cache.points, cache.features, cache.frame_ids)])
     assert all(x == buffers[0] for x in buffers)
-    assert total == cache.capacity == 150 and refused > 0 and cache.generation == 0
+    assert total == cache.capacity == 150 and refused > 0 and cache.buffer_version == 0
     # What fitted is what a growing cache holds first.
     growing = append(channels=4)
     reports = [growing.write(*frames(seed)) for seed in range(6)]
@@ -381,17 +383,104 @@ def test_properties():
     assert f"{n} tokens of 4 bfloat16 channels from 2 frames" in repr(cache) and "append" in repr(cache)
 
 
+@pytest.mark.parametrize("old, new", [("generation", "buffer_version"), ("fetch", "onload"), ("settings", "config")])
+def test_old_names_say_the_new_one(old, new):
+    cache = append(4)
+    with pytest.raises(AttributeError, match=rf"^LatentCache\.{old} is called {new} now$"):
+        getattr(cache, old)
+    assert not hasattr(cache, old) and hasattr(cache, new)
+    with pytest.raises(AttributeError, match="'LatentCache' object has no attribute 'anything'"):
+        cache.anything  # noqa: B018
+
+
+CHECKS = [name for name in vars(checks) if name.startswith(("check_", "require"))]
+
+
+@pytest.mark.parametrize("options", [{"write_policy": "append"}, {"max_tokens": 500}])
+def test_arguments_are_checked_once(monkeypatch, options):
+    """By the cache: operators are launched on its buffers without the checks of their public functions."""
+    cache, (latents, depth, cameras, mask) = LatentCache(4, **options), frames(0)
+    cache.write(latents, depth, cameras, mask)
+    cache.write(latents, depth, cameras, mask)  # there is room for one more then
+    calls = []
+    for module in [m for name, m in sys.modules.items() if name.startswith("mirage_kernels.")]:
+        for name in CHECKS:
+            if hasattr(module, name):
+                checked = getattr(module, name)
+                monkeypatch.setattr(
+                    module, name, lambda *x, name=name, checked=checked, **y: (calls.append(name), checked(*x, **y))[1]
+                )
+    cache.read(cameras, GRID)
+    assert sorted(calls) == ["check_near", "check_sharpness", "check_size"]
+    calls.clear()
+    cache.view_overlap(cameras, cameras, GRID)
+    assert sorted(calls) == ["check_near", "check_size"]
+    calls.clear()
+    assert cache.write(latents, depth, cameras, mask).masked > 0
+    once = ("check_write_inputs", "check_depth", "check_cameras", "check_first_frame")
+    assert [calls.count(name) for name in once] == [1, 1, 1, 1]
+    assert not {"check_buffers", "check_points", "check_features", "check_bounds", "check_scales"} & set(calls)
+
+
+class Counts:
+    """A tensor of counts that counts how often it is read."""
+
+    def __init__(self, is_cuda=False):
+        self.is_cuda, self.reads = is_cuda, 0
+
+    def tolist(self):
+        self.reads += 1
+        return [self.reads, *range(2, 12)]
+
+
+def test_a_report_waits_once():
+    counts = Counts()
+    report = WriteReport(counts)
+    assert counts.reads == 0
+    names = list(report.as_dict())
+    assert [getattr(report, name) for name in names] == list(range(1, 12)) == list(report.as_dict().values())
+    assert repr(report).startswith("WriteReport(written=1, replaced=2,") and counts.reads == 1
+
+
+def test_a_report_of_a_captured_write_is_read_after_every_replay(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    counts = Counts(is_cuda=True)
+    report = WriteReport(counts)
+    monkeypatch.undo()
+    assert [report.written, report.written, report.carved] == [1, 2, 10] and counts.reads == 3
+
+
+def test_tensors_and_back(backend):
+    """All that a cache holds, given to another of the same config."""
+    cache = LatentCache(4, device=backend.device, merge="mean", max_tokens=60)
+    for seed in (1, 2, 1):
+        cache.write(*put(backend, frames(seed)))
+    names = ("points", "features", "frame_ids", "free_space_violations", "num_observations", "frame_centers")
+    assert tuple(cache.tensors()) == names
+    again = LatentCache.from_tensors(cache.tensors(), backend.device, **{**cache.config, "dtype": cache.dtype})
+    assert again.config == cache.config
+    assert_equal_bits(contents(again), contents(cache))
+    for one in (cache, again):
+        one.write(*put(backend, frames(3)))
+    assert_equal_bits(list(again.tensors().values()), list(cache.tensors().values()))
+
+
+def test_more_rows_than_kernels_can_address():
+    with pytest.raises(ValueError, match=r"points must hold fewer than 2\^32 - 1 tokens, got 4294967295"):
+        append(1, capacity=2**32 - 1, device="meta")
+
+
 def test_clear():
     cache = filled()
-    generation, capacity, arguments = cache.generation, cache.capacity, frames(0)
+    version, capacity, arguments = cache.buffer_version, cache.capacity, frames(0)
     first = contents(cache)
     cache.clear()
     assert len(cache) == 0 and cache.nbytes == 0 and cache.num_frames == 0 and len(cache.frame_centers) == 0
     assert not cache.read(arguments[2], GRID).mask.any()
-    assert (cache.generation, cache.capacity) == (generation, capacity)
+    assert (cache.buffer_version, cache.capacity) == (version, capacity)
     cache.write(*arguments)
     assert_equal_bits(contents(cache), first)
-    assert cache.generation == generation, "no growth: there was room"
+    assert cache.buffer_version == version, "no growth: there was room"
 
 
 def test_to_the_same_device_is_the_cache_itself():
@@ -748,8 +837,8 @@ def write_half(tensors, path, *args, **kwargs):
     [
         (os, "replace", crash, Crash),
         (os, "fsync", crash, Crash),
-        (mirage_kernels.storage, "save_file", crash, Crash),
-        (mirage_kernels.storage, "save_file", write_half, OSError),
+        (mirage_kernels.cache.storage, "save_file", crash, Crash),
+        (mirage_kernels.cache.storage, "save_file", write_half, OSError),
     ],
 )
 @pytest.mark.parametrize("exists", [False, True])
@@ -843,23 +932,23 @@ def test_rollback_forgets_what_was_written_since_the_checkpoint(backend):
 BOUNDED = [{}, {"merge": "mean", "views_per_voxel": 1}, {"max_tokens": 40}, {"carve": False, "views_per_voxel": 2}]
 
 
-def laps(cache, seeds=(1, 2, 1)):
+def revisit(cache, seeds=(1, 2, 1)):
     return [cache.write(*[x.to(cache.device) for x in frames(seed, unknown=0.1)]) for seed in seeds]
 
 
-def test_bounded_is_the_default_and_does_not_grow_with_laps(backend):
+def test_bounded_is_the_default_and_does_not_grow_with_revisit(backend):
     cache = LatentCache(4, device=backend.device)
     assert cache.write_policy == "bounded"
-    once = laps(cache, (1, 2))
+    once = revisit(cache, (1, 2))
     live = len(cache)
-    again = [laps(cache, (1, 2)) for _ in range(4)]
+    again = [revisit(cache, (1, 2)) for _ in range(4)]
     assert once[0].written > 20 and len(cache) <= 1.1 * live
-    for report in once + [one for lap in again for one in lap]:
+    for report in once + [one for visit in again for one in visit]:
         counts = report.as_dict()
         assert sum(counts.values()) - counts["carved"] - counts["evicted"] == 70
         assert f"covered={report.covered}" in repr(report)
     assert again[-1][0].replaced > 20
-    assert sum(report.written - report.carved for report in (*once, *(one for lap in again for one in lap))) == len(
+    assert sum(report.written - report.carved for report in (*once, *(one for visit in again for one in visit))) == len(
         cache
     )
 
@@ -868,19 +957,24 @@ def test_bounded_is_the_default_and_does_not_grow_with_laps(backend):
 def test_a_bounded_cache_is_what_the_operators_write(backend, options):
     cache = LatentCache(4, device=backend.device, **options)
     points, features, frame_ids, count = (backend.put(x) for x in scenes.buffers(300, 4))
-    votes, centers = (torch.zeros(300, dtype=torch.uint8), torch.zeros(6, 3))
-    votes, centers = backend.put(votes), backend.put(centers)
-    looks = backend.put(torch.zeros(300, dtype=torch.uint8)) if options.get("merge") == "mean" else None
+    violations, centers = (torch.zeros(300, dtype=torch.uint8), torch.zeros(6, 3))
+    violations, centers = backend.put(violations), backend.put(centers)
+    observations = backend.put(torch.zeros(300, dtype=torch.uint8)) if options.get("merge") == "mean" else None
     chosen = {"views_per_voxel": options.get("views_per_voxel", 4), "carve_views": 2 * options.get("carve", True)}
     for k, seed in enumerate((1, 2, 1)):
         latents, depth, cameras, mask = put(backend, frames(seed, unknown=0.1))
         report = cache.write(latents, depth, cameras, mask)
         centers[2 * k : 2 * k + 2] = cameras.cam2world[:, :3, 3].float()
-        buffers = points, features, frame_ids, votes, count, centers
+        buffers = points, features, frame_ids, violations, count, centers
         views = latents, depth, cameras.intrinsics, cameras.cam2world
-        counts = bounded_write(*buffers, *views, looks=looks, mask=mask, first_frame=2 * k, **chosen)
+        counts = bounded_write(*buffers, *views, num_observations=observations, mask=mask, first_frame=2 * k, **chosen)
         most = options.get("max_tokens")
-        counts[-1] = cache_compact(points, features, frame_ids, count, votes=votes, looks=looks, max_tokens=most)
+        counts[-1] = cache_compact(
+            *(points, features, frame_ids, count),
+            free_space_violations=violations,
+            num_observations=observations,
+            max_tokens=most,
+        )
         assert report.counts.tolist() == counts.tolist()
     n = int(count)
     assert_equal_bits(contents(cache)[:4], [points[:n, :3], points[:n, 3], features[:n], frame_ids[:n]])
@@ -891,13 +985,13 @@ def test_a_bounded_cache_is_what_the_operators_write(backend, options):
 @pytest.mark.parametrize("options", BOUNDED)
 def test_bounded_caches_survive_files_and_go_on_alike(tmp_path, options, dtype):
     cache = LatentCache(4, dtype=dtype, **options)
-    laps(cache)
+    revisit(cache)
     cache.save(tmp_path / "room.safetensors")
     again = LatentCache.load(tmp_path / "room.safetensors")
-    assert again.settings == cache.settings and (again.merge, again.max_tokens) == (cache.merge, cache.max_tokens)
+    assert again.config == cache.config and (again.merge, again.max_tokens) == (cache.merge, cache.max_tokens)
     assert_equal_bits(contents(again), contents(cache))
     for one in (cache, again):
-        laps(one, (3, 1))
+        revisit(one, (3, 1))
     assert_equal_bits(contents(again), contents(cache))
     assert cache.nbytes == again.nbytes
 
@@ -906,13 +1000,13 @@ def test_bounded_caches_survive_files_and_go_on_alike(tmp_path, options, dtype):
 def test_rollback_undoes_what_was_changed_in_place(backend, options):
     cache, never = (LatentCache(4, device=backend.device, **options) for _ in range(2))
     for one in (cache, never):
-        laps(one, (1,))
+        revisit(one, (1,))
     mark = cache.checkpoint()
-    laps(cache, (2, 1, 3))
+    revisit(cache, (2, 1, 3))
     cache.rollback(mark)
     assert_equal_bits(contents(cache), contents(never))
     for one in (cache, never):
-        laps(one, (2, 1))
+        revisit(one, (2, 1))
     assert_equal_bits(contents(cache), contents(never))
     with pytest.raises(ValueError, match="mark must be of this cache"):
         append(4, device=backend.device).rollback(mark)
@@ -920,11 +1014,11 @@ def test_rollback_undoes_what_was_changed_in_place(backend, options):
 
 def test_max_tokens_evicts_the_oldest(backend):
     cache = append(4, device=backend.device, max_tokens=60)
-    first, second = laps(cache, (1, 2))
+    first, second = revisit(cache, (1, 2))
     assert first.evicted == 0 and second.evicted == first.written + second.written - 60 > 0
     assert len(cache) == 60 and cache.frame_ids.min() > 0
     every = append(4, device=backend.device)
-    laps(every, (1, 2))
+    revisit(every, (1, 2))
     assert_equal_bits(contents(cache)[:4], [x[-60:] for x in contents(every)[:4]])
 
 

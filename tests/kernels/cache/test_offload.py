@@ -17,11 +17,12 @@ import scenes
 import torch
 from comparison import assert_equal_bits
 
-import mirage_kernels.cache
+import mirage_kernels.cache.offload
 from mirage_kernels import Cameras, LatentCache
-from mirage_kernels.offload import FileStore, MemoryStore, may_touch
-from mirage_kernels.reference import BLOCK, token_voxels
-from mirage_kernels.storage import load_cache
+from mirage_kernels.cache.offload import FileStore, MemoryStore, may_touch
+from mirage_kernels.cache.storage import load_cache
+from mirage_kernels.constants import BLOCK_TOKENS
+from mirage_kernels.geometry import token_voxels
 
 GRID, IMAGE = (16, 16), (32, 32)
 POLICIES = {
@@ -74,7 +75,7 @@ def room(seed=0, views=12, device="cpu", **options):
 
 
 def assert_same_contents(cache, twin):
-    held, expected = cache._live(), twin._live()
+    held, expected = cache.tensors(), twin.tensors()
     assert held.keys() == expected.keys()
     assert_equal_bits(list(held.values()), list(expected.values()))
     assert (len(cache), cache.num_frames, cache.nbytes) == (len(twin), twin.num_frames, twin.nbytes)
@@ -96,7 +97,7 @@ def live_together(seed, steps=30, device="cpu", dtype=torch.float32, **options):
     for _ in range(steps):
         cameras = anywhere(rng, int(rng.integers(1, 4)))
         doing = rng.choice(
-            ["write"] * 6 + ["read"] * 3 + ["offload"] * 6 + ["overlap", "mark", "back", "back", "fetch"]
+            ["write"] * 6 + ["read"] * 3 + ["offload"] * 6 + ["overlap", "mark", "back", "back", "onload"]
         )
         before = cache.num_offloaded
         if doing == "write":
@@ -115,8 +116,8 @@ def live_together(seed, steps=30, device="cpu", dtype=torch.float32, **options):
             twin.rollback(marks[1])
             marks = None
             assert_same_contents(cache, twin)
-        elif doing == "fetch":
-            cache.fetch()
+        elif doing == "onload":
+            cache.onload()
             assert cache.num_offloaded == 0
         elif doing == "offload":
             cache.offload(cameras if rng.random() < 0.8 else cameras[0:0])
@@ -125,7 +126,7 @@ def live_together(seed, steps=30, device="cpu", dtype=torch.float32, **options):
         left += cache.num_offloaded > 0 and doing in ("write", "read", "overlap", "back")
         assert (len(cache), cache.num_frames) == (len(twin), twin.num_frames)
         assert cache.num_offloaded == 0 or cache.nbytes_offloaded * len(cache) == cache.num_offloaded * sum(
-            x.nbytes for name, x in twin._live().items() if name != "frame_centers"
+            x.nbytes for name, x in twin.tensors().items() if name != "frame_centers"
         )
     assert_same_contents(cache, twin)
     assert_same_read(rng, cache, twin, looking(rng, *np.linspace(0, 2 * np.pi, 8)))
@@ -161,8 +162,10 @@ def test_on_every_backend(backend):
 @pytest.mark.parametrize("policy", ["append", "bounded"])
 def test_of_tokens_in_memory(monkeypatch, policy):
     """As beside a GPU, where the memory is pinned."""
-    monkeypatch.setattr(mirage_kernels.cache, "make_store", lambda nbytes, device: MemoryStore(nbytes, pinned=False))
-    monkeypatch.setattr(mirage_kernels.offload, "_SLAB", 4)
+    monkeypatch.setattr(
+        mirage_kernels.cache.offload, "make_store", lambda nbytes, device: MemoryStore(nbytes, pinned=False)
+    )
+    monkeypatch.setattr(mirage_kernels.cache.offload, "_SLAB", 4)
     assert live_together(40, **POLICIES[policy])[0] > 0
 
 
@@ -172,21 +175,21 @@ def test_of_tokens_in_memory(monkeypatch, policy):
 def test_what_the_cameras_ahead_see_is_there_and_the_rest_is_not():
     cache, twin = room(views_per_voxel=64)
     rng = np.random.default_rng(1)
-    generation, allocated = cache.generation, cache.nbytes_allocated
+    version, allocated = cache.buffer_version, cache.nbytes_allocated
     ahead = looking(rng, 0.1, 0.3)
     cache.offload(ahead)
-    assert len(cache) // 3 < cache.num_offloaded < len(cache) and cache.num_offloaded % BLOCK == 0
-    assert cache.generation == generation + 1
+    assert len(cache) // 3 < cache.num_offloaded < len(cache) and cache.num_offloaded % BLOCK_TOKENS == 0
+    assert cache.buffer_version == version + 1
     for size in ((32, 32), (40, 72)):
         assert assert_same_read(rng, cache, twin, ahead, size).mask.float().mean() > 0.3
     arguments = views_of(rng, ahead, grid=(32, 32))
     reports = [one.write(*arguments) for one in (cache, twin)]
     assert reports[0].counts.tolist() == reports[1].counts.tolist() and reports[0].written > 0
     cache.offload(ahead)
-    there = cache.generation
+    there = cache.buffer_version
     for one in (cache, twin):
         one.read(ahead, (32, 32))
-    assert cache.generation == there
+    assert cache.buffer_version == there
     assert cache.nbytes_allocated < 0.75 * allocated
     cache.offload(looking(rng, 0.1 + np.pi, 0.3 + np.pi))  # what was there goes, what was not comes
     assert len(cache) // 3 < cache.num_offloaded < len(cache)
@@ -197,7 +200,7 @@ def test_reads_bring_back_no_more_than_they_may_see():
     cache, twin = room(write_policy="append")
     cache.offload(looking(np.random.default_rng(2))[0:0])
     away = cache.num_offloaded
-    assert away == len(cache) // BLOCK * BLOCK
+    assert away == len(cache) // BLOCK_TOKENS * BLOCK_TOKENS
     for yaw in (0.0, np.pi):
         assert_same_read(np.random.default_rng(3), cache, twin, looking(np.random.default_rng(2), yaw), GRID)
         assert 0 < cache.num_offloaded < away
@@ -280,7 +283,7 @@ def test_blocks_at_the_border_of_all_voxels_stay():
     far[:, 0, 3] += 1e5
     cache.write(*views_of(rng, Cameras(cameras.intrinsics, far, IMAGE)))
     cache.offload(cameras[0:0])
-    assert len(cache) > BLOCK and cache.num_offloaded == 0
+    assert len(cache) > BLOCK_TOKENS and cache.num_offloaded == 0
 
 
 # ------------------------------------------------------------------------------------------ what else becomes of it
@@ -302,7 +305,9 @@ def test_files_and_copies_hold_everything(tmp_path, policy, dtype):
     assert_equal_bits(list(saved[0].values()), list(expected[0].values()))
     again = LatentCache.load(tmp_path / "one.safetensors")
     assert again.num_offloaded == 0
-    assert_same_contents(cache._rebuild("cpu", cache._live()), twin)  # what `to` another device does
+    assert_same_contents(
+        LatentCache.from_tensors(cache.tensors(), **{**cache.config, "dtype": cache.dtype}), twin
+    )  # what `to` another device does
     assert cache.to("cpu") is cache and cache.num_offloaded == away
     copies = [copy.deepcopy, lambda one: pickle.loads(pickle.dumps(one))]
     for duplicate in copies[: 1 if dtype.itemsize == 1 else 2]:  # torch pickles no float8
@@ -378,7 +383,7 @@ def test_what_it_says_of_itself():
     assert cache.nbytes_offloaded == per_token * cache.num_offloaded > 0
     assert len(cache) == len(twin) and cache.nbytes == twin.nbytes and cache.capacity >= len(cache)
     assert f"{cache.nbytes_offloaded / 2**20:.1f} MiB of them offloaded" in repr(cache)
-    cache.fetch()
+    cache.onload()
     assert repr(cache) == repr(twin)
 
 
@@ -387,10 +392,10 @@ def test_few_tokens_none_and_no_views():
     rng = np.random.default_rng(0)
     cache.offload(anywhere(rng, 2))
     cache.write(*views_of(rng, anywhere(rng, 1)))
-    generation = cache.generation
+    version = cache.buffer_version
     cache.offload(looking(rng)[0:0])
-    cache.fetch()
-    assert 0 < len(cache) <= BLOCK and cache.num_offloaded == 0 and cache.generation == generation
+    cache.onload()
+    assert 0 < len(cache) <= BLOCK_TOKENS and cache.num_offloaded == 0 and cache.buffer_version == version
 
 
 # ------------------------------------------------------------------------------------------ memory, files, errors
@@ -438,7 +443,7 @@ def test_memory_is_given_back():
 
 
 @linux
-@pytest.mark.parametrize("end", ["dies", "fetch", "clear"])
+@pytest.mark.parametrize("end", ["dies", "onload", "clear"])
 def test_the_file_goes_with_the_cache(monkeypatch, tmp_path, end):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     cache, _ = room()
@@ -453,8 +458,8 @@ def test_the_file_goes_with_the_cache(monkeypatch, tmp_path, end):
     assert cache.num_offloaded > 0 and {"deleted" in name for name in files()} == {True}
     if end == "dies":
         del cache
-    elif end == "fetch":
-        cache.fetch()
+    elif end == "onload":
+        cache.onload()
     else:
         cache.clear()
     gc.collect()
@@ -468,8 +473,8 @@ def test_room_on_disk_is_used_again():
     slots = []
     for yaw in np.linspace(0, 12 * np.pi, 40):
         cache.offload(looking(rng, yaw))
-        slots.append(cache._out.store._slots)
-    assert slots[-1] <= 3 * len(cache) // BLOCK
+        slots.append(cache._offloaded.store._slots)
+    assert slots[-1] <= 3 * len(cache) // BLOCK_TOKENS
     assert_same_contents(cache, twin)
 
 
@@ -477,7 +482,7 @@ def test_a_full_disk_leaves_the_cache_as_it_was():
     resource = pytest.importorskip("resource")
     cache, twin = room()
     rng = np.random.default_rng(0)
-    generation, allocated = cache.generation, cache.nbytes_allocated
+    version, allocated = cache.buffer_version, cache.nbytes_allocated
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def refused(cameras, limit):
@@ -489,13 +494,13 @@ def test_a_full_disk_leaves_the_cache_as_it_was():
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
     refused(looking(rng, 0.0), 20_000)  # the first run fits, the third does not
-    assert (cache.generation, cache.nbytes_allocated, cache.num_offloaded) == (generation, allocated, 0)
+    assert (cache.buffer_version, cache.nbytes_allocated, cache.num_offloaded) == (version, allocated, 0)
     assert_same_contents(cache, twin)
     cache.offload(looking(rng, 0.0))
     some = cache.num_offloaded
     assert some > 0
     refused(looking(rng)[0:0], some * 33 + 10_000)
-    assert cache.num_offloaded == some and cache.generation == generation + 1
+    assert cache.num_offloaded == some and cache.buffer_version == version + 1
     assert_same_contents(cache, twin)
     cache.offload(looking(rng)[0:0])
     assert cache.num_offloaded > some
@@ -506,21 +511,21 @@ def test_memory_that_runs_out_leaves_the_cache_as_it_was(monkeypatch):
     cache, twin = room()
     rng = np.random.default_rng(0)
     cache.offload(looking(rng, 0.0))
-    away, generation = cache.num_offloaded, cache.generation
+    away, version = cache.num_offloaded, cache.buffer_version
 
     def fails(*_args, **_options):
         raise RuntimeError("out of memory")
 
     with monkeypatch.context() as patched:
-        patched.setattr(cache, "_new_buffers", fails)
+        patched.setattr(cache.buffers, "allocate", fails)
         for move in (
-            cache.fetch,
+            cache.onload,
             lambda: cache.offload(looking(rng, 3.0)),
             lambda: cache.read(looking(rng, 3.0), GRID),
         ):
             with pytest.raises(RuntimeError, match="out of memory"):
                 move()
-    assert (cache.num_offloaded, cache.generation) == (away, generation)
+    assert (cache.num_offloaded, cache.buffer_version) == (away, version)
     assert_same_contents(cache, twin)
     cache.offload(looking(rng, 3.0))
     assert_same_contents(cache, twin)
@@ -538,10 +543,10 @@ def test_a_directory_that_cannot_be_written_to(monkeypatch, tmp_path):
 @pytest.mark.parametrize("bad", [None, torch.eye(4), "ahead"])
 def test_bad_cameras_are_named_before_anything_moves(bad):
     cache, twin = room(views=4)
-    generation = cache.generation
+    version = cache.buffer_version
     with pytest.raises(TypeError, match=r"cameras_ahead must be mirage_kernels\.Cameras, got (NoneType|Tensor|str)"):
         cache.offload(bad)
-    assert cache.generation == generation and cache.num_offloaded == 0
+    assert cache.buffer_version == version and cache.num_offloaded == 0
     assert_same_contents(cache, twin)
 
 
@@ -583,9 +588,9 @@ def test_a_capture_is_refused_while_tokens_are_offloaded():
     cache.read(ahead, GRID)
     cache.offload(ahead)
     assert cache.num_offloaded > 0
-    with pytest.raises(RuntimeError, match=r"call fetch\(\) first"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+    with pytest.raises(RuntimeError, match=r"call onload\(\) first"), torch.cuda.graph(torch.cuda.CUDAGraph()):
         cache.read(ahead, GRID)
-    cache.fetch()
+    cache.onload()
     with torch.cuda.graph(torch.cuda.CUDAGraph()):
         cache.read(ahead, GRID)
 

@@ -22,7 +22,8 @@ from mirage_kernels import (
     view_overlap,
 )
 from mirage_kernels.compat import LatentPointCloud
-from mirage_kernels.reference import BLOCK, TILE, bounds_rows
+from mirage_kernels.constants import BLOCK_TOKENS, TILE_BLOCKS
+from mirage_kernels.geometry import bounds_rows
 
 GRID = (9, 13)
 IMAGE = (36, 52)
@@ -35,10 +36,15 @@ def definition(points: torch.Tensor, live: int | None = None) -> torch.Tensor:
 # ---------------------------------------------------------------------------------------------- what they are
 
 
-@pytest.mark.parametrize("count", [0, 1, 255, 256, 257, 1000, BLOCK * TILE, BLOCK * TILE + 1])
+@pytest.mark.parametrize(
+    "count", [0, 1, 255, 256, 257, 1000, BLOCK_TOKENS * TILE_BLOCKS, BLOCK_TOKENS * TILE_BLOCKS + 1]
+)
 def test_least_and_greatest_of_each_block(backend, count):
     points, _ = scenes.cloud(np.random.default_rng(count), count, 1)
-    bounds, rows = block_bounds(backend.put(points)), -(-count // BLOCK) + -(-count // (BLOCK * TILE))
+    bounds, rows = (
+        block_bounds(backend.put(points)),
+        -(-count // BLOCK_TOKENS) + -(-count // (BLOCK_TOKENS * TILE_BLOCKS)),
+    )
     assert bounds.shape == (rows, 6) and bounds.device == backend.put(points).device
     assert_equal_bits([bounds], [definition(points)])
 
@@ -82,18 +88,20 @@ def test_strided_points(backend):
 # ---------------------------------------------------------------------------------------------- who keeps them
 
 
-FIRST = BLOCK * TILE  # the first row of the second tile
+FIRST = BLOCK_TOKENS * TILE_BLOCKS  # the first row of the second tile
 
 
 @pytest.mark.parametrize("held", [0, 200, 256, 511, 600, FIRST - 300, FIRST, 2 * FIRST - 1])
 def test_a_write_updates_the_blocks_it_wrote_into_and_no_other(backend, held):
     rng = np.random.default_rng(held)
     points, features, frame_ids, count = (backend.put(x) for x in scenes.buffers(held + 1100, 3, held=held))
-    blocks = -(-(held + 1100) // BLOCK)
+    blocks = -(-(held + 1100) // BLOCK_TOKENS)
     bounds = backend.put(torch.full((bounds_rows(held + 1100), 6), 7.0))
     # Of a tile that it wrote into, it may take the blocks before it as they are: those are exact.
     tile = held // FIRST
-    bounds[tile * TILE : held // BLOCK] = block_bounds(points, num_points=count)[tile * TILE : held // BLOCK]
+    bounds[tile * TILE_BLOCKS : held // BLOCK_TOKENS] = block_bounds(points, num_points=count)[
+        tile * TILE_BLOCKS : held // BLOCK_TOKENS
+    ]
     before = bounds.clone()
     latents = torch.from_numpy(rng.normal(size=(2, 3, 18, 26))).float()
     cameras = scenes.intrinsics(rng, 2, IMAGE), scenes.poses(rng, 2)
@@ -102,7 +110,7 @@ def test_a_write_updates_the_blocks_it_wrote_into_and_no_other(backend, held):
     end = held + int(report[0])
     assert int(count) == end and end > held + 100
     exact = definition(points, end)
-    first, last = held // BLOCK, (end - 1) // BLOCK
+    first, last = held // BLOCK_TOKENS, (end - 1) // BLOCK_TOKENS
     tiles = slice(blocks + tile, blocks + (end - 1) // FIRST + 1)
     for rows in (slice(first, last + 1), tiles):
         assert_equal_bits([bounds[rows]], [exact[rows]])
@@ -127,9 +135,9 @@ def frames(seed: int, views: int = 3, channels: int = 4):
 
 
 def assert_exact(cache: LatentCache) -> None:
-    bounds = cache._bounds.cpu()
+    bounds = cache.buffers.bounds.cpu()
     assert bounds.shape == (bounds_rows(cache.capacity), 6)
-    assert_equal_bits([bounds], [definition(cache._points, len(cache))])
+    assert_equal_bits([bounds], [definition(cache.buffers.points, len(cache))])
 
 
 def test_a_cache_keeps_them_exact(backend, tmp_path):
@@ -140,7 +148,7 @@ def test_a_cache_keeps_them_exact(backend, tmp_path):
         marks.append(cache.checkpoint())
         cache.write(*[backend.put(x) for x in frames(seed)[:2]], frames(seed)[2])
         assert_exact(cache)
-    assert len(cache) > 3 * BLOCK and cache.generation > 1
+    assert len(cache) > 3 * BLOCK_TOKENS and cache.buffer_version > 1
     for mark in reversed(marks[1:4]):
         cache.rollback(mark)
         assert len(cache) == mark[0] > 0
@@ -150,9 +158,9 @@ def test_a_cache_keeps_them_exact(backend, tmp_path):
     assert_exact(loaded)
     loaded.write(*[backend.put(x) for x in frames(7)[:2]], frames(7)[2])
     assert_exact(loaded)
-    assert_exact(loaded._rebuild(backend.device, loaded._live()))
+    assert_exact(LatentCache.from_tensors(loaded.tensors(), backend.device, **{**loaded.config, "dtype": loaded.dtype}))
     cache.clear()
-    assert (cache._bounds[:, :3] == torch.inf).all()
+    assert (cache.buffers.bounds[:, :3] == torch.inf).all()
     assert_exact(cache)
     cache.write(*[backend.put(x) for x in frames(8)[:2]], frames(8)[2])
     assert_exact(cache)
@@ -172,7 +180,7 @@ def test_the_published_class_keeps_them_exact(backend):
     cloud = LatentPointCloud.from_geometry(depth[0].nan_to_num(0, 0, 0), *rest, device=backend.device)
     assert_exact(cloud._cache)
     cloud.update(depth.nan_to_num(0, 0, 0), cameras.intrinsics, cameras.cam2world, latents)
-    assert len(cloud._cache) > BLOCK
+    assert len(cloud._cache) > BLOCK_TOKENS
     assert_exact(cloud._cache)
 
 
@@ -181,9 +189,9 @@ def test_bytes_count_them():
     empty = cache.nbytes_allocated
     cache.write(*frames(0))
     live = len(cache)
-    assert BLOCK < live < 2 * BLOCK
+    assert BLOCK_TOKENS < live < 2 * BLOCK_TOKENS
     assert cache.nbytes == live * (16 + 16 + 4) + (2 + 1) * 24 + 3 * 12
-    assert empty == 1000 * (16 + 16 + 4) + (4 + 1) * 24 + cache._frame_centers.nbytes + 8
+    assert empty == 1000 * (16 + 16 + 4) + (4 + 1) * 24 + cache.buffers.frame_centers.nbytes + 8
 
 
 # ---------------------------------------------------------------------------------------------- what reads make of them
@@ -192,11 +200,11 @@ def test_bytes_count_them():
 def scene(seed: int, blocks: int = 7, views: int = 4, unit: float = 1.0, spread: float = 0.3):
     """Clusters of a block's tokens all round cameras that look everywhere: (tokens, frames, cameras)."""
     rng = np.random.default_rng(seed)
-    count = blocks * BLOCK - int(rng.integers(0, BLOCK))
+    count = blocks * BLOCK_TOKENS - int(rng.integers(0, BLOCK_TOKENS))
     direction = rng.normal(size=(blocks, 3))
     centre = direction / np.linalg.norm(direction, axis=1, keepdims=True) * rng.uniform(0.5, 6, (blocks, 1))
     points, features, frame_ids, frame_centers = scenes.written_cloud(rng, count, 3, GRID[1])
-    where = centre.repeat(BLOCK, 0)[:count] + rng.normal(size=(count, 3)) * spread
+    where = centre.repeat(BLOCK_TOKENS, 0)[:count] + rng.normal(size=(count, 3)) * spread
     points[:, :3] = torch.from_numpy(where).float()
     points *= unit
     intrinsics, cam2world = scenes.intrinsics(rng, views, GRID), scenes.poses(rng, views, angle=3.1)
@@ -243,7 +251,7 @@ def test_some_blocks_are_seen_and_some_are_not(backend):
     masks = assert_same_reads(backend, tokens, frames, cameras)
     assert all(mask.sum() > 20 for mask in masks)
     view = splat(*[backend.put(x) for x in (*tokens, *cameras)], GRID)
-    seen = {int(x) // BLOCK for x in view.index[view.mask]}
+    seen = {int(x) // BLOCK_TOKENS for x in view.index[view.mask]}
     assert 3 < len(seen) < 25
 
 
@@ -266,11 +274,11 @@ def test_kernels_pass_over_blocks_by_their_bounds(cpu_backend):
 def test_tiles_that_no_view_sees_are_passed_over(cpu_backend, tiles):
     """What is stored elsewhere, tile by tile, changes no read; 64 tiles are tested at a time."""
     tokens, frames, cameras = scene(6, blocks=20)
-    count, rng = tiles * TILE * BLOCK, np.random.default_rng(7)
+    count, rng = tiles * TILE_BLOCKS * BLOCK_TOKENS, np.random.default_rng(7)
     points = torch.full((count, 4), torch.nan)  # seen by none, but for a token in every tile, behind everything
-    points[:: TILE * BLOCK] = torch.tensor([500.0, 400.0, 1e6, 0.1])
+    points[:: TILE_BLOCKS * BLOCK_TOKENS] = torch.tensor([500.0, 400.0, 1e6, 0.1])
     where = rng.permutation(count)[: len(tokens[0])]  # scattered over the tiles, then in one
-    for rows in (np.sort(where), np.arange(len(where)) + (tiles - 1) * TILE * BLOCK + 77):
+    for rows in (np.sort(where), np.arange(len(where)) + (tiles - 1) * TILE_BLOCKS * BLOCK_TOKENS + 77):
         spread = points.clone(), torch.zeros(count, 3), torch.zeros(count, dtype=torch.int32)
         for buffer, held in zip(spread, (*tokens, frames[0]), strict=True):
             buffer[rows] = held
@@ -291,9 +299,9 @@ def test_special_points_and_loose_bounds(backend):
     tokens, frames, cameras = scene(2, blocks=12)
     points = tokens[0]
     points[::9, 0], points[1::9, 1], points[2::9, 2] = torch.nan, torch.inf, -torch.inf
-    points[3 * BLOCK : 4 * BLOCK] = torch.nan
-    points[5 * BLOCK : 5 * BLOCK + 20] *= 1e30
-    points[7 * BLOCK] = torch.tensor([3e38, -3e38, 3e38, 1.0])
+    points[3 * BLOCK_TOKENS : 4 * BLOCK_TOKENS] = torch.nan
+    points[5 * BLOCK_TOKENS : 5 * BLOCK_TOKENS + 20] *= 1e30
+    points[7 * BLOCK_TOKENS] = torch.tensor([3e38, -3e38, 3e38, 1.0])
     assert_same_reads(backend, tokens, frames, cameras)
     everywhere = torch.tensor([-torch.inf] * 3 + [torch.inf] * 3).repeat(13, 1)
     wide = block_bounds(points) + torch.tensor([-1.0, -2.0, -0.5, 1.0, 0.1, 3.0])
@@ -332,13 +340,13 @@ def test_tokens_on_the_borders_of_the_frustum(backend, unit):
         places += [(u, v + 0.5, 1.0) for u in (-past, width + past) for v in range(2, height, 5)]
         places += [(u + 0.5, v, 1.0) for v in (-past, height + past) for u in range(4, width - 2, 5)]
     pose, (fx, fy, cx, cy) = cam2world[0].numpy(), (float(intrinsics[0][k]) for k in ((0, 0), (1, 1), (0, 2), (1, 2)))
-    points = torch.full((len(places) * BLOCK, 4), torch.nan)
+    points = torch.full((len(places) * BLOCK_TOKENS, 4), torch.nan)
     for k, (u, v, z) in enumerate(places):
         camera = np.array([(u - cx) / fx, (v - cy) / fy, 1.0]) * z * unit
         world = (pose[:3, :3] @ camera + pose[:3, 3]).astype(np.float32)
         nudged = world.view(np.int32) + rng.integers(-4, 5, 3, dtype=np.int32)
-        points[k * BLOCK, :3] = torch.from_numpy(nudged.view(np.float32))
-        points[k * BLOCK, 3] = 5 * z * unit
+        points[k * BLOCK_TOKENS, :3] = torch.from_numpy(nudged.view(np.float32))
+        points[k * BLOCK_TOKENS, 3] = 5 * z * unit
     features = torch.from_numpy(rng.uniform(1, 2, (len(points), 2))).float()
     frames = torch.zeros(len(points), dtype=torch.int32), torch.zeros(1, 3)
     masks = assert_same_reads(

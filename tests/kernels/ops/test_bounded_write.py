@@ -1,4 +1,4 @@
-"""`bounded_write` and `cache_compact` on every backend: against the definition, brute force, and their own rules."""
+"""`bounded_write` and `cache_compact` on every backend: against the definition, the brute force, and their rules."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mirage_kernels import block_bounds, bounded_write, cache_compact, use_backend
-from mirage_kernels.reference import BLOCK, DEAD, FLOAT8, WRITE_REPORT, bounds_rows, token_voxels, z_order
+from mirage_kernels.constants import BLOCK_TOKENS, INVALID, WRITE_REPORT
+from mirage_kernels.geometry import bounds_rows, token_voxels, z_order
+from mirage_kernels.quantization import FLOAT8
 
 GRID = (6, 9)
 IMAGE = (37, 50)
@@ -54,12 +56,15 @@ class Held:
 
     def __init__(self, capacity=400, dtype=torch.float32, merge=False, channels=CHANNELS, put=lambda x: x, boxes=True):
         points, features, frame_ids, count = scenes.buffers(capacity, channels, dtype)
-        looks = torch.full((capacity,), 7, dtype=torch.uint8) if merge else None
-        votes = torch.full((capacity,), 9, dtype=torch.uint8)
+        num_observations = torch.full((capacity,), 7, dtype=torch.uint8) if merge else None
+        free_space_violations = torch.full((capacity,), 9, dtype=torch.uint8)
         self.points, self.features, self.frame_ids, self.count = (
             put(x.clone()) for x in (points, features, frame_ids, count)
         )
-        self.votes, self.looks = put(votes), None if looks is None else put(looks)
+        self.free_space_violations, self.num_observations = (
+            put(free_space_violations),
+            None if num_observations is None else put(num_observations),
+        )
         self.scales = put(torch.full((capacity,), 130, dtype=torch.uint8)) if dtype == FLOAT8 else None
         self.bounds = block_bounds(self.points, num_points=self.count) if boxes else None
         self.centers = put(torch.full((FRAMES, 3), math.nan))
@@ -69,9 +74,9 @@ class Held:
         views = len(latents)
         self.centers[self.frames : self.frames + views] = self.put(cam2world[:, :3, 3].float())
         report = bounded_write(
-            *(self.points, self.features, self.frame_ids, self.votes, self.count, self.centers),
+            *(self.points, self.features, self.frame_ids, self.free_space_violations, self.count, self.centers),
             *(self.put(x) for x in (latents, depth, intrinsics, cam2world)),
-            looks=self.looks,
+            num_observations=self.num_observations,
             bounds=self.bounds,
             scales=self.scales,
             mask=None if mask is None else self.put(mask),
@@ -83,18 +88,35 @@ class Held:
 
     def trim(self, max_tokens=None):
         options = dict(
-            votes=self.votes, looks=self.looks, bounds=self.bounds, scales=self.scales, max_tokens=max_tokens
+            free_space_violations=self.free_space_violations,
+            num_observations=self.num_observations,
+            bounds=self.bounds,
+            scales=self.scales,
+            max_tokens=max_tokens,
         )
         return int(cache_compact(self.points, self.features, self.frame_ids, self.count, **options))
 
     def all(self):
         """Every buffer whole, so that a stray write shows."""
-        kept = (self.points, self.features, self.frame_ids, self.votes, self.looks, self.scales, self.count)
+        kept = (
+            self.points,
+            self.features,
+            self.frame_ids,
+            self.free_space_violations,
+            self.num_observations,
+            self.scales,
+            self.count,
+        )
         return [x.cpu() for x in kept if x is not None]
 
     def live(self):
         n = int(self.count)
-        return self.points[:n].cpu(), self.features[:n].cpu(), self.frame_ids[:n].cpu(), self.votes[:n].cpu()
+        return (
+            self.points[:n].cpu(),
+            self.features[:n].cpu(),
+            self.frame_ids[:n].cpu(),
+            self.free_space_violations[:n].cpu(),
+        )
 
 
 def both(backend, *setup, **options):
@@ -134,7 +156,7 @@ def test_every_backend_writes_the_bits_of_the_definition(backend, stored, merge)
         total = {name: total[name] + report[name] for name in total}
     seen = {name for name in total if total[name] > 0}
     assert seen == set(WRITE_REPORT) - {"evicted", *(("replaced", "covered") if merge else ("merged",))}
-    assert int((held[0].votes[: int(held[0].count)] == DEAD).sum()) == total["carved"] > 5
+    assert int((held[0].free_space_violations[: int(held[0].count)] == INVALID).sum()) == total["carved"] > 5
 
 
 @pytest.mark.parametrize("channels, grid", [(1, (1, 1)), (48, (4, 4)), (65, (3, 17)), (16, (1, 40)), (7, (33, 1))])
@@ -217,7 +239,7 @@ def test_far_blocks_change_nothing(backend):
     points[:5000, 0] += 100
     for held in (near, plain):
         held.points[:6000], held.features[:6000] = backend.put(points), backend.put(features)
-        held.frame_ids[:6000], held.votes[:6000] = 0, 0
+        held.frame_ids[:6000], held.free_space_violations[:6000] = 0, 0
         held.count.fill_(6000)
         held.centers[0], held.frames = 0, 1
     near.bounds = block_bounds(near.points, num_points=near.count)
@@ -233,15 +255,21 @@ def test_far_blocks_change_nothing(backend):
 def layers(backend, shift=0.0, unit=1.0):
     """Blocks of held tokens one behind the other along the views of `room`, some on its wall, most behind it."""
     rng = np.random.default_rng(7)
-    held = both(backend, 40 * BLOCK + 400)
+    held = both(backend, 40 * BLOCK_TOKENS + 400)
     depths = np.linspace(3.5, 9.0, 40) + shift
-    points = rng.normal(size=(40, BLOCK, 3)) * 0.4 * depths[:, None, None]
-    points[..., 2] = depths[:, None] + rng.uniform(-0.01, 0.01, (40, BLOCK))
+    points = rng.normal(size=(40, BLOCK_TOKENS, 3)) * 0.4 * depths[:, None, None]
+    points[..., 2] = depths[:, None] + rng.uniform(-0.01, 0.01, (40, BLOCK_TOKENS))
     rows = torch.from_numpy(np.concatenate([points, points[..., 2:] / 16], 2)).float().flatten(0, 1) * unit
-    votes = torch.from_numpy(rng.integers(0, 5, len(rows), dtype=np.uint8))  # some as many as carve, from other writes
+    free_space_violations = torch.from_numpy(
+        rng.integers(0, 5, len(rows), dtype=np.uint8)
+    )  # some as many as carve, from other writes
     for side in held:
         side.points[: len(rows)] = rows.to(side.points)
-        side.features[: len(rows)], side.frame_ids[: len(rows)], side.votes[: len(rows)] = 0, 0, votes.to(side.votes)
+        side.features[: len(rows)], side.frame_ids[: len(rows)], side.free_space_violations[: len(rows)] = (
+            0,
+            0,
+            free_space_violations.to(side.free_space_violations),
+        )
         side.count.fill_(len(rows))
         side.centers[0], side.frames = 0, 1
         side.bounds = block_bounds(side.points, num_points=side.count)
@@ -298,10 +326,10 @@ def test_brute_force(backend, seed, merge):
         )
         assert report == expected
         carved += report["carved"]
-        points, features, frame_ids, votes = held.live()
+        points, features, frame_ids, free_space_violations = held.live()
         assert len(points) == len(tokens) > 30
         assert frame_ids.tolist() == [token.frame for token in tokens]
-        assert votes.tolist() == [token.votes for token in tokens]
+        assert free_space_violations.tolist() == [token.free_space_violations for token in tokens]
         np.testing.assert_allclose(points.numpy(), np.array([token.point for token in tokens]), rtol=1e-4, atol=1e-4)
         np.testing.assert_allclose(features.numpy(), np.array([token.latent for token in tokens]), rtol=1e-4, atol=1e-5)
     assert report["merged" if merge else "covered"] > 10 and carved > 0
@@ -351,7 +379,9 @@ def test_what_views_see_through_is_carved(backend):
     on_box = int((held.live()[0][:, 2] < 3).sum())
     assert on_box > 5
     assert held.write(*without, carve_views=3)["carved"] == 0
-    assert held.write(*with_box, carve_views=3)["carved"] == 0, "seen in its place again: the votes begin anew"
+    assert held.write(*with_box, carve_views=3)["carved"] == 0, (
+        "seen in its place again: its violations are counted from 0 again"
+    )
     assert held.write(*without, carve_views=3)["carved"] == 0
     assert held.write(*without, carve_views=3)["carved"] == 0
     carved = held.write(*without, carve_views=3)["carved"]
@@ -390,9 +420,9 @@ def test_threads_change_nothing():
 # ---------------------------------------------------------------------------------------------- trimming
 
 
-def trimmed(points, features, frame_ids, votes, looks, live, max_tokens):
+def compacted(points, features, frame_ids, free_space_violations, num_observations, live, max_tokens):
     """By brute force: rows that stay, and how many were evicted."""
-    alive = [row for row in range(live) if votes is None or votes[row] != DEAD]
+    alive = [row for row in range(live) if free_space_violations is None or free_space_violations[row] != INVALID]
     excess = max(len(alive) - max_tokens, 0)
     gone = set(sorted(alive, key=lambda row: (int(frame_ids[row]), row))[:excess])
     return [row for row in alive if row not in gone], excess
@@ -406,15 +436,15 @@ def test_trim(backend, live, dead, share, stored):
     rng = np.random.default_rng(live)
     held = Held(3000, stored, merge=True, put=backend.put)
     held.frame_ids[:] = backend.put(torch.from_numpy(rng.integers(0, 40, 3000)).int())
-    held.votes[:] = backend.put(
-        torch.from_numpy(np.where(rng.random(3000) < dead, DEAD, rng.integers(0, 9, 3000))).byte()
+    held.free_space_violations[:] = backend.put(
+        torch.from_numpy(np.where(rng.random(3000) < dead, INVALID, rng.integers(0, 9, 3000))).byte()
     )
-    held.looks[:] = backend.put(torch.from_numpy(rng.integers(1, 17, 3000)).byte())
+    held.num_observations[:] = backend.put(torch.from_numpy(rng.integers(1, 17, 3000)).byte())
     held.count.fill_(live)
     held.bounds = block_bounds(held.points, num_points=held.count)
     before = [x.clone().view(torch.uint8) if x.dtype == FLOAT8 else x.clone() for x in held.all()[:-1]]
     most = None if share is None else int(live * (1 - dead) * share)
-    stay, excess = trimmed(*before[:5], live, 2**60 if most is None else most)
+    stay, excess = compacted(*before[:5], live, 2**60 if most is None else most)
     assert held.trim(most) == excess
     *after, count = held.all()
     after = [x.view(torch.uint8) if x.dtype == FLOAT8 else x for x in after]
@@ -425,7 +455,7 @@ def test_trim(backend, live, dead, share, stored):
     assert held.bounds.shape[0] == bounds_rows(3000)
 
 
-def test_trim_without_votes(backend):
+def test_trim_without_violations(backend):
     held = Held(100, put=backend.put)
     held.frame_ids[:] = backend.put(torch.arange(100).int() // 10)
     held.count.fill_(100)
@@ -444,7 +474,7 @@ def options_of(**changes):
         points=held.points,
         features=held.features,
         frame_ids=held.frame_ids,
-        votes=held.votes,
+        free_space_violations=held.free_space_violations,
         count=held.count,
         frame_centers=held.centers,
         latents=latents,
@@ -456,9 +486,21 @@ def options_of(**changes):
 
 
 WRONG = [
-    (dict(votes=None), TypeError, "votes must be a tensor, written in place, got NoneType None"),
-    (dict(votes=torch.zeros(99, dtype=torch.uint8)), ValueError, "votes must be \\(100,\\) uint8, got \\(99,\\) uint8"),
-    (dict(looks=torch.zeros(100)), ValueError, "looks must be \\(100,\\) uint8, got \\(100,\\) float32"),
+    (
+        dict(free_space_violations=None),
+        TypeError,
+        "free_space_violations must be a tensor, written in place, got NoneType None",
+    ),
+    (
+        dict(free_space_violations=torch.zeros(99, dtype=torch.uint8)),
+        ValueError,
+        "free_space_violations must be \\(100,\\) uint8, got \\(99,\\) uint8",
+    ),
+    (
+        dict(num_observations=torch.zeros(100)),
+        ValueError,
+        "num_observations must be \\(100,\\) uint8, got \\(100,\\) float32",
+    ),
     (dict(frame_centers=torch.zeros(2, 3)), ValueError, "frame_centers must be \\(F, 3\\) float32, at least 3 rows"),
     (dict(frame_centers=torch.zeros(64, 3).double()), ValueError, "frame_centers must be \\(F, 3\\) float32"),
     (dict(views_per_voxel=0), ValueError, "views_per_voxel must be an int from 1 to 64, got 0"),

@@ -21,9 +21,10 @@ from comparison import assert_equal_bits
 from cuda_emulator.build import NAMESPACE, VARIANTS, NotSupported, build
 from torch import Tensor
 
-from mirage_kernels import available_backends, block_bounds, reference
-from mirage_kernels.reference import BLOCK, bounds_rows
-from mirage_kernels.schemas import SCHEMAS, private_operator
+from mirage_kernels import available_backends, block_bounds
+from mirage_kernels.constants import BLOCK_TOKENS
+from mirage_kernels.geometry import bounds_rows
+from mirage_kernels.ops.operator import OPERATORS
 
 NEAR = 0.05
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -69,8 +70,8 @@ def emulated() -> Emulated:
     if not _libraries:
         for suffix in VARIANTS:
             library = torch.library.Library(NAMESPACE + suffix, "DEF")
-            for name, schema in SCHEMAS.items():
-                library.define(f"{name}_compiled{schema}")
+            for name, operator in OPERATORS.items():
+                library.define(f"{name}_compiled{operator.schema}")
             _libraries.append(library)
         _libraries[0].define("run_faulty(Tensor input, int which) -> Tensor")
         torch.ops.load_library(path)
@@ -78,27 +79,9 @@ def emulated() -> Emulated:
 
 
 def definition(name: str, *arguments: Any) -> Any:
-    """What the operator must give: the compiled CPU operator, or reference.py where it was not built."""
-    if available_backends()["cpu"]:
-        return private_operator(name, "compiled")(*arguments)
-    if name == "back_project":
-        *tensors, height, width, bilinear = arguments
-        return reference.back_project(*tensors, (height, width), "bilinear" if bilinear else "median")
-    if name == "splat":
-        *tensors, height, width, near, dtype = arguments[:9]
-        return reference.splat(*tensors, (height, width), near, dtype, *arguments[10:])
-    if name == "block_bounds":
-        return reference.block_bounds(*arguments)
-    if name == "splat_aligned":
-        *tensors, height, width, near, sharpness, dtype = arguments[:12]
-        return reference.splat_aligned(*tensors, (height, width), near, sharpness, dtype, *arguments[13:])
-    if name == "cache_write":
-        tensors, (first_frame, bilinear, *rest) = arguments[:9], arguments[9:]
-        return reference.cache_write(*tensors, first_frame, "bilinear" if bilinear else "median", *rest)
-    if name == "view_overlap":
-        *tensors, height, width, voxel_size, near = arguments
-        return reference.view_overlap(*tensors, (height, width), voxel_size, near)
-    return reference.splat_backward(*arguments)
+    """What the operator must give: the compiled CPU operator, or the definition where it was not built."""
+    operator = OPERATORS[name]
+    return (operator.overloads["compiled"] if available_backends()["cpu"] else operator.reference)(*arguments)
 
 
 def as_tuple(result: Any) -> tuple[Tensor, ...]:
@@ -907,13 +890,13 @@ def blocky_scene(
 ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
     """Clusters of a block's tokens all round cameras that look everywhere: points, features, the rest of aligned."""
     rng = np.random.default_rng(seed)
-    count = blocks * BLOCK - 20
+    count = blocks * BLOCK_TOKENS - 20
     direction = rng.normal(size=(blocks, 3))
     centre = direction / np.linalg.norm(direction, axis=1, keepdims=True) * rng.uniform(0.5, 6, (blocks, 1))
     points, features, *frames = scenes.written_cloud(rng, count, 3, size[1])
-    points[:, :3] = torch.from_numpy(centre.repeat(BLOCK, 0)[:count] + rng.normal(size=(count, 3)) * 0.2).float()
+    points[:, :3] = torch.from_numpy(centre.repeat(BLOCK_TOKENS, 0)[:count] + rng.normal(size=(count, 3)) * 0.2).float()
     points[::50, 1] = math.nan
-    points[-BLOCK:] *= 1e30
+    points[-BLOCK_TOKENS:] *= 1e30
     return points, features, (*frames, scenes.intrinsics(rng, views, size), scenes.poses(rng, views, angle=3.1))
 
 

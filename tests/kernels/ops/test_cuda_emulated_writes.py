@@ -20,8 +20,11 @@ from test_bounded_write import Held, both, room, trimmed, write_both
 from test_cuda_emulated import DTYPES, ORDERS, Emulated, Order, emulated, names  # noqa: F401
 from torch import Tensor
 
-from mirage_kernels import block_bounds, ops, use_backend
-from mirage_kernels.reference import DEAD, FLOAT8, WRITE_REPORT, token_voxels
+from mirage_kernels import block_bounds, use_backend
+from mirage_kernels.constants import INVALID, WRITE_REPORT
+from mirage_kernels.geometry import token_voxels
+from mirage_kernels.ops.operator import OPERATORS
+from mirage_kernels.quantization import FLOAT8
 
 
 @pytest.fixture
@@ -30,11 +33,12 @@ def emulate(emulated: Emulated, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cal
     target = require_target("cpu", "cpu")
 
     def begin(order: Order, variant: str = "") -> Target:
-        def operator(name: str, family: str) -> Callable[..., Any]:
+        def operator(name: str) -> Callable[..., Any]:
             suffix = variant if name == "cache_compact" else ""
             return lambda *arguments: emulated.run(f"{name}_compiled", *arguments, order=order, variant=suffix)
 
-        monkeypatch.setattr(ops, "private_operator", operator)
+        for name in OPERATORS:
+            monkeypatch.setitem(OPERATORS[name].overloads, "compiled", operator(name))
         return target
 
     with use_backend("cpu"):
@@ -80,15 +84,20 @@ def test_all_tokens_come_to_one_voxel(emulate: Callable[..., Target], views_per_
 @pytest.mark.parametrize("order", ORDERS, ids=names.__getitem__)
 @pytest.mark.parametrize("merge", [False, True])
 def test_large_grids_over_crowded_buffers(emulate: Callable[..., Target], order: Order, merge: bool) -> None:
-    # Several thousand cells; held tokens of any frame, of frames that the table lacks, dead ones, votes of every count.
+    # Several thousand cells; held tokens of any frame, of frames that the table lacks, invalid ones, violations of
+    # every count.
     rng = np.random.default_rng(5)
     size = (48, 50)
     held = both(emulate(order), 12_000, merge=merge)
     points, _, frame_ids, _ = scenes.written_cloud(rng, 3000, 1, size[1])
     points[::50] = torch.tensor([math.nan, math.inf, -math.inf, 0.0])
-    votes = torch.from_numpy(rng.choice([0, 0, 0, 1, 2, 254, DEAD], 3000)).byte()
+    free_space_violations = torch.from_numpy(rng.choice([0, 0, 0, 1, 2, 254, INVALID], 3000)).byte()
     for side in held:
-        side.points[:3000], side.frame_ids[:3000], side.votes[:3000] = points, frame_ids, votes
+        side.points[:3000], side.frame_ids[:3000], side.free_space_violations[:3000] = (
+            points,
+            frame_ids,
+            free_space_violations,
+        )
         side.centers[:12] = torch.randn(12, 3, generator=torch.Generator().manual_seed(1))
         side.count.fill_(3000)
         side.frames = 12
@@ -107,7 +116,7 @@ def test_a_false_count_writes_nothing(emulate: Callable[..., Target], count: int
     # The count lives on the device: an operator that cannot refuse it must at least stay within its buffers.
     held = Held(400, put=emulate(ORDERS[0]).put)
     held.count.fill_(count)
-    held.votes[::3] = DEAD
+    held.free_space_violations[::3] = INVALID
     held.bounds.fill_(7.0)
     before = [x.clone() for x in (*held.all(), held.bounds)]
     report = held.write(*room(1))
@@ -133,8 +142,10 @@ def crowded(
     rng = np.random.default_rng(seed)
     held = Held(capacity, stored, merge=True, channels=channels, boxes=False)
     held.frame_ids[:] = frames
-    held.votes[:] = torch.from_numpy(np.where(rng.random(capacity) < dead, DEAD, rng.integers(0, 9, capacity))).byte()
-    held.looks[:] = torch.from_numpy(rng.integers(1, 17, capacity)).byte()
+    held.free_space_violations[:] = torch.from_numpy(
+        np.where(rng.random(capacity) < dead, INVALID, rng.integers(0, 9, capacity))
+    ).byte()
+    held.num_observations[:] = torch.from_numpy(rng.integers(1, 17, capacity)).byte()
     if held.scales is not None:
         held.scales[:] = torch.from_numpy(rng.integers(11, 247, capacity)).byte()
     held.points[:, :3] += torch.from_numpy(rng.normal(size=(capacity, 3))).float()
@@ -178,7 +189,7 @@ def test_trim_evicts_by_any_frame_ids(emulate: Callable[..., Target], ids: str, 
         emulate(order, variant)
         for share in (0.0, 0.02, 0.6, 1.0):
             held = crowded(1, 2500, 2600, torch.float16, 3, frames, dead)
-            most = int(share * (held.votes[:2500] != DEAD).sum())
+            most = int(share * (held.free_space_violations[:2500] != INVALID).sum())
             assert (check_trim(held, most) > 0) == (share < 1)
             assert check_trim(held, None) == 0 and int(held.count) == most
 
@@ -201,7 +212,7 @@ def test_trim_closes_one_gap(emulate: Callable[..., Target], gone: int, number: 
     for order, variant in itertools.product(ORDERS, ("", "_small")):
         emulate(order, variant)
         held = crowded(3, 2048, 2048, torch.float32, 2, torch.zeros(2048, dtype=torch.int32), 0.0)
-        held.votes[gone : gone + number] = DEAD
+        held.free_space_violations[gone : gone + number] = INVALID
         assert check_trim(held, None) == 0 and int(held.count) == max(2048 - number, gone)
 
 

@@ -18,11 +18,12 @@ from mirage_kernels import (
     LatentCache,
     bounded_write,
     cache_write,
-    reference,
     splat,
     splat_aligned,
     use_backend,
 )
+from mirage_kernels.geometry import bounds_rows
+from mirage_kernels.quantization import dequantize_rows, quantize_rows
 
 FLOAT8 = torch.float8_e4m3fn
 LARGEST = 448 * 2.0**119
@@ -100,12 +101,12 @@ def leading_rows():
 @pytest.mark.parametrize("rows", [hard_rows, leading_rows])
 def test_the_definition_is_the_brute_force(rows):
     rows = rows()
-    features, scales = reference.quantise_rows(rows)
+    features, scales = quantize_rows(rows)
     expected = [brute_force.quantise(row) for row in rows.numpy()]
     assert features.dtype == FLOAT8 and scales.dtype == torch.uint8 and len(rows) > 700
     assert scales.tolist() == [scale for _, scale in expected]
     assert raw(features).tolist() == [codes for codes, _ in expected]
-    values = reference.dequantise_rows(features, scales)
+    values = dequantize_rows(features, scales)
     exact = VALUES.double()[raw(features).long()] * 2.0 ** (scales.double()[:, None] - 127)
     assert values.dtype == torch.float32 and torch.equal(values.double(), exact)
     assert torch.equal(values.bfloat16().float(), values), "exact in bfloat16 too"
@@ -114,8 +115,8 @@ def test_the_definition_is_the_brute_force(rows):
 
 def test_how_far_a_value_is_off():
     rows = torch.from_numpy(np.random.default_rng(0).standard_t(2, (2000, 48))).float()
-    features, scales = reference.quantise_rows(rows)
-    off = (reference.dequantise_rows(features, scales) - rows).abs()
+    features, scales = quantize_rows(rows)
+    off = (dequantize_rows(features, scales) - rows).abs()
     step = 2.0 ** (scales.double() - 127 - 9)
     largest = rows.abs().amax(1)
     assert (off <= torch.maximum(rows.abs().double() / 16, step[:, None] / 2)).all()
@@ -126,7 +127,7 @@ def test_how_far_a_value_is_off():
 def test_rows_too_large_become_nan():
     """No write stores them, but a mean of two tokens may be one."""
     rows = torch.tensor([[math.inf, 1e30, 3.4e38], [-3e38, -math.inf, 2.98e38], [math.nan, 0.0, 1.0]])
-    features, scales = reference.quantise_rows(rows)
+    features, scales = quantize_rows(rows)
     assert scales.tolist() == [246] * 3
     assert raw(features).tolist() == [[0x7F, 0x00, 0x7F], [0xFE, 0xFF, 0x7E], [0x7F, 0x00, 0x00]]
 
@@ -139,21 +140,21 @@ def test_means_past_the_range(kernels):
         latents, depth, *cameras = row_of_tokens(rows)
         points, _, ids, count = scenes.buffers(5, 4)
         features, scales = torch.zeros(5, 4, dtype=torch.uint8).view(FLOAT8), torch.zeros(5, dtype=torch.uint8)
-        votes, looks = torch.zeros(2, 5, dtype=torch.uint8)
-        held = [put(x) for x in (points, features, ids, votes, count)]
-        options = {"scales": put(scales), "looks": put(looks)}
+        free_space_violations, num_observations = torch.zeros(2, 5, dtype=torch.uint8)
+        held = [put(x) for x in (points, features, ids, free_space_violations, count)]
+        options = {"scales": put(scales), "num_observations": put(num_observations)}
         with use_backend(backend):
             for frame in range(3):
                 inputs = [put(x) for x in (torch.zeros(9, 3), latents, depth, *cameras)]
                 report = bounded_write(*held, *inputs, first_frame=frame, **options)
                 assert report[0 if frame == 0 else 2] == 1
-        results.append([raw(held[1]), options["scales"].cpu(), options["looks"].cpu()])
+        results.append([raw(held[1]), options["scales"].cpu(), options["num_observations"].cpu()])
     assert_equal_bits(*results)
     assert results[0][0][0].tolist()[::2] == [0x7F, 0xFF]
 
 
 def test_rows_of_no_channels():
-    features, scales = reference.quantise_rows(torch.zeros(3, 0))
+    features, scales = quantize_rows(torch.zeros(3, 0))
     assert features.shape == (3, 0) and scales.tolist() == [11] * 3
 
 
@@ -163,7 +164,7 @@ def test_every_backend_stores_what_the_definition_says(kernels, rows, dtype):
     rows = rows().to(dtype)
     rows = rows[(rows.float().abs() <= LARGEST).all(1)]
     codes, scales, report = store(kernels, rows)
-    expected, expected_scales = reference.quantise_rows(rows)
+    expected, expected_scales = quantize_rows(rows)
     assert report.tolist() == [len(rows), 0, 0, 0, 0, 0] and len(scales.unique()) > 4
     assert_equal_bits([codes, scales], [raw(expected), expected_scales])
 
@@ -173,7 +174,7 @@ def test_every_backend_stores_what_the_definition_says(kernels, rows, dtype):
 def test_rows_of_any_length(kernels, channels, dtype):
     rows = torch.from_numpy(np.random.default_rng(channels).standard_t(1, (45, channels)).clip(-6e4, 6e4)).to(dtype)
     codes, scales, report = store(kernels, rows)
-    expected = reference.quantise_rows(rows)
+    expected = quantize_rows(rows)
     assert report[0] == 45
     assert_equal_bits([codes, scales], [raw(expected[0]), expected[1]])
 
@@ -194,7 +195,7 @@ def test_latents_too_large_or_not_finite_are_refused(backend, dtype, sign):
     assert fits[0] and not fits[1:4].any() and fits[7]
     kept = int(fits.sum())
     assert report.tolist() == [kept, 0, 0, 0, 0, 8 - kept]
-    expected = reference.quantise_rows(rows[fits])
+    expected = quantize_rows(rows[fits])
     assert_equal_bits([codes[:kept], scales[:kept]], [raw(expected[0]), expected[1]])
 
 
@@ -213,7 +214,7 @@ def test_a_write_leaves_the_other_rows(backend, room):
     backend.sync()
     written = min(room + 2, 70)
     rows = latents.permute(0, 2, 3, 1).reshape(-1, 6)[:written]
-    expected = reference.quantise_rows(rows)
+    expected = quantize_rows(rows)
     assert report.tolist() == [written, 70 - written, 0, 0, 0, 0] and int(count) == 3 + written
     end = 3 + written
     assert_equal_bits([raw(features)[3:end], scales.cpu()[3:end]], [raw(expected[0]), expected[1]])
@@ -244,7 +245,7 @@ def test_a_read_is_that_of_the_values(backend, out, seed, channels):
     dtype = torch.bfloat16 if out is None else out
     for aligned, operator in ((False, splat), (True, splat_aligned)):
         points, features, scales, rest = float8_cloud(seed, channels=channels, aligned=aligned)
-        values = reference.dequantise_rows(features, scales)
+        values = dequantize_rows(features, scales)
         arguments = [backend.put(x) for x in rest]
         live = backend.put(torch.tensor(190))
         put = [backend.put(x) for x in (points, features, values, scales)]
@@ -270,7 +271,7 @@ def test_scales_may_be_strided(backend):
 def test_float64_points_are_read_by_the_definition():
     points, features, scales, rest = float8_cloud(5)
     view = splat(points.double(), features, *rest, SIZE, scales=scales, dtype=torch.float64)
-    values = reference.dequantise_rows(features, scales)
+    values = dequantize_rows(features, scales)
     assert view.mask.any()
     assert_equal_bits(view, splat(points.double(), values, *rest, SIZE, dtype=torch.float64))
 
@@ -281,7 +282,7 @@ def test_float64_points_are_read_by_the_definition():
 @pytest.mark.parametrize("out", [torch.float32, torch.bfloat16])
 def test_the_gradient_to_points_is_that_of_the_values(backend, out):
     points, features, scales, rest = float8_cloud(6, aligned=True)
-    values = reference.dequantise_rows(features, scales)
+    values = dequantize_rows(features, scales)
     weights = torch.from_numpy(np.random.default_rng(6).normal(size=(2, 5, *SIZE))).to(out)
     grads = []
     for stored, options in ((features, {"scales": backend.put(scales)}), (values, {})):
@@ -377,11 +378,11 @@ def write_room(dtype, device="cpu", **options):
 def test_a_cache_holds_what_the_operator_writes(backend):
     cache, cameras = write_room(FLOAT8, backend.device)
     exact, _ = write_room(torch.float32, backend.device)
-    features, scales = reference.quantise_rows(exact.features.cpu())
+    features, scales = quantize_rows(exact.features.cpu())
     n = len(cache)
     assert n == len(exact) > 100 and cache.features.dtype == torch.float32
-    assert_equal_bits([raw(cache._features[:n]), cache._scales[:n].cpu()], [raw(features), scales])
-    assert_equal_bits([cache.features.cpu()], [reference.dequantise_rows(features, scales)])
+    assert_equal_bits([raw(cache.buffers.features[:n]), cache.buffers.scales[:n].cpu()], [raw(features), scales])
+    assert_equal_bits([cache.features.cpu()], [dequantize_rows(features, scales)])
     assert_equal_bits([cache.points.cpu(), cache.frame_ids.cpu()], [exact.points.cpu(), exact.frame_ids.cpu()])
     for options in ({"splat": "nearest"}, {"splat": "aligned"}):
         got, expected = cache.read(cameras, SIZE, **options), exact.read(cameras, SIZE, **options)
@@ -393,7 +394,7 @@ def test_a_cache_holds_what_the_operator_writes(backend):
 
 def test_bytes_of_a_token():
     cache, _ = write_room(FLOAT8, capacity=500)
-    rows = reference.bounds_rows(len(cache))
+    rows = bounds_rows(len(cache))
     assert cache.nbytes - cache.frame_centers.nbytes == len(cache) * (16 + 4 + 48 + 1) + 24 * rows
     assert cache.nbytes_allocated - 500 * 69 <= 1024 * 12 + 8 + 24 * (2 + 1)
     assert "48 float8_e4m3fn channels" in repr(cache)
@@ -406,14 +407,14 @@ def test_rollback_and_growth():
     cache, _ = write_room(FLOAT8)
     whole, _ = write_room(FLOAT8, capacity=2000)
     mark, features = cache.checkpoint(), cache.features
-    generation = cache.generation
+    version = cache.buffer_version
     for seed in range(3, 9):
         rng = np.random.default_rng(seed)
         latents = torch.from_numpy(rng.normal(size=(2, 48, 5, 7)) * 2.0**seed).float()
         cameras = Cameras(scenes.intrinsics(rng, 2, (25, 35)), scenes.poses(rng, 2), (25, 35))
         for one in (cache, whole):
             one.write(latents, torch.full((2, 25, 35), 2.0), cameras)
-    assert cache.generation > generation and len(cache._scales[: len(cache)].unique()) > 6
+    assert cache.buffer_version > version and len(cache.buffers.scales[: len(cache)].unique()) > 6
     assert_equal_bits([cache.features], [whole.features])
     cache.rollback(mark)
     assert_equal_bits([cache.features], [features])
@@ -448,7 +449,7 @@ def test_any_number_of_threads(cpu_backend, name, threads):
             cache = LatentCache(48, dtype=FLOAT8)
             report = cache.write(latents, depth, cameras)
             if name == "write":
-                return [raw(cache._features[: len(cache)]), cache._scales[: len(cache)], report.counts]
+                return [raw(cache.buffers.features[: len(cache)]), cache.buffers.scales[: len(cache)], report.counts]
             return cache.read(cameras, (22, 40), splat=name.replace("splat_", "").replace("splat", "nearest"))
 
     threads(1)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
+import inspect
 import shutil
 
 import numpy as np
@@ -14,13 +17,14 @@ from mirage_kernels import (
     back_project,
     block_bounds,
     cache_write,
-    reference,
     splat,
     splat_aligned,
     use_backend,
     view_overlap,
 )
-from mirage_kernels.schemas import FAMILIES, SCHEMAS, private_operator
+from mirage_kernels.constants import INVALID
+from mirage_kernels.geometry import bounds_rows, z_order
+from mirage_kernels.ops.operator import FAMILIES, OPERATORS
 
 SIZE = (5, 7)
 IMAGE = (23, 36)
@@ -55,7 +59,7 @@ def operator_arguments(name, seed=0, count=200, views=2, dtype=torch.float32, ma
             bounds = block_bounds(points) if masked else None
             return points, features, live, *frames, *cameras, *SIZE, 0.05, 20.0, out, bounds
         arguments = points, features, live, *frames, *cameras, *SIZE, 0.05, 20.0, torch.float32
-        keys = private_operator("splat_aligned", "compiled")(*arguments)[4]
+        keys = OPERATORS["splat_aligned"].overloads["compiled"](*arguments)[4]
         grad = torch.from_numpy(rng.normal(size=(views, 6, *SIZE))).to(dtype)
         return grad, points, features, *frames, *cameras, keys, 20.0, masked
     if name == "cache_write":
@@ -65,17 +69,17 @@ def operator_arguments(name, seed=0, count=200, views=2, dtype=torch.float32, ma
         return *buffers, latents, depth, *image_cameras, mask, 5, False, 0.1, 2.4, bounds
     if name in ("bounded_write", "cache_compact"):
         points, features, frame_ids, count = scenes.buffers(60, 6, dtype, held=40)
-        votes = torch.from_numpy(rng.choice([0, 1, reference.DEAD], 60)).byte()
-        looks = torch.ones(60, dtype=torch.uint8) if masked else None
+        free_space_violations = torch.from_numpy(rng.choice([0, 1, INVALID], 60)).byte()
+        num_observations = torch.ones(60, dtype=torch.uint8) if masked else None
         bounds = block_bounds(points, num_points=count) if masked else None
-        held = points, features, frame_ids.abs(), votes, looks, count
+        held = points, features, frame_ids.abs(), free_space_violations, num_observations, count
         if name == "cache_compact":
             return *held, 15, bounds
         latents = torch.from_numpy(rng.normal(size=(views, 6, *SIZE))).to(dtype)
-        views_of = latents, depth, *image_cameras, mask, reference.z_order(SIZE), 61
+        views_of = latents, depth, *image_cameras, mask, z_order(SIZE), 61
         return *held, torch.zeros(63, 3), *views_of, False, 0.1, 2.4, 0.05, 2, 2, bounds
     if name == "block_bounds":
-        return points, live, torch.zeros(reference.bounds_rows(count), 6)
+        return points, live, torch.zeros(bounds_rows(count), 6)
     return points, live, *cameras, cameras[0][:1], cameras[1][:1], *SIZE, 0.5, 0.05, bounds
 
 
@@ -105,18 +109,29 @@ def non_trivial(name, results):
 
 
 def test_every_operator_has_a_schema_per_family():
-    """Without any compiled module: `schemas.py` alone defines them."""
+    """Without any compiled module: the operators' folders alone define them."""
     for family in FAMILIES:
-        for name, schema in SCHEMAS.items():
-            operator = private_operator(name, family)
+        for name, declared in OPERATORS.items():
+            operator = declared.overloads[family]
             assert str(operator._schema).startswith(f"mirage::{name}_{family}(")
-            assert str(operator._schema).count("Tensor") >= schema.count("Tensor")
+            assert str(operator._schema).count("Tensor") >= declared.schema.count("Tensor")
             assert torch.Tag.pt2_compliant_tag in operator.tags
 
 
-@pytest.mark.parametrize("name", SCHEMAS)
+@pytest.mark.parametrize("name", OPERATORS)
+def test_definition_and_triton_kernels_take_the_arguments_of_the_schema(name):
+    operator = OPERATORS[name]
+    functions = [operator.reference] if operator.reference else []
+    folder = name.removesuffix("_backward")
+    if importlib.util.find_spec("triton") is not None:
+        functions.append(getattr(importlib.import_module(f"mirage_kernels.ops.{folder}.triton"), name))
+    for function in functions:
+        assert tuple(inspect.signature(function).parameters) == operator.arguments
+
+
+@pytest.mark.parametrize("name", OPERATORS)
 def test_fakes_give_the_shapes_and_dtypes_of_the_real_results(kernels, name):
-    operator = private_operator(name, family(kernels))
+    operator = OPERATORS[name].overloads[family(kernels)]
     for masked in (False, True):
         arguments = [kernels.put(x) for x in operator_arguments(name, masked=masked)]
         real = operator(*arguments)
@@ -131,12 +146,12 @@ def test_fakes_give_the_shapes_and_dtypes_of_the_real_results(kernels, name):
             assert (ours.shape, ours.dtype, ours.stride()) == (theirs.shape, theirs.dtype, theirs.stride())
 
 
-@pytest.mark.parametrize("name", SCHEMAS)
+@pytest.mark.parametrize("name", OPERATORS)
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_opcheck(kernels, name, masked, dtype):
     """Schema, autograd registration, fake tensors, and AOT dispatch with dynamic shapes."""
-    operator = private_operator(name, family(kernels))
+    operator = OPERATORS[name].overloads[family(kernels)]
     arguments = [kernels.put(x) for x in operator_arguments(name, dtype=dtype, masked=masked)]
     assert non_trivial(name, operator(*[x.clone() if isinstance(x, torch.Tensor) else x for x in arguments]))
     if name in ("splat", "splat_aligned") and dtype == torch.float32:
@@ -150,7 +165,7 @@ def test_opcheck(kernels, name, masked, dtype):
 def test_float8_features(kernels, name):
     """The same of operators with scales, and that they change what their schemas say, on which PyTorch's own check of
     schemas fails: it multiplies."""
-    operator = private_operator(name, family(kernels))
+    operator = OPERATORS[name].overloads[family(kernels)]
     arguments = [kernels.put(x) for x in float8_arguments(name)]
     real = operator(*[x.clone() if isinstance(x, torch.Tensor) else x for x in arguments])
     fake = operator(*[x.to("meta") if isinstance(x, torch.Tensor) else x for x in arguments])
@@ -212,9 +227,9 @@ def test_backward_is_that_of_the_definition(kernels, dtype, out):
 def test_backward_operator_is_the_definition(kernels):
     for dtype in scenes.DTYPES:
         arguments = operator_arguments("splat_backward", dtype=dtype)
-        got = private_operator("splat_backward", family(kernels))(*[kernels.put(x) for x in arguments])
+        got = OPERATORS["splat_backward"].overloads[family(kernels)](*[kernels.put(x) for x in arguments])
         assert got.any()
-        assert_equal_bits([got], [reference.splat_backward(*arguments)])
+        assert_equal_bits([got], [OPERATORS["splat_backward"].reference(*arguments)])
 
 
 def test_float64_latents_backward(cpu_backend):

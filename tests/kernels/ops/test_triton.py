@@ -1,8 +1,8 @@
 """Triton kernels against the definition, bit for bit: on a GPU where there is one, else in Triton's interpreter.
 
 The interpreter has to be chosen before Triton is imported. Without a GPU ``test_comparisons_in_the_interpreter`` runs
-the comparisons in a process of its own; ``TRITON_INTERPRET=1 python -m pytest tests/kernels/ops/test_triton.py`` runs
-only them.
+the comparisons in a process of its own;
+``TRITON_INTERPRET=1 python -m pytest tests/kernels/ops/test_triton.py`` runs only them.
 """
 
 from __future__ import annotations
@@ -20,9 +20,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from mirage_kernels import available_backends, reference, splat, splat_aligned, use_backend
-from mirage_kernels.backends import triton_interpreted
-from mirage_kernels.schemas import SCHEMAS, private_operator
+from mirage_kernels import available_backends, splat, splat_aligned, use_backend
+from mirage_kernels.constants import BLOCK_TOKENS, WRITE_REPORT
+from mirage_kernels.environment import triton_interpreted
+from mirage_kernels.geometry import bounds_rows, in_view, make_projection, project_points, z_order
+from mirage_kernels.ops.operator import OPERATORS
+from mirage_kernels.quantization import quantize_rows
 
 if importlib.util.find_spec("triton") is None:
     pytest.skip("the package `triton` is not installed", allow_module_level=True)
@@ -30,8 +33,8 @@ if importlib.util.find_spec("triton") is None:
 INTERPRETED = triton_interpreted()
 GPU = torch.cuda.is_available() and not INTERPRETED
 DEVICE = "cuda" if GPU else "cpu"
-NO_FIT = 0x7F7F7F7F7F7F7F7F  # the key of an empty place
-OPERATORS = tuple(SCHEMAS)
+NO_TOKEN = 0x7F7F7F7F7F7F7F7F  # the key of an empty place
+NAMES = tuple(OPERATORS)
 LEAST_COMPARISONS = 240  # that the interpreter has to run and pass
 
 
@@ -66,8 +69,12 @@ def same_bits(got: torch.Tensor, expected: torch.Tensor) -> None:
 
 def triton_operator(name: str, *arguments: object) -> tuple[torch.Tensor, ...]:
     moved = [x.to(DEVICE) if isinstance(x, torch.Tensor) else x for x in arguments]
-    result = private_operator(name, "triton")(*moved)
+    result = OPERATORS[name].overloads["triton"](*moved)
     return result if isinstance(result, tuple) else (result,)
+
+
+def definition(name: str, *arguments: object) -> object:
+    return OPERATORS[name].reference(*arguments)
 
 
 def agree(got: tuple[torch.Tensor, ...], expected: tuple[torch.Tensor, ...] | torch.Tensor) -> None:
@@ -145,7 +152,7 @@ def float8_of(count: int, channels: int, seed: int = 0) -> tuple[torch.Tensor, t
 
 def check_splat(points, features, num_points, cameras, size, near=0.05, dtype=torch.float32):
     got = triton_operator("splat", points, features, num_points, *cameras, *size, near, dtype)
-    expected = reference.splat(points, features, num_points, *cameras, size, near, dtype)
+    expected = definition("splat", points, features, num_points, *cameras, *size, near, dtype)
     agree(got, expected)
     return expected
 
@@ -167,7 +174,7 @@ def test_splat_float8(channels, asked):
     size, points, cameras = (5, 6), make_points(500), make_cameras(2, (5, 6))
     features, scales = float8_of(500, channels)
     got = triton_operator("splat", points, features, None, *cameras, *size, 0.05, asked, None, scales)
-    expected = reference.splat(points, features, None, *cameras, size, 0.05, asked, scales)
+    expected = definition("splat", points, features, None, *cameras, *size, 0.05, asked, None, scales)
     agree(got, expected)
     assert expected[1].any()
 
@@ -260,14 +267,14 @@ def test_splat_strided_inputs():
 @pytest.mark.parametrize(("given", "asked"), PAIRS)
 def test_splat_backward(given, asked):
     size, count = (6, 7), 40
-    *_, index = reference.splat(
-        make_points(count), torch.zeros(count, 1), None, *make_cameras(5, size), size, 0.05, torch.float32
+    *_, index = definition(
+        "splat", make_points(count), torch.zeros(count, 1), None, *make_cameras(5, size), *size, 0.05, torch.float32
     )
     assert index[index >= 0].bincount().max() > 2  # some token is seen by several views
     grad = torch.randn(5, 3, *size).to(given)
     agree(
         triton_operator("splat_backward", grad, index, count, asked),
-        reference.splat_backward(grad, index, count, asked),
+        definition("splat_backward", grad, index, count, asked),
     )
 
 
@@ -281,7 +288,7 @@ def test_splat_backward_shapes(views, channels, count):
     grad = torch.randn(views, channels, 2, 3)
     agree(
         triton_operator("splat_backward", grad, index, count, torch.float32),
-        reference.splat_backward(grad, index, count, torch.float32),
+        definition("splat_backward", grad, index, count, torch.float32),
     )
 
 
@@ -320,7 +327,7 @@ def aligned_arguments(count: int, channels: int, views: int, size: tuple[int, in
 def check_splat_aligned(arguments, num_points=None, size=(6, 7), near=0.05, sharpness=20.0, dtype=torch.float32):
     points, features, *rest = arguments
     got = triton_operator("splat_aligned", points, features, num_points, *rest, *size, near, sharpness, dtype)
-    expected = reference.splat_aligned(points, features, num_points, *rest, size, near, sharpness, dtype)
+    expected = definition("splat_aligned", points, features, num_points, *rest, *size, near, sharpness, dtype)
     agree(got[:4], expected)
     return expected
 
@@ -338,7 +345,7 @@ def test_splat_aligned_float8(channels, asked):
     points, _, *rest = aligned_arguments(150, channels, 2, (6, 7))
     features, scales = float8_of(150, channels)
     got = triton_operator("splat_aligned", points, features, None, *rest, 6, 7, 0.05, 20.0, asked, None, scales)
-    expected = reference.splat_aligned(points, features, None, *rest, (6, 7), 0.05, 20.0, asked, scales)
+    expected = definition("splat_aligned", points, features, None, *rest, 6, 7, 0.05, 20.0, asked, None, scales)
     agree(got[:4], expected)
     assert expected[1].any()
 
@@ -349,13 +356,13 @@ def test_splat_aligned_backward_float8(channels):
     if not available_backends()["cpu"]:
         pytest.skip("the CPU operators were not built: nothing to compare with")
     points, features, *rest = aligned_arguments(70, channels, 2, (5, 6), seed=3)
-    features, scales = reference.quantise_rows(features.nan_to_num(0.5, 1.0, -1.0).clamp(-4, 4))
+    features, scales = quantize_rows(features.nan_to_num(0.5, 1.0, -1.0).clamp(-4, 4))
     arguments = points, features, None, *rest, 5, 6, 0.05, 5.0, torch.float32, None, scales
-    keys = private_operator("splat_aligned", "compiled")(*arguments)[4]
+    keys = OPERATORS["splat_aligned"].overloads["compiled"](*arguments)[4]
     grad = torch.randn(2, channels, 5, 6, generator=torch.Generator().manual_seed(1))
     arguments = grad, points, features, *rest, keys, 5.0, True, scales
     got = triton_operator("splat_aligned_backward", *arguments)
-    expected = private_operator("splat_aligned_backward", "compiled")(*arguments)
+    expected = OPERATORS["splat_aligned_backward"].overloads["compiled"](*arguments)
     assert got[0].shape == expected[0].shape == (0, channels)
     scale = expected[1].abs().max()
     assert scale > 0
@@ -408,11 +415,11 @@ def test_splat_aligned_backward(given, of_points, channels, count, views):
     points, features, *rest = aligned_arguments(count, channels, views, (5, 6), given, seed=3)
     features = features.nan_to_num(0.5, 1.0, -1.0).clamp(-4, 4)
     arguments = points, features, None, *rest, 5, 6, 0.05, 5.0, torch.float32
-    keys = private_operator("splat_aligned", "compiled")(*arguments)[4]
+    keys = OPERATORS["splat_aligned"].overloads["compiled"](*arguments)[4]
     grad = torch.randn(views, channels, 5, 6, generator=torch.Generator().manual_seed(1)).to(given)
     arguments = grad, points, features, *rest, keys, 5.0, of_points
     got = triton_operator("splat_aligned_backward", *arguments)
-    expected = private_operator("splat_aligned_backward", "compiled")(*arguments)
+    expected = OPERATORS["splat_aligned_backward"].overloads["compiled"](*arguments)
     same_bits(got[0], expected[0])
     assert expected[0].any() == (channels * count * views > 0)
     assert got[1].shape == expected[1].shape
@@ -424,7 +431,7 @@ def test_splat_aligned_backward(given, of_points, channels, count, views):
 def check_back_project(depth, mask, size, bilinear=False, cameras=None):
     cameras = make_cameras(depth.shape[0], depth.shape[1:]) if cameras is None else cameras
     got = triton_operator("back_project", depth, *cameras, mask, *size, bilinear)
-    expected = reference.back_project(depth, *cameras, mask, size, "bilinear" if bilinear else "median")
+    expected = definition("back_project", depth, *cameras, mask, *size, bilinear)
     agree(got, expected)
     return expected
 
@@ -470,7 +477,7 @@ def test_back_project_bilinear_enlarges(size):
 
 @comparison
 def test_back_project_cells_larger_than_a_tile(monkeypatch):
-    from mirage_kernels.triton import back_project as module
+    from mirage_kernels.ops.common.triton import lift as module
 
     depth, mask = make_depth(2, 46, 62, 0.4), make_mask(2, 43, 52, 0.001)
     check_back_project(depth, mask, (1, 1))  # 2852 pixels: two chunks
@@ -482,7 +489,7 @@ def test_back_project_cells_larger_than_a_tile(monkeypatch):
 @comparison
 def test_back_project_wide_indices(monkeypatch):
     """2 * 33000 * 33000 passes 2^31."""
-    from mirage_kernels.triton import back_project as module
+    from mirage_kernels.ops.common.triton import lift as module
 
     monkeypatch.setattr(module, "_MOST_TOKENS", 1024)  # fewer programs, for the interpreter's sake
     check_back_project(make_depth(1, 33000, 1, 0.2), None, (33000, 1))
@@ -547,10 +554,9 @@ def check_cache_write(
 
     cameras = make_cameras(depth.shape[0], depth.shape[1:])
     expected_buffers, got_buffers = buffers(), tuple(x.to(DEVICE) for x in buffers())
-    depth_sampling = "bilinear" if bilinear else "median"
     inputs = latents, depth, *cameras, mask, first_frame
     held, scales = expected_buffers[:4], expected_buffers[4:]
-    report = reference.cache_write(*held, *inputs, depth_sampling, *limits, None, *scales)
+    report = definition("cache_write", *held, *inputs, bilinear, *limits, None, *scales)
     held, scales = got_buffers[:4], got_buffers[4:]
     got = triton_operator("cache_write", *held, *inputs, bilinear, *limits, None, *scales)
     agree((*got, *got_buffers), (report, *expected_buffers))
@@ -619,7 +625,7 @@ def test_cache_write_report(bilinear, limits):
 
 @comparison
 def test_cache_write_scans_more_blocks_than_one_step(monkeypatch):
-    from mirage_kernels.triton import cache_write as module
+    from mirage_kernels.ops.cache_write import triton as module
 
     monkeypatch.setattr(module, "_SCAN", 4)
     check_cache_write(make_latents(5, 2, 9, 15), make_depth(5, 9, 15), capacity=150, count=3)
@@ -672,20 +678,20 @@ def look_about(views: int, image: tuple[int, int], seed: int = 0, shift: float =
     return torch.where(torch.rand(depth.shape, generator=random) < unknown, specials, depth), intrinsics, cam2world
 
 
-def held_tokens(capacity: int, count: int, channels: int, dtype: torch.dtype, looks: bool, seed: int = 0):
-    """points, features, frame_ids, votes, looks and count of a cache with every special value, and dead tokens."""
+def held_tokens(capacity: int, count: int, channels: int, dtype: torch.dtype, merge: bool, seed: int = 0):
+    """points, features, frame_ids, violations, observations and count, with every special value and invalid tokens."""
     points, features, frame_ids, *_ = aligned_arguments(capacity, channels, 1, (5, 6), dtype, seed)
     random = torch.Generator().manual_seed(seed)
-    votes, taken = (
+    free_space_violations, taken = (
         torch.tensor(values, dtype=torch.uint8)[torch.randint(0, 5, (capacity,), generator=random)]
         for values in ([0, 0, 1, 254, 255], [0, 1, 3, 16, 255])
     )
-    return points, features, frame_ids, votes, taken if looks else None, torch.tensor([count])
+    return points, features, frame_ids, free_space_violations, taken if merge else None, torch.tensor([count])
 
 
 def boxes_of(held) -> torch.Tensor:
-    boxes = torch.empty(reference.bounds_rows(held[0].shape[0]), 6)
-    reference.block_bounds(held[0], held[-1], boxes)
+    boxes = torch.empty(bounds_rows(held[0].shape[0]), 6)
+    definition("block_bounds", held[0], held[-1], boxes)
     return boxes
 
 
@@ -711,7 +717,7 @@ def check_bounded_write(
     expected_scales, got_scales = (None if scales is None else scales.clone().to(x) for x in ("cpu", DEVICE))
     centers = torch.randn(1000 + views * writes, 3, generator=torch.Generator().manual_seed(5))
     centers[3, 1] = math.nan
-    channels, total = held[1].shape[1], torch.zeros(len(reference.WRITE_REPORT), dtype=torch.int64)
+    channels, total = held[1].shape[1], torch.zeros(len(WRITE_REPORT), dtype=torch.int64)
     for write in range(writes):
         depth, intrinsics, cam2world = change(*look_about(views, image, write))
         first_frame = 1000 + write * views
@@ -720,58 +726,57 @@ def check_bounded_write(
         if latents.numel() > 0:
             latents = make_latents(views, channels, *size, given, write)
         mask = None if moving is None else make_mask(views, *image, moving, write)
-        arguments = centers, latents, depth, intrinsics, cam2world, mask, reference.z_order(size), first_frame
+        arguments = centers, latents, depth, intrinsics, cam2world, mask, z_order(size), first_frame
         rest = *limits, near, views_per_voxel, carve_views
-        sampling = "bilinear" if bilinear else "median"
-        report = reference.bounded_write(*expected, *arguments, sampling, *rest, boxes, expected_scales)
+        report = definition("bounded_write", *expected, *arguments, bilinear, *rest, boxes, expected_scales)
         agree(triton_operator("bounded_write", *got, *arguments, bilinear, *rest, got_boxes, got_scales), report)
         ours, theirs = (*got, got_boxes, got_scales), (*expected, boxes, expected_scales)
         agree([x for x in ours if x is not None], tuple(x for x in theirs if x is not None))
         total += report
     assert total[:9].sum() == writes * views * size[0] * size[1]
-    return dict(zip(reference.WRITE_REPORT, total.tolist(), strict=True))
+    return dict(zip(WRITE_REPORT, total.tolist(), strict=True))
 
 
-def empty_tokens(capacity: int, channels: int = 3, looks: bool = False):
-    return held_tokens(capacity, 0, channels, torch.float32, looks)
+def empty_tokens(capacity: int, channels: int = 3, merge: bool = False):
+    return held_tokens(capacity, 0, channels, torch.float32, merge)
 
 
 @comparison
 @pytest.mark.parametrize(("given", "kept"), PAIRS)
 def test_bounded_write_dtypes(given, kept):
-    for looks in (False, True):
-        report = check_bounded_write(held_tokens(160, 40, 3, kept, looks), given=given, moving=0.01)
-        assert report["written"] > 0 and report["merged" if looks else "replaced"] > 0
+    for merge in (False, True):
+        report = check_bounded_write(held_tokens(160, 40, 3, kept, merge), given=given, moving=0.01)
+        assert report["written"] > 0 and report["merged" if merge else "replaced"] > 0
         assert report["masked"] > 0 and report["unknown_depth"] > 0 and report["non_finite"] > 0
 
 
 @comparison
-@pytest.mark.parametrize("looks", [False, True])
+@pytest.mark.parametrize("merge", [False, True])
 @pytest.mark.parametrize("channels", [1, 48, 65])
-def test_bounded_write_float8(looks, channels):
-    points, features, *rest = held_tokens(160, 40, channels, torch.float32, looks)
-    features, scales = reference.quantise_rows(features.nan_to_num(0.5, 1.0, -1.0).clamp(-4, 4))
+def test_bounded_write_float8(merge, channels):
+    points, features, *rest = held_tokens(160, 40, channels, torch.float32, merge)
+    features, scales = quantize_rows(features.nan_to_num(0.5, 1.0, -1.0).clamp(-4, 4))
     report = check_bounded_write((points, features, *rest), moving=0.01, scales=scales)
-    assert report["written"] > 0 and report["merged" if looks else "replaced"] > 0
+    assert report["written"] > 0 and report["merged" if merge else "replaced"] > 0
 
 
 @comparison
-@pytest.mark.parametrize("looks", [False, True])
+@pytest.mark.parametrize("merge", [False, True])
 @pytest.mark.parametrize(("views_per_voxel", "carve_views"), [(1, 1), (1, 2), (2, 0), (64, 1)])
-def test_bounded_write_again_and_again(looks, views_per_voxel, carve_views):
+def test_bounded_write_again_and_again(merge, views_per_voxel, carve_views):
     report = check_bounded_write(
-        empty_tokens(400, looks=looks), writes=4, views_per_voxel=views_per_voxel, carve_views=carve_views
+        empty_tokens(400, merge=merge), writes=4, views_per_voxel=views_per_voxel, carve_views=carve_views
     )
     assert report["written"] > 30
-    assert (report["merged"] if looks else min(report["replaced"], report["covered"])) > 10
+    assert (report["merged"] if merge else min(report["replaced"], report["covered"])) > 10
     assert (report["carved"] > 0) == (carve_views > 0)
     assert report["refused"] > 0 or views_per_voxel > 1
 
 
 @comparison
-@pytest.mark.parametrize("looks", [False, True])
+@pytest.mark.parametrize("merge", [False, True])
 @pytest.mark.parametrize("views_per_voxel", [1, 3, 7])
-def test_bounded_write_where_many_come_to_one_voxel(looks, views_per_voxel):
+def test_bounded_write_where_many_come_to_one_voxel(merge, views_per_voxel):
     """Cells far wider than high, whose tokens lie within a footprint of each other: the order decides who gets in."""
 
     def widen(depth, intrinsics, cam2world):
@@ -779,17 +784,17 @@ def test_bounded_write_where_many_come_to_one_voxel(looks, views_per_voxel):
         return depth, intrinsics, cam2world
 
     report = check_bounded_write(
-        held_tokens(300, 60, 2, torch.float32, looks), (12, 4), (12, 8), change=widen, views_per_voxel=views_per_voxel
+        held_tokens(300, 60, 2, torch.float32, merge), (12, 4), (12, 8), change=widen, views_per_voxel=views_per_voxel
     )
     assert report["written"] > 5 and report["refused"] > 10
 
 
 @comparison
-@pytest.mark.parametrize("looks", [False, True])
+@pytest.mark.parametrize("merge", [False, True])
 @pytest.mark.parametrize("count", [1, 255, 256, 257, 600])
-def test_bounded_write_among_held_tokens(looks, count):
-    """Dead ones, votes and looks of any number, points that no arithmetic survives."""
-    report = check_bounded_write(held_tokens(700, count, 3, torch.float32, looks), views=1, near=0.5)
+def test_bounded_write_among_held_tokens(merge, count):
+    """Invalid ones, counts of any number, points that no arithmetic survives."""
+    report = check_bounded_write(held_tokens(700, count, 3, torch.float32, merge), views=1, near=0.5)
     assert report["carved"] > 0 or count == 1
 
 
@@ -808,7 +813,7 @@ def test_bounded_write_with_a_count_that_is_none_writes_nothing(count):
     moved = tuple(x.clone().to(DEVICE) for x in held)
     depth, *cameras = look_about(1, (10, 12), unknown=0.0)
     latents, centers = torch.randn(1, 2, 5, 6), torch.randn(4, 3)
-    arguments = centers, latents, depth, *cameras, None, reference.z_order((5, 6)), 0, False, 0.0, math.inf, 0.05, 4, 1
+    arguments = centers, latents, depth, *cameras, None, z_order((5, 6)), 0, False, 0.0, math.inf, 0.05, 4, 1
     (report,) = triton_operator("bounded_write", *moved, *arguments)
     assert report.tolist() == [0, 0, 0, 0, 30, 0, 0, 0, 0, 0, 0]
     agree(moved, held)
@@ -820,10 +825,10 @@ def test_bounded_write_with_a_count_that_is_none_writes_nothing(count):
 )
 @pytest.mark.parametrize("bilinear", [False, True])
 def test_bounded_write_sizes(image, size, bilinear, monkeypatch):
-    from mirage_kernels.triton import bounded_write as module
+    from mirage_kernels.ops.bounded_write import triton as module
 
     monkeypatch.setattr(module, "_SCAN", 16)  # more cells than one step
-    report = check_bounded_write(empty_tokens(300, looks=bilinear), size, image, bilinear=bilinear, carve_views=1)
+    report = check_bounded_write(empty_tokens(300, merge=bilinear), size, image, bilinear=bilinear, carve_views=1)
     assert report["written"] > 0 or size == (1, 1)
 
 
@@ -841,9 +846,9 @@ def test_bounded_write_limits(limits):
 
 @comparison
 @pytest.mark.parametrize("channels", [0, 1, 48, 65])
-@pytest.mark.parametrize("looks", [False, True])
-def test_bounded_write_channels(channels, looks):
-    check_bounded_write(empty_tokens(100, channels, looks), views=1, writes=2)
+@pytest.mark.parametrize("merge", [False, True])
+def test_bounded_write_channels(channels, merge):
+    check_bounded_write(empty_tokens(100, channels, merge), views=1, writes=2)
 
 
 @comparison
@@ -890,16 +895,16 @@ def test_bounded_write_strided_inputs():
 # ------------------------------------------------------------------------------------------------------- cache_compact
 
 
-def check_cache_compact(held, max_tokens, with_votes=True):
+def check_cache_compact(held, max_tokens, with_violations=True):
     expected = [None if x is None else x.clone() for x in held]
-    if not with_votes:
+    if not with_violations:
         expected[3] = None
     got, boxes = [None if x is None else x.clone().to(DEVICE) for x in expected], boxes_of(held)
     got_boxes, scales, got_scales = boxes.clone().to(DEVICE), None, None
     if held[1].element_size() == 1:
         scales = torch.arange(len(held[0])).to(torch.uint8)
         got_scales = scales.clone().to(DEVICE)
-    evicted = reference.cache_compact(*expected, max_tokens, boxes, scales)
+    evicted = definition("cache_compact", *expected, max_tokens, boxes, scales)
     agree(triton_operator("cache_compact", *got, max_tokens, got_boxes, got_scales), evicted)
     ours, theirs = (*got, got_boxes, got_scales), (*expected, boxes, scales)
     agree([x for x in ours if x is not None], tuple(x for x in theirs if x is not None))
@@ -908,11 +913,14 @@ def check_cache_compact(held, max_tokens, with_votes=True):
 
 @comparison
 @pytest.mark.parametrize("max_tokens", [0, 1, 100, 199, 2**62])
-@pytest.mark.parametrize("with_votes", [False, True])
-def test_cache_compact(max_tokens, with_votes):
+@pytest.mark.parametrize("with_violations", [False, True])
+def test_cache_compact(max_tokens, with_violations):
     held = held_tokens(300, 280, 5, torch.float16, max_tokens % 2 == 0)
-    alive = int((held[3][:280] != 255).sum()) if with_votes else 280
-    assert check_cache_compact(held, max_tokens, with_votes) == (max(alive - max_tokens, 0), min(alive, max_tokens))
+    alive = int((held[3][:280] != 255).sum()) if with_violations else 280
+    assert check_cache_compact(held, max_tokens, with_violations) == (
+        max(alive - max_tokens, 0),
+        min(alive, max_tokens),
+    )
 
 
 @comparison
@@ -924,18 +932,18 @@ def test_cache_compact_channels(dtype, channels):
 
 @comparison
 @pytest.mark.parametrize("count", [0, 1, 127, 128, 129, 300])
-@pytest.mark.parametrize("votes", [0, 254, 255])
-def test_cache_compact_where_none_or_all_are_dead(count, votes):
+@pytest.mark.parametrize("free_space_violations", [0, 254, 255])
+def test_cache_compact_where_none_or_all_are_dead(count, free_space_violations):
     held = held_tokens(300, count, 3, torch.float32, True)
-    held[3][:] = votes
-    assert check_cache_compact(held, 2**62) == (0, 0 if votes == 255 else count)
-    assert check_cache_compact(held, 100)[1] == (0 if votes == 255 else min(count, 100))
+    held[3][:] = free_space_violations
+    assert check_cache_compact(held, 2**62) == (0, 0 if free_space_violations == 255 else count)
+    assert check_cache_compact(held, 100)[1] == (0 if free_space_violations == 255 else min(count, 100))
 
 
 @comparison
 @pytest.mark.parametrize("max_tokens", [3, 350, 2**62])
 def test_cache_compact_moves_chunk_after_chunk(max_tokens, monkeypatch):
-    from mirage_kernels.triton import cache_compact as module
+    from mirage_kernels.ops.cache_compact import triton as module
 
     monkeypatch.setattr(module, "_CHUNK", 2)
     monkeypatch.setattr(module, "_SCAN", 2)
@@ -981,7 +989,7 @@ def test_cache_compact_of_no_capacity():
 def check_view_overlap(points, num_points, views, targets, size=(6, 7), voxel_size=0.5, near=0.05):
     cameras = (*make_cameras(views, size, 1), *make_cameras(targets, size, 2))
     got = triton_operator("view_overlap", points, num_points, *cameras, *size, voxel_size, near)
-    expected = reference.view_overlap(points, num_points, *cameras, size, voxel_size, near)
+    expected = definition("view_overlap", points, num_points, *cameras, *size, voxel_size, near)
     agree(got, expected)
     return expected
 
@@ -1020,7 +1028,6 @@ def test_view_overlap_strided_inputs():
 # ---------------------------------------------------------------------------------------------------------- bounds
 
 READS = ("splat", "splat_aligned", "view_overlap")
-BLOCK = reference.BLOCK
 
 
 def make_blocks(count: int, seed: int = 0) -> torch.Tensor:
@@ -1028,18 +1035,18 @@ def make_blocks(count: int, seed: int = 0) -> torch.Tensor:
     random = torch.Generator().manual_seed(seed)
     centres = torch.nn.functional.normalize(torch.randn(count, 3, generator=random), dim=1)
     centres *= 0.5 + 4 * torch.rand(count, 1, generator=random)
-    points = torch.rand(count * BLOCK - 100, 4, generator=random)
-    points[:, :3] = centres.repeat_interleave(BLOCK, 0)[: len(points)] + points[:, :3] - 0.5
-    points[:-BLOCK, 3] *= 0.05  # only the others may be wide enough to close holes
+    points = torch.rand(count * BLOCK_TOKENS - 100, 4, generator=random)
+    points[:, :3] = centres.repeat_interleave(BLOCK_TOKENS, 0)[: len(points)] + points[:, :3] - 0.5
+    points[:-BLOCK_TOKENS, 3] *= 0.05  # only the others may be wide enough to close holes
     for row, special in enumerate((math.nan, math.inf, -math.inf)):
         points[row::9, row] = special
-    points[BLOCK : 2 * BLOCK] = math.nan
+    points[BLOCK_TOKENS : 2 * BLOCK_TOKENS] = math.nan
     return points
 
 
 def bounds_of(points: torch.Tensor, live: torch.Tensor | None = None) -> torch.Tensor:
-    bounds = torch.empty(reference.bounds_rows(len(points)), 6)
-    reference.block_bounds(points, live, bounds)
+    bounds = torch.empty(bounds_rows(len(points)), 6)
+    definition("block_bounds", points, live, bounds)
     return bounds
 
 
@@ -1055,17 +1062,17 @@ def read(name, triton, points, live, cameras, targets, size, bounds=None, float8
         options, stored = (0.05, *([20.0] if aligned else []), torch.float32), (scales,)
     if triton:
         return triton_operator(name, *given, *size, *options, bounds, *stored)[:4]
-    found = getattr(reference, name)(*given, size, *options, *stored)
+    found = definition(name, *given, *size, *options, None, *stored)
     return found if isinstance(found, tuple) else (found,)
 
 
 def culled(bounds, live, cameras, size, near=0.05, margin=0):
     """(views, blocks) bool: which view may see which block; the list of blocks is held to it."""
-    from mirage_kernels.triton.cull import WORD_VIEWS, cull
-    from mirage_kernels.triton.launch import float32
+    from mirage_kernels.ops.common.triton.culling import WORD_VIEWS, cull
+    from mirage_kernels.ops.common.triton.launching import float32
 
-    projections = reference.make_projection(*cameras, torch.float32).view(-1, 12).to(DEVICE)
-    points = torch.empty(len(bounds) * BLOCK, 4, device=DEVICE)
+    projections = make_projection(*cameras, torch.float32).view(-1, 12).to(DEVICE)
+    points = torch.empty(len(bounds) * BLOCK_TOKENS, 4, device=DEVICE)
     counted = None if live is None else live.to(DEVICE)
     masks, numbers, listed, blocks = cull(bounds.to(DEVICE), points, counted, projections, *size, float32(near), margin)
     assert blocks == len(bounds)
@@ -1082,7 +1089,7 @@ def test_reads_by_bounds_are_the_same_reads(name, live):
     """Blocks before, behind and across the borders of the views; counts short of the capacity; float8 features."""
     size, points = (6, 7), make_blocks(6, seed=26)
     cameras, targets = make_cameras(3, size), make_cameras(2, size, 1)
-    cameras[1][2, :3, :3] *= torch.tensor([-1.0, 1.0, -1.0])  # looks back
+    cameras[1][2, :3, :3] *= torch.tensor([-1.0, 1.0, -1.0])  # merge back
     live = None if live is None else torch.tensor(live)
     bounds = bounds_of(points, live)
     seen = culled(bounds[:6], live, cameras, size)
@@ -1099,7 +1106,7 @@ def test_reads_by_bounds_are_the_same_reads(name, live):
 @pytest.mark.parametrize("name", ["splat", "view_overlap"])
 def test_reads_by_bounds_of_more_views_than_a_word_has(name):
     size, points = (2, 3), make_blocks(2, seed=3)
-    points[BLOCK:] = make_blocks(2, seed=4)[: len(points) - BLOCK]
+    points[BLOCK_TOKENS:] = make_blocks(2, seed=4)[: len(points) - BLOCK_TOKENS]
     cameras, targets = make_cameras(33, size), make_cameras(33, size, 1)
     cameras[1][::2, :3, :3] *= torch.tensor([-1.0, 1.0, -1.0])
     bounds = bounds_of(points)
@@ -1116,12 +1123,12 @@ def test_reads_look_at_no_token_of_blocks_that_bounds_put_out_of_view(name):
     intrinsics, cam2world = make_cameras(2, size)
     cam2world[:] = torch.eye(4, dtype=torch.float64)
     cam2world[1, :3, :3] *= torch.tensor([-1.0, 1.0, -1.0])  # the two see nothing in common
-    points = torch.randn(5 * BLOCK - 50, 4, generator=torch.Generator().manual_seed(0))
+    points = torch.randn(5 * BLOCK_TOKENS - 50, 4, generator=torch.Generator().manual_seed(0))
     points[:, 3] = 0.1
     before, behind = [-0.1, -0.1, 1.0, 0.1, 0.1, 2.0], [-0.1, -0.1, -2.0, 0.1, 0.1, -1.0]
     nothing, beside, all_round = [math.inf] * 3 + [-math.inf] * 3, [50.0, -1, -1, 60, 1, 1], [-9.0] * 3 + [9.0] * 3
     bounds = torch.tensor([before, nothing, all_round, beside, behind, all_round])
-    block, promised = torch.arange(len(points)) // BLOCK, points.clone()
+    block, promised = torch.arange(len(points)) // BLOCK_TOKENS, points.clone()
     promised[(block == 1) | (block == 3)] = math.nan
     promised[(block == 0) & (points[:, 2] < 0) | (block == 4) & (points[:, 2] > 0)] = math.nan
     cameras = intrinsics, cam2world
@@ -1150,7 +1157,7 @@ def test_gradients_by_bounds_are_the_same():
     """Those of splat_aligned, whose backward reads the keys of its fits."""
     if not available_backends()["cpu"]:
         pytest.skip("the CPU operators were not built: nothing to compare with")
-    size, points = (6, 7), torch.cat(make_blocks(6, seed=26).split(BLOCK)[:4:2])[: BLOCK + 40]
+    size, points = (6, 7), torch.cat(make_blocks(6, seed=26).split(BLOCK_TOKENS)[:4:2])[: BLOCK_TOKENS + 40]
     points[:, 3] = 1e-3  # closes no holes, which take the interpreter long
     cameras = [x[::2] for x in make_cameras(3, size)]
     cameras[1][1, :3, :3] *= torch.tensor([-1.0, 1.0, -1.0])
@@ -1190,11 +1197,9 @@ def test_no_block_in_view_is_culled(unit, margin):
     points = nudged.view(torch.float32)
     seen = culled(points.repeat(1, 2), None, (intrinsics, cam2world), size, near, margin)
     counts = []
-    for view, projection in enumerate(reference.make_projection(intrinsics, cam2world, torch.float32)):
-        column, row, depth = reference.project_points(points, projection)
-        visible = reference.in_view(
-            column + margin, row + margin, depth, (height + 2 * margin, width + 2 * margin), near
-        )
+    for view, projection in enumerate(make_projection(intrinsics, cam2world, torch.float32)):
+        column, row, depth = project_points(points, projection)
+        visible = in_view(column + margin, row + margin, depth, (height + 2 * margin, width + 2 * margin), near)
         assert not (visible & ~seen[view]).any()
         counts.append([int(visible.sum()), int(seen[view].sum())])
     assert all(0 < visible <= kept for visible, kept in counts)
@@ -1234,13 +1239,13 @@ def launch_arguments(device: str) -> dict[str, tuple[object, ...]]:
     index = torch.full((2, *size), -1)
     buffers = torch.zeros(600, 4), torch.zeros(600, 48), torch.zeros(600, dtype=torch.int32), torch.tensor(0)
     held = held_tokens(600, 500, 48, torch.bfloat16, True)
-    order = reference.z_order(size)
+    order = z_order(size)
     arguments = {
         "back_project": (depth, intrinsics, cam2world, mask, *size, False),
         "splat": (points, features, live, intrinsics, cam2world, *size, 0.05, torch.bfloat16, boxes[:3]),
         "splat_backward": (latents, index, 512, torch.bfloat16),
         "splat_aligned": (*aligned[:2], live, *aligned[2:], *size, 0.05, 20.0, torch.bfloat16, boxes[:3]),
-        "splat_aligned_backward": (latents, *aligned, torch.full((2, *size, 4), NO_FIT), 20.0, True),
+        "splat_aligned_backward": (latents, *aligned, torch.full((2, *size, 4), NO_TOKEN), 20.0, True),
         "cache_write": (*buffers, latents, depth, intrinsics, cam2world, None, 3, True, 0.0, math.inf, boxes),
         "bounded_write": (
             *held,
@@ -1261,7 +1266,7 @@ def launch_arguments(device: str) -> dict[str, tuple[object, ...]]:
             boxes,
         ),
         "cache_compact": (*held, 300, boxes),
-        "block_bounds": (points, live, torch.zeros(reference.bounds_rows(len(points)), 6)),
+        "block_bounds": (points, live, torch.zeros(bounds_rows(len(points)), 6)),
         "view_overlap": (points, live, intrinsics, cam2world, intrinsics, cam2world, *size, 0.1, 0.05, boxes[:3]),
     }
     return {
@@ -1271,10 +1276,10 @@ def launch_arguments(device: str) -> dict[str, tuple[object, ...]]:
 
 
 @comparison
-@pytest.mark.parametrize("name", OPERATORS)
+@pytest.mark.parametrize("name", NAMES)
 def test_registration(name):
     """Schema, fake and autograd agree with what the operator does; writes mutate what they say they do."""
-    torch.library.opcheck(private_operator(name, "triton"), launch_arguments(DEVICE)[name])
+    torch.library.opcheck(OPERATORS[name].overloads["triton"], launch_arguments(DEVICE)[name])
 
 
 @comparison
@@ -1285,13 +1290,13 @@ def test_backend_is_available_and_can_be_forced():
 
 
 @pytest.mark.skipif(not GPU, reason="CUDA graphs need a GPU")
-@pytest.mark.parametrize("name", OPERATORS)
+@pytest.mark.parametrize("name", NAMES)
 def test_cuda_graph(name):
     """Captured once, replayed on new contents of the same tensors."""
     arguments = launch_arguments("cuda")[name]
     tensors = [x for x in arguments if isinstance(x, torch.Tensor)]
     kept = [x.clone() for x in tensors]
-    operator = private_operator(name, "triton")
+    operator = OPERATORS[name].overloads["triton"]
 
     def renew(scale):
         for tensor, content in zip(tensors, kept, strict=True):
@@ -1351,7 +1356,7 @@ def record_launches(
         launches.append((kernel, dict(bound.arguments), options))
 
     monkeypatch.setattr(JITFunction, "run", run)
-    module = importlib.import_module(f"mirage_kernels.triton.{name.removesuffix('_backward')}")
+    module = importlib.import_module(f"mirage_kernels.ops.{name.removesuffix('_backward')}.triton")
     given = dict(enumerate(launch_arguments("meta")[name])) | (changes or {})
     getattr(module, name)(*given.values())
     return launches
@@ -1386,14 +1391,14 @@ def compile_launch(kernel, arguments: dict, options: dict, capability: int):
         ("back_project", {"lift_kernel", "tokens_kernel"}),
         ("splat", {"prepare_kernel", "cull_kernel", "nearest_kernel", "resolve_kernel"}),
         ("splat_backward", {"backward_kernel"}),
-        ("splat_aligned", {"prepare_kernel", "cull_kernel", "nearest_kernel", "best_kernel", "read_out_kernel"}),
-        ("splat_aligned_backward", {"prepare_kernel", "share_kernel", "gather_kernel"}),
+        ("splat_aligned", {"prepare_kernel", "cull_kernel", "nearest_kernel", "best_kernel", "readout_kernel"}),
+        ("splat_aligned_backward", {"prepare_kernel", "weight_kernel", "gather_kernel"}),
         (
             "cache_write",
             {
                 "lift_kernel",
                 "tokens_kernel",
-                "judge_kernel",
+                "classify_kernel",
                 "scan_kernel",
                 "append_kernel",
                 "appended_bounds_kernel",
@@ -1405,7 +1410,7 @@ def compile_launch(kernel, arguments: dict, options: dict, capability: int):
             {
                 "lift_kernel",
                 "tokens_kernel",
-                "judge_kernel",
+                "classify_kernel",
                 "prepare_kernel",
                 "voxel_kernel",
                 "walk_kernel",
@@ -1488,7 +1493,7 @@ def test_compiles_float8_features(name, capability, monkeypatch):
 
 
 @compiles
-@pytest.mark.parametrize("name", OPERATORS)
+@pytest.mark.parametrize("name", NAMES)
 def test_compiles_where_every_number_is_one(name, monkeypatch):
     """Triton makes constants of arguments that are 1, and constants lack the methods of values."""
     launches = record_launches(name, monkeypatch)

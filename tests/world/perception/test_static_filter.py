@@ -27,7 +27,7 @@ from mirage.perception.static_filter import (
 from mirage.perception.static_filter_models import STATIC_FILTERS, Sam2Filter, Sam3Filter, SkyFilter, make_static_filter
 from mirage.scenes.rgbd import load_rgbd_folder
 from mirage_kernels import Cameras, LatentCache, back_project
-from mirage_kernels.reference import pool_mask
+from mirage_kernels.geometry import pool_mask
 
 LATENT = (22, 40)
 

@@ -25,7 +25,7 @@ from mirage.training.loop import train
 from mirage.training.objective import ChunkMaker
 from mirage.zoo import tiny_random_pipeline
 from mirage_kernels import Cameras
-from mirage_kernels.reference import pool_depth
+from mirage_kernels.geometry import pool_depth
 
 SIZE = (64, 96)
 

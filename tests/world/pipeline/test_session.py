@@ -24,7 +24,7 @@ from mirage.pipeline import run_store
 from mirage.pipeline.pipeline import MiragePipeline
 from mirage.pipeline.session import MirageSession
 from mirage_kernels import Cameras, LatentCache
-from mirage_kernels.reference import pool_mask
+from mirage_kernels.geometry import pool_mask
 
 
 @pytest.fixture(autouse=True)
@@ -50,11 +50,11 @@ def same_tokens(left: LatentCache, right: LatentCache) -> bool:
 
 def state(cache: LatentCache) -> dict[str, Tensor]:
     """Copies of all that the memory holds, the votes for carving included."""
-    return {name: held.clone() for name, held in cache._live().items()}
+    return {name: held.clone() for name, held in cache.tensors().items()}
 
 
 def same_state(cache: LatentCache, expected: dict[str, Tensor]) -> bool:
-    held = cache._live()
+    held = cache.tensors()
     return held.keys() == expected.keys() and all(torch.equal(held[name], expected[name]) for name in held)
 
 
@@ -536,7 +536,7 @@ def test_an_interrupt_after_the_rename_leaves_the_chunk_counted(
         target = (run_store.os, "replace") if where == "rename" else (run_store, "_flush_folder")
         patch.setattr(*target, interrupted)
         # The commit of the first file that is replaced, the memory's, goes through.
-        patch.setattr("mirage_kernels.storage.os.replace", replace)
+        patch.setattr("mirage_kernels.io.os.replace", replace)
         if where == "rename":
             patch.setattr(run_store.os, "replace", interrupted)
         with pytest.raises(KeyboardInterrupt):

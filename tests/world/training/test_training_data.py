@@ -18,7 +18,7 @@ from mirage.scenes.synthetic import SyntheticFrames, SyntheticRoom
 from mirage.training.config import DataConfig, SourceConfig
 from mirage.training.data import Clip, Clips, Numbers, load_clip, make_clip, mix, save_clip
 from mirage_kernels import Cameras, LatentCache
-from mirage_kernels.reference import pool_depth
+from mirage_kernels.geometry import pool_depth
 
 SIZE, FRAMES = [64, 96], 9
 

@@ -1,0 +1,570 @@
+"""LatentCache: latent tokens in world space, written once per chunk and read for any camera.
+
+Its tensors are in ``buffers.py``: the read path looks at the live count on the device only and never waits, so a
+captured read stays valid while the cache grows within its buffers. What :meth:`LatentCache.offload` moved to the host
+is in no buffer, and the rows of those that stay keep their order: ``offload.py``. Files are ``storage.py``.
+
+Arguments are checked here, once: operators are launched without checks of their own, on buffers that this package made.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..cameras import Cameras
+from ..constants import CARVE_VIEWS, NEAR, SHARPNESS, VIEWS_PER_VOXEL
+from ..geometry import bounds_rows
+from ..ops import Readout
+from ..ops.checks import (
+    check_first_frame,
+    check_near,
+    check_sharpness,
+    check_size,
+    check_write_inputs,
+    plain,
+    readout_dtype,
+)
+from ..quantization import dequantize_rows
+from . import launch
+from .buffers import TokenBuffers
+from .config import MERGES, READOUT_DTYPES, WRITE_POLICIES, CacheConfig
+from .mark import CacheMark
+from .offload import Offloaded, find_far, find_touched, gather_all, move
+from .report import WriteReport
+from .storage import load_cache, save_cache
+
+__all__ = [
+    "MERGES",
+    "SPLATS",
+    "WRITE_POLICIES",
+    "CacheConfig",
+    "CacheMark",
+    "LatentCache",
+    "TokenBuffers",
+    "WriteReport",
+]
+
+SPLATS = ("aligned", "nearest")
+_OFFLOAD_GRID = (32, 32)  # that `offload` takes margins for: finer ones need less
+_NEW_NAMES = {"generation": "buffer_version", "fetch": "onload", "settings": "config"}
+
+
+class LatentCache:
+    """Remember latent tokens in world space.
+
+    Args:
+        channels: C of the latents.
+        dtype: of the stored features: float32, float16, bfloat16 or float8_e4m3fn. The last takes C + 21 bytes a token,
+            69 at 48 channels where bfloat16 takes 116: latents are rounded to four significant bits, with one scale a
+            token (:func:`mirage_kernels.cache_write`).
+        device: where the tokens live.
+        capacity: fixed number of tokens: buffers are allocated once, a captured read stays valid for good, and a write
+            that does not fit reports what it refused. None: buffers grow by half when full; growing moves them and
+            changes ``buffer_version``, after which a CUDA graph must be captured again. (The table of frames' camera
+            centres, which ``splat="aligned"`` reads, has room for 1,024 frames and doubles when full, in either case.)
+        write_policy: ``"bounded"`` writes what the memory does not show yet, see :func:`mirage_kernels.bounded_write`:
+            it stays small however often a scene is revisited. ``"append"`` keeps every token written (the
+            published memory). What the next three say holds for ``"bounded"`` only.
+        views_per_voxel: tokens that a voxel of about a token's size holds at most, 1 to 64.
+        merge: ``"keep"`` keeps tokens as they were seen; ``"mean"`` averages what shows the same, up to 16
+            observations. With ``views_per_voxel=1`` that is the smallest memory, and the smoothest.
+        carve: whether tokens that later views see through are removed, as when something was taken away.
+        carve_views: views that must see through a token, 1 to 254, without one between that sees it in its place.
+        max_tokens: after each write, the oldest tokens beyond so many are evicted: those written, replaced or merged by
+            the earliest view, within a view those of the lowest row. None: any number. A write needs room for all that
+            it adds before it evicts.
+
+    Raises:
+        ValueError, TypeError: naming the argument, what was expected and what came.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        capacity: int | None = None,
+        write_policy: str = "bounded",
+        views_per_voxel: int = VIEWS_PER_VOXEL,
+        merge: str = "keep",
+        carve: bool = True,
+        carve_views: int = CARVE_VIEWS,
+        max_tokens: int | None = None,
+    ) -> None:
+        self._config = config = CacheConfig(
+            channels=channels,
+            dtype=dtype,
+            write_policy=write_policy,
+            capacity=capacity,
+            views_per_voxel=views_per_voxel,
+            merge=merge,
+            carve=carve,
+            carve_views=carve_views,
+            max_tokens=max_tokens,
+        )
+        self._buffers = TokenBuffers(
+            channels,
+            dtype,
+            device,
+            rows=capacity or 0,
+            bounded=config.bounded,
+            mean=config.bounded and merge == "mean",
+            may_grow=capacity is None,
+        )
+        self._offloaded: Offloaded | None = None
+        self._readout_dtype = readout_dtype(dtype)
+
+    if not TYPE_CHECKING:  # type checkers report unknown names themselves
+
+        def __getattr__(self, name: str) -> Any:
+            if name in _NEW_NAMES:
+                raise AttributeError(f"LatentCache.{name} is called {_NEW_NAMES[name]} now")
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+    # What it is.
+
+    @property
+    def channels(self) -> int:
+        return self._config.channels
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the stored features."""
+        return self._config.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self._buffers.device
+
+    @property
+    def write_policy(self) -> str:
+        return self._config.write_policy
+
+    @property
+    def merge(self) -> str:
+        return self._config.merge
+
+    @property
+    def max_tokens(self) -> int | None:
+        return self._config.max_tokens
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The arguments it was made with, but for the device; also what a saved file keeps."""
+        return self._config.as_dict()
+
+    @property
+    def capacity(self) -> int:
+        """Tokens the cache holds before its buffers must grow, or refuse; those offloaded included."""
+        return self._buffers.rows + self.num_offloaded
+
+    @property
+    def buffers(self) -> TokenBuffers:
+        """The tensors on the device, for calling operators on them; rows past the live count are unspecified."""
+        return self._buffers
+
+    @property
+    def buffer_version(self) -> int:
+        """Changes whenever the buffers move: capture CUDA graphs of :meth:`read` again then."""
+        return self._buffers.version
+
+    @property
+    def num_frames(self) -> int:
+        """Views written so far."""
+        return self._buffers.num_frames
+
+    @property
+    def num_offloaded(self) -> int:
+        """Tokens that :meth:`offload` moved to the host, and that are there still."""
+        return self._offloaded.tokens if self._offloaded is not None else 0
+
+    @property
+    def nbytes_offloaded(self) -> int:
+        """Bytes of the tokens that :meth:`offload` moved to the host."""
+        return self.num_offloaded * self._buffers.token_nbytes
+
+    # What it holds. These may wait for the device: they need the live count on the host. Those that hand out rows of
+    # the buffers bring back first what was offloaded.
+
+    def __len__(self) -> int:
+        """Count the live tokens, wherever they are."""
+        return self._buffers.count_live() + self.num_offloaded
+
+    @property
+    def points(self) -> Tensor:
+        """(N, 3) float32 world positions of the live tokens, a view of the buffer."""
+        self.onload()
+        return self._buffers.points[: len(self), :3]
+
+    @property
+    def footprints(self) -> Tensor:
+        """(N,) float32 world size of a cell at each token, z / fx, a view of the buffer."""
+        self.onload()
+        return self._buffers.points[: len(self), 3]
+
+    @property
+    def features(self) -> Tensor:
+        """(N, C) features of the live tokens, a view of the buffer; of a float8 cache their values, a float32 copy."""
+        self.onload()
+        live, buffers = len(self), self._buffers
+        if buffers.scales is not None:
+            return dequantize_rows(buffers.features[:live], buffers.scales[:live])
+        return buffers.features[:live]
+
+    @property
+    def frame_ids(self) -> Tensor:
+        """(N,) int32: which written view each token came from, counted from 0."""
+        self.onload()
+        return self._buffers.frame_ids[: len(self)]
+
+    @property
+    def frame_centers(self) -> Tensor:
+        """(num_frames, 3) float32 camera centres of the written views."""
+        return self._buffers.frame_centers[: self._buffers.num_frames]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the live tokens, wherever they are, their bounds, and frames."""
+        live, bounds = len(self), self._buffers.bounds
+        bounds_nbytes = bounds_rows(live) * bounds.element_size() * bounds.shape[1]
+        return live * self._buffers.token_nbytes + bounds_nbytes + self.frame_centers.nbytes
+
+    @property
+    def nbytes_allocated(self) -> int:
+        """Bytes of all buffers on the device, the unused part included; what is offloaded takes none of them."""
+        return self._buffers.nbytes + (self._offloaded.nbytes_on_device if self._offloaded is not None else 0)
+
+    # What it does.
+
+    def write(
+        self,
+        latents: Tensor,
+        depth: Tensor,
+        cameras: Cameras,
+        mask: Tensor | None = None,
+        *,
+        depth_sampling: str = "median",
+        min_depth: float = 0.0,
+        max_depth: float = math.inf,
+    ) -> WriteReport:
+        """Lift the tokens of T views, and keep of the static ones of known depth what the write policy wants.
+
+        While tokens are offloaded, a bounded write waits for the device to bring back first those it depends on: what
+        the views may see, and what may share a voxel with the new. One that may evict brings back everything.
+
+        Args:
+            latents: (T, C, h, w) float32, float16 or bfloat16 on the cache's device.
+            depth: (T, H, W) float, z in world units, H >= h and W >= w; 0, negative, NaN and Inf mean unknown.
+            cameras: of the T views; moved to the cache's device and resized to the depth map where they differ.
+            mask: (T, H', W') bool, True = static, keep; None keeps everything.
+            depth_sampling: ``"median"`` or ``"bilinear"``, see :func:`mirage_kernels.back_project`.
+            min_depth, max_depth: token depths outside are not written.
+
+        Returns:
+            :class:`WriteReport`.
+
+        Raises:
+            ValueError, TypeError: naming the argument, what was expected and what came; the cache is as it was.
+        """
+        _check_cameras(cameras)
+        if isinstance(latents, Tensor) and latents.dim() == 4 and len(cameras) != latents.shape[0]:
+            raise ValueError(f"cameras must be {latents.shape[0]} views like latents, got {len(cameras)}")
+        cameras = cameras.to(self.device)
+        if isinstance(depth, Tensor) and depth.dim() == 3 and 0 not in depth.shape[1:]:
+            cameras = cameras.resized((depth.shape[1], depth.shape[2]))
+        return self.write_views(
+            latents, depth, cameras.intrinsics, cameras.cam2world, mask, depth_sampling, min_depth, max_depth
+        )
+
+    def write_views(
+        self,
+        latents: Tensor,
+        depth: Tensor,
+        intrinsics: Tensor,
+        cam2world: Tensor,
+        mask: Tensor | None,
+        depth_sampling: str,
+        min_depth: float,
+        max_depth: float,
+    ) -> WriteReport:
+        """Write as :meth:`write` does, with plain camera tensors: intrinsics in pixels of the depth map."""
+        # Everything that can be refused is refused before anything grows or moves.
+        depth, intrinsics, cam2world, mask = check_write_inputs(
+            latents, depth, intrinsics, cam2world, mask, depth_sampling, min_depth, max_depth
+        )
+        if latents.device != self.device:
+            raise ValueError(f"latents must be on {self.device} like the cache, got {latents.device}")
+        if latents.shape[1] != self.channels:
+            raise ValueError(f"latents must be (T, {self.channels}, h, w), got {tuple(latents.shape)}")
+        check_first_frame(self.num_frames, latents.shape[0])
+        self._onload_for_write(depth, intrinsics, cam2world, size=(latents.shape[2], latents.shape[3]))
+        counts, self._offloaded = launch.write(
+            self._buffers,
+            self._config,
+            self._offloaded,
+            latents=plain(latents),
+            depth=depth,
+            intrinsics=intrinsics,
+            cam2world=cam2world,
+            mask=mask,
+            bilinear=depth_sampling == "bilinear",
+            min_depth=min_depth,
+            max_depth=max_depth,
+        )
+        return WriteReport(counts)
+
+    def read(
+        self,
+        cameras: Cameras,
+        size: tuple[int, int],
+        *,
+        splat: str = "aligned",
+        sharpness: float = SHARPNESS,
+        near: float = NEAR,
+        dtype: torch.dtype | None = None,
+    ) -> Readout:
+        """Render what T cameras see of the cache, on a latent grid.
+
+        Never waits for the device, and can be captured in a CUDA graph when the cameras are on the cache's device. But
+        while tokens are offloaded, what the cameras may see of them is brought back first, for which it waits.
+
+        Args:
+            cameras: T views; their intrinsics are resized to the grid.
+            size: (h, w) of the grid.
+            splat: ``"aligned"``: a blend of the tokens that fit each cell best in position, scale and viewing ray, see
+                :func:`mirage_kernels.splat_aligned`; ``"nearest"``: the nearest token of each cell (the published
+                memory), several times as fast.
+            sharpness: of ``"aligned"``: 0 is a blur, infinity the best token alone.
+            near: least depth, world units.
+            dtype: of the latents returned, float32, float16 or bfloat16; default the cache's, bfloat16 of a float8 one.
+
+        Returns:
+            :class:`Readout`: latents (T, C, h, w), mask, depth and index (T, h, w); holes are 0, False, 0 and -1. Depth
+            and index are those of the nearest token, or of the one that fits best.
+
+        Raises:
+            ValueError, TypeError: naming the argument, what was expected and what came.
+            RuntimeError: captured in a CUDA graph while tokens are offloaded.
+        """
+        if splat not in SPLATS:
+            raise ValueError(f"splat must be one of {', '.join(SPLATS)}, got {splat!r}")
+        check_sharpness(sharpness)
+        _check_cameras(cameras)
+        size = check_size(size)
+        check_near(near)
+        if dtype is None:
+            dtype = self._readout_dtype
+        elif dtype not in READOUT_DTYPES:
+            raise TypeError(f"dtype must be float32, float16, bfloat16 or float64, got {dtype}")
+        buffers, intrinsics, cam2world = self._buffers, cameras.intrinsics_at(size), cameras.cam2world
+        if self._offloaded is not None:
+            self._move(set(), self._touched(Cameras.trusted(intrinsics, cam2world, size)))
+        if cam2world.device != buffers.device:
+            intrinsics, cam2world = intrinsics.to(buffers.device), cam2world.to(buffers.device)
+        if splat == "aligned":
+            readout = launch.read_aligned(buffers, intrinsics, cam2world, size, near, sharpness, dtype)
+        else:
+            readout = launch.read_nearest(buffers, intrinsics, cam2world, size, near, dtype)
+        if self._offloaded is not None:
+            readout = readout._replace(index=self._offloaded.all_rows(readout.index))
+        return readout
+
+    def view_overlap(
+        self, cameras: Cameras, targets: Cameras, size: tuple[int, int], *, voxel_size: float = 0.1, near: float = NEAR
+    ) -> Tensor:
+        """Measure how much of what the targets see each earlier camera sees too, for choosing reference frames.
+
+        Args:
+            cameras: V earlier views.
+            targets: T views about to be generated, taken together.
+            size: (h, w) of the grid.
+            voxel_size: edge in world units.
+            near: least depth, world units.
+
+        Returns:
+            (V,) float32, IoU of voxel sets, see :func:`mirage_kernels.view_overlap`. Of what is offloaded it brings
+            the positions alone, waits for them, and keeps none.
+        """
+        _check_cameras(cameras)
+        _check_cameras(targets, "targets")
+        size = check_size(size)
+        check_near(near)
+        if not 0 < voxel_size < math.inf:
+            raise ValueError(f"voxel_size must be a finite length > 0 in world units, got {voxel_size!r}")
+        buffers, cameras, targets = self._buffers, cameras.resized(size), targets.resized(size)
+        touched = self._touched(cameras, targets)
+        cameras, targets = cameras.to(self.device), targets.to(self.device)
+        return launch.view_overlap(buffers, self._offloaded, touched, cameras, targets, voxel_size, near)
+
+    def offload(self, cameras_ahead: Cameras) -> None:
+        """Move to the host what is far from the path ahead, and bring back what is near it.
+
+        Whole blocks of 256 tokens go that none of the cameras may see: to pinned memory beside a GPU, beside the CPU to
+        a memory-mapped file in the system's temporary directory. The buffers shrink by them, and what the cameras may
+        see of earlier ones comes back; ``buffer_version`` changes if anything moved.
+
+        No result changes by a bit, whatever is where: a read or a write that depends on tokens offloaded brings them
+        back itself, at the price of waiting then, and of copying what is on the device. Call this with the cameras of
+        the next reads and writes, and they find what they need. (On latent grids coarser than 32 x 32 they may need a
+        little more than it foresees.) ``points``, ``footprints``, ``features``, ``frame_ids``, and copying by
+        :mod:`copy`, bring back everything; :meth:`save`, :meth:`to` and :meth:`checkpoint` leave it where it is.
+
+        It waits for the device, and while it copies, the old buffers and the new take memory together. The file has no
+        name. It is gone with the cache and its marks, or when all of its tokens are back, and does not shrink before.
+        Where the temporary directory is itself in memory, it frees none: the environment's TMPDIR names another.
+
+        Args:
+            cameras_ahead: T views of the coming reads and writes, on any device; with T = 0 all whole blocks may go.
+
+        Raises:
+            TypeError: `cameras_ahead` is no Cameras.
+            OSError, RuntimeError: the temporary directory cannot be written to, the disk is full, memory ran out. The
+                cache is as it was.
+        """
+        _check_cameras(cameras_ahead, "cameras_ahead")
+        views = cameras_ahead.resized(_OFFLOAD_GRID)
+        self._move(find_far(self._buffers, views), self._touched(views))
+
+    def onload(self) -> None:
+        """Bring back all that :meth:`offload` moved to the host. If memory runs out, the cache is as it was."""
+        if self._offloaded is not None:
+            self._move(set(), set(range(len(self._offloaded.runs))))
+
+    def _touched(self, *views: Cameras) -> set[int]:
+        """Find the runs off the device that the views, whose image size is the grid, may see or may write to."""
+        return set() if self._offloaded is None else find_touched(self._buffers, self._offloaded, views)
+
+    def _onload_for_write(self, depth: Tensor, intrinsics: Tensor, cam2world: Tensor, size: tuple[int, int]) -> None:
+        """Bring back what a write depends on; intrinsics in pixels of the depth map."""
+        if self._offloaded is None:
+            return
+        most, tokens = self.max_tokens, depth.shape[0] * size[0] * size[1]
+        if most is not None and len(self) + tokens > most:
+            self.onload()
+        elif self._buffers.free_space_violations is not None:
+            views = Cameras.trusted(intrinsics.double(), cam2world.double(), (depth.shape[1], depth.shape[2]))
+            self._move(set(), self._touched(views.resized(size)))
+
+    def _move(self, go: set[int], come: set[int]) -> None:
+        """Move blocks of the buffers to the host, runs from there; the cache is as it was if anything raises."""
+        self._offloaded = move(self._buffers, self._offloaded, go, come, self._config.capacity)
+
+    def clear(self) -> None:
+        """Forget every token and frame; buffers stay where they are, unless a part of a fixed capacity is offloaded."""
+        if self._config.capacity is not None:
+            self._buffers.resize_empty(self._config.capacity)
+        self._offloaded = None
+        self._buffers.clear()
+
+    def checkpoint(self) -> CacheMark:
+        """Mark the state, for :meth:`rollback`. Waits for the device; unless tokens are only appended, copies them."""
+        tokens, buffers = len(self), self._buffers
+        if not self._config.changes_in_place:
+            return CacheMark(tokens, buffers.num_frames, None)
+        copies = {name: tensor[: buffers.max_live].clone() for name, tensor in buffers.tensors().items()}
+        return CacheMark(tokens, buffers.num_frames, (copies, self._offloaded))
+
+    def rollback(self, mark: CacheMark) -> None:
+        """Forget what was written since :meth:`checkpoint` gave `mark`.
+
+        Buffers stay where they are, unless tokens were offloaded or brought back since. Tokens that were only appended
+        stay where they are now, others are where they were.
+
+        Raises:
+            ValueError: `mark` is of another cache, or of before a :meth:`clear`.
+        """
+        tokens, frames, held = mark
+        if not mark.fits(self._buffers, self._config, len(self)):
+            raise ValueError(
+                f"mark must be of this cache, which holds {len(self)} tokens of {self.num_frames} frames,"
+                f" got one of {tokens} tokens of {frames} frames"
+            )
+        if held is None:
+            self._onload_past(tokens)
+        self._offloaded = mark.restore(self._buffers, self._config, self._offloaded)
+
+    def _onload_past(self, tokens: int) -> None:
+        """Bring back every run that has any but the first so many of all tokens."""
+        if self._offloaded is not None:
+            ends = (self._offloaded.before + self._offloaded.shift[1:]).tolist()
+            self._move(set(), {k for k, end in enumerate(ends) if end > tokens})
+
+    def to(self, device: torch.device | str) -> LatentCache:
+        """Return the cache on another device: itself where it is there already, else a copy."""
+        target = torch.empty(0, device=device).device  # "cuda" means the current one
+        if target == self.device:
+            return self
+        return self.from_tensors(self.tensors(target), target, **{**self.config, "dtype": self.dtype})
+
+    def tensors(self, device: torch.device | None = None) -> dict[str, Tensor]:
+        """Return all tokens and frames on a device, by default the cache's own; views of the buffers where they can be.
+
+        A row a token of ``points`` (N, 4), ``features``, ``frame_ids`` and, where the cache has them, ``scales``,
+        ``free_space_violations`` and ``num_observations``; and ``frame_centers`` (F, 3).
+        """
+        device = device or self.device
+        if self._offloaded is None:
+            live = len(self)
+            tensors = {name: tensor[:live].to(device) for name, tensor in self._buffers.tensors().items()}
+        else:
+            tensors = gather_all(self._buffers, self._offloaded, device)
+        return {**tensors, "frame_centers": self.frame_centers.to(device)}
+
+    @classmethod
+    def from_tensors(
+        cls, tensors: dict[str, Tensor], device: torch.device | str = "cpu", **arguments: Any
+    ) -> LatentCache:
+        """Make a cache that holds copies of tensors as :meth:`tensors` returns them, which are not checked.
+
+        ``arguments`` are those of :class:`LatentCache`.
+        """
+        cache = cls(**arguments, device=device)
+        cache._buffers.fill(tensors)
+        return cache
+
+    def __getstate__(self) -> dict[str, Any]:
+        self.onload()  # what is on the host cannot be copied with it
+        return self.__dict__.copy()
+
+    def save(self, path: str | Path) -> None:
+        """Save as safetensors. Written beside ``path`` and renamed onto it: a crash leaves the old file."""
+        save_cache(path, self.tensors(torch.device("cpu")), self.config)
+
+    @classmethod
+    def load(cls, path: str | Path, device: torch.device | str = "cpu") -> LatentCache:
+        """Load a saved cache onto ``device``, with the config it was saved with.
+
+        Raises:
+            FileNotFoundError: no such file.
+            ValueError: truncated, not a cache, of an unknown version, or with missing or misshapen tensors.
+        """
+        tensors, config = load_cache(path, device)
+        try:
+            cache = cls(**{**config, "dtype": getattr(torch, config["dtype"])}, device=device)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{path}: settings this package does not know: {error}") from error
+        capacity = cache._config.capacity
+        if capacity is not None and tensors["points"].shape[0] > capacity:
+            raise ValueError(
+                f"{path}: points must fit the saved capacity, {capacity}, got {tensors['points'].shape[0]}"
+            )
+        cache._buffers.fill(tensors)
+        return cache
+
+    def __repr__(self) -> str:
+        where = f"{self.nbytes / 2**20:.1f} MiB on {self.device}"
+        if self._offloaded is not None:
+            where += f", {self.nbytes_offloaded / 2**20:.1f} MiB of them offloaded"
+        tokens = f"{len(self)} tokens of {self.channels} {self._config.dtype_name} channels"
+        return f"LatentCache({tokens} from {self.num_frames} frames, {where}, write_policy={self.write_policy!r})"
+
+
+def _check_cameras(cameras: object, name: str = "cameras") -> None:
+    if not isinstance(cameras, Cameras):
+        raise TypeError(f"{name} must be mirage_kernels.Cameras, got {type(cameras).__name__}")

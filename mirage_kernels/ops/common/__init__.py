@@ -1,0 +1,1 @@
+"""What several operators share: pieces of their definitions, and of their Triton kernels."""

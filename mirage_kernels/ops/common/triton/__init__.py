@@ -1,0 +1,1 @@
+"""Triton pieces that several operators share: device functions, and launchers of what they have in common."""
