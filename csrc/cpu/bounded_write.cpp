@@ -3,12 +3,12 @@
 //
 // In: latents (T, C, h, w), depth (T, H, W), cameras, mask, order (h w,). In place: points, features, frame_ids, votes,
 // looks, count, bounds, scales. Out: the counts of reference.py's WRITE_REPORT.
-#include "../core/bound.h"
+#include "../core/bounded_write_rules.h"
 
 #include <limits>
 
-#include "features.h"
-#include "judge.h"
+#include "feature_rows.h"
+#include "token_status.h"
 
 namespace mirage::cpu {
 namespace {

@@ -1,7 +1,7 @@
 // cache_compact on the CPU: marks what is too many, then moves the runs of survivors together, in order.
 //
 // In place: points, features, frame_ids, votes, looks, count, bounds, scales. Out: how many tokens were evicted.
-#include "../core/bound.h"
+#include "../core/bounded_write_rules.h"
 
 #include <cstring>
 

@@ -2,8 +2,8 @@
 //
 // In: latents (T, C, h, w), depth (T, H, W), cameras, mask. In place: points, features, frame_ids, count, bounds, scales.
 // Out: how many tokens were written, refused, masked, of unknown depth, out of range, not finite.
-#include "features.h"
-#include "judge.h"
+#include "feature_rows.h"
+#include "token_status.h"
 #include "transpose.h"
 
 namespace mirage::cpu {

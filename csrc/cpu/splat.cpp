@@ -1,9 +1,9 @@
 // splat on the CPU: private z-buffers per slice of points, merged where they are read out.
 //
 // In: points (N, 4), features (N, C), cameras of T views. Out: latents (T, C, h, w), mask, depth, index (T, h, w).
-#include "../core/zkey.h"
+#include "../core/depth_key.h"
 #include "common.h"
-#include "features.h"
+#include "feature_rows.h"
 #include "transpose.h"
 
 namespace mirage::cpu {

@@ -3,13 +3,13 @@
 //
 // In: points (N, 4), features (N, C), frame_ids (N,), frame_centers (F, 3), cameras of T views.
 // Out: latents (T, C, h, w), mask, depth, index (T, h, w), keys (T, h, w, kFits).
-#include "../core/fit.h"
+#include "../core/alignment_score.h"
 
 #include <atomic>
 #include <limits>
 
 #include "common.h"
-#include "features.h"
+#include "feature_rows.h"
 #include "transpose.h"
 
 namespace mirage::cpu {

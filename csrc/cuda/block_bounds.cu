@@ -2,7 +2,7 @@
 //
 // In: points (N, 4). In place: bounds (B + ceil(B / 64), 6) with B = ceil(N / 256), least and greatest x, y, z of
 // the live points that are finite.
-#include "bounds.cuh"
+#include "block_boxes.cuh"
 
 namespace mirage::cuda {
 

@@ -6,9 +6,9 @@
 //
 // Nothing depends on the order of threads: the token that shows a cell best is a minimum, the tokens of a voxel are
 // counted, the first of those that come to a voxel are kept by a chain of minima, as the fits of splat_aligned are.
-#include "../core/bound.h"
-#include "bounds.cuh"
-#include "judge.cuh"
+#include "../core/bounded_write_rules.h"
+#include "block_boxes.cuh"
+#include "token_status.cuh"
 
 namespace mirage::cuda {
 namespace {

@@ -4,8 +4,8 @@
 // In place: points, features, frame_ids, votes, looks, count, bounds, scales. Out: how many tokens were evicted.
 #include <bit>
 
-#include "../core/bound.h"
-#include "bounds.cuh"
+#include "../core/bounded_write_rules.h"
+#include "block_boxes.cuh"
 
 namespace mirage::cuda {
 namespace {

@@ -3,8 +3,8 @@
 // In: latents (T, C, h, w), depth (T, H, W), cameras, mask. In place: points, features, frame_ids, count, bounds,
 // scales.
 // Out: how many tokens were written, refused, masked, of unknown depth, out of range, not finite.
-#include "bounds.cuh"
-#include "judge.cuh"
+#include "block_boxes.cuh"
+#include "token_status.cuh"
 
 namespace mirage::cuda {
 namespace {

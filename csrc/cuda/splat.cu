@@ -1,9 +1,9 @@
 // splat on CUDA: one pass over the points for all views, a 64-bit minimum per cell, then a gather of the winners.
 //
 // In: points (N, 4), features (N, C), cameras of T views. Out: latents (T, C, h, w), mask, depth, index (T, h, w).
-#include "../core/zkey.h"
-#include "features.cuh"
-#include "walk.cuh"
+#include "../core/depth_key.h"
+#include "feature_rows.cuh"
+#include "culling.cuh"
 
 namespace mirage::cuda {
 namespace {

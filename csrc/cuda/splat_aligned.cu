@@ -3,9 +3,9 @@
 // In: points (N, 4), features (N, C), frame_ids (N,), frame_centers (F, 3), cameras of T views.
 // Out: latents (T, C, h, w), mask, depth, index (T, h, w), keys (T, h, w, kFits). Minima by integer atomics, best-of lists
 // by a chain of them: the same in whatever order the tokens come.
-#include "../core/fit.h"
-#include "features.cuh"
-#include "walk.cuh"
+#include "../core/alignment_score.h"
+#include "feature_rows.cuh"
+#include "culling.cuh"
 
 namespace mirage::cuda {
 namespace {

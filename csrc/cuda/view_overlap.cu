@@ -2,7 +2,7 @@
 //
 // In: points (N, 4), cameras of V earlier and T target views. Out: (V, 2), voxels seen by both and by either.
 #include "../core/voxel.h"
-#include "walk.cuh"
+#include "culling.cuh"
 
 namespace mirage::cuda {
 namespace {

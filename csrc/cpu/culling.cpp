@@ -5,7 +5,7 @@
 #include <limits>
 
 #include "common.h"
-#include "lanes.h"
+#include "simd.h"
 
 namespace mirage::cpu {
 namespace {

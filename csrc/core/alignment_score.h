@@ -3,7 +3,7 @@
 #pragma once
 
 #include "camera.h"
-#include "zkey.h"
+#include "depth_key.h"
 
 namespace mirage {
 

@@ -1,7 +1,7 @@
 // Which tokens of T views are worth writing: shared by cache_write and bounded_write.
 #pragma once
 
-#include "features.cuh"
+#include "feature_rows.cuh"
 #include "lift.cuh"
 
 namespace mirage::cuda {

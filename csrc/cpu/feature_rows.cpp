@@ -1,4 +1,4 @@
-#include "features.h"
+#include "feature_rows.h"
 
 namespace mirage::cpu {
 namespace {

@@ -1,8 +1,8 @@
-#include "judge.h"
+#include "token_status.h"
 
 #include <array>
 
-#include "features.h"
+#include "feature_rows.h"
 
 namespace mirage::cpu {
 namespace {

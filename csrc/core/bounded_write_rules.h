@@ -2,7 +2,7 @@
 #pragma once
 
 #include "camera.h"
-#include "fit.h"
+#include "alignment_score.h"
 
 namespace mirage {
 
