@@ -1,19 +1,20 @@
 // Camera maths of every backend: OpenCV axes, pixel coordinates continuous (column j covers [j, j + 1)).
 //
 // Matrices are composed in float64 and rounded once to float32; per-point work is float32, one operation at a time in
-// the order written here. With contraction off (-ffp-contract=off, -fmad=false) this equals reference.py bit for bit.
+// the order written here. With contraction off (-ffp-contract=off, -fmad=false) this equals mirage_kernels/geometry.py
+// bit for bit.
 #pragma once
 
 #include "macros.h"
 
 namespace mirage {
 
-// World to target grid: (a, b, z) = M (x, y, z, 1), u = a / z, v = b / z in cells.
+// From the world to the grid of a view: (a, b, z) = M (x, y, z, 1), u = a / z, v = b / z in cells.
 struct Projection {
   float m[3][4];
 };
 
-// Token grid to world: x_cam = ((j + 0.5) - cx) / fx * z, world = R x_cam + t.
+// From the token grid to the world: x_cam = ((j + 0.5) - cx) / fx * z, world = R x_cam + t.
 struct Lift {
   float rotation[3][3];
   float translation[3];
@@ -28,9 +29,9 @@ struct Projected {
   float u, v, z;
 };
 
-// intrinsics (3, 3) in cells of the target grid and cam2world (4, 4), row-major float64.
+// intrinsics (3, 3), in cells of the grid, and cam2world (4, 4) are row-major float64.
 //
-// The inverse is the general one of an affine matrix, by cofactors: real poses are rotations only to 4e-4, so a
+// The inverse is that of a general affine matrix, by cofactors: real poses are rotations only up to 4e-4, so a
 // transpose would move points.
 MIRAGE_HD Projection make_projection(const double* intrinsics, const double* cam2world) {
   const double a00 = cam2world[0], a01 = cam2world[1], a02 = cam2world[2], t0 = cam2world[3];
@@ -48,9 +49,8 @@ MIRAGE_HD Projection make_projection(const double* intrinsics, const double* cam
   const double c22 = a00 * a11 - a01 * a10;
   const double det = (a00 * c00 + a01 * c10) + a02 * c20;
 
-  const double r[3][3] = {{c00 / det, c01 / det, c02 / det},
-                          {c10 / det, c11 / det, c12 / det},
-                          {c20 / det, c21 / det, c22 / det}};
+  const double r[3][3] = {
+      {c00 / det, c01 / det, c02 / det}, {c10 / det, c11 / det, c12 / det}, {c20 / det, c21 / det, c22 / det}};
   const double fx = intrinsics[0], cx = intrinsics[2], fy = intrinsics[4], cy = intrinsics[5];
 
   Projection projection;
@@ -67,7 +67,8 @@ MIRAGE_HD Projection make_projection(const double* intrinsics, const double* cam
   return projection;
 }
 
-// intrinsics in pixels of the depth map (depth_height, depth_width), scaled to the token grid (height, width).
+// intrinsics are in pixels of the depth map (depth_height, depth_width) and are scaled to the token grid (height,
+// width).
 MIRAGE_HD Lift make_lift(const double* intrinsics, const double* cam2world, index_t depth_height, index_t depth_width,
                          index_t height, index_t width) {
   const double sy = static_cast<double>(height) / static_cast<double>(depth_height);
@@ -95,7 +96,7 @@ MIRAGE_HD LiftedToken lift_token(const Lift& lift, int row, int column, float de
   return token;
 }
 
-// One division a point: u and v share the reciprocal.
+// One division per point: u and v share the reciprocal.
 MIRAGE_HD Projected project_point(const Projection& p, float x, float y, float z) {
   const float depth = ((p.m[2][0] * x + p.m[2][1] * y) + p.m[2][2] * z) + p.m[2][3];
   const float a = ((p.m[0][0] * x + p.m[0][1] * y) + p.m[0][2] * z) + p.m[0][3];
@@ -104,12 +105,13 @@ MIRAGE_HD Projected project_point(const Projection& p, float x, float y, float z
   return {a * inverse, b * inverse, depth};
 }
 
-// False for NaN anywhere: every comparison with NaN fails. Bitwise & keeps the loop branch-free, so it vectorises.
+// False for NaN anywhere, as every comparison with NaN fails. Bitwise & has no branch, so a loop of it vectorises.
 MIRAGE_HD bool in_view(const Projected& p, float near, float width, float height) {
   return (p.z > near) & (p.z <= 3.402823466e+38f) & (p.u >= 0.0f) & (p.u < width) & (p.v >= 0.0f) & (p.v < height);
 }
 
-// First depth row (column) of token row i: pixel r belongs to floor((r + 0.5) h / H), so r starts at ceil(i H / h - 0.5).
+// First pixel row (column) of token row (column) i: pixel r belongs to floor((r + 0.5) h / H), so r begins at
+// ceil(i H / h - 0.5).
 MIRAGE_HD index_t cell_begin(index_t i, index_t cells, index_t pixels) {
   return (2 * i * pixels + cells - 1) / (2 * cells);
 }

@@ -1,6 +1,6 @@
 // Z-buffer key: float bits of z above, token index below. For z > 0 float bits order as z does, so the minimum key is
-// the nearest token and, at equal depth, the one with the lowest index. Minimum is order-free: no thread count or
-// schedule can change the winner.
+// the nearest token and, at equal depth, the one with the lowest index. A minimum does not depend on order: no number
+// of threads and no schedule changes the winner.
 #pragma once
 
 #include "macros.h"

@@ -1,4 +1,4 @@
-// Host and device spelling of the shared maths. Nothing here knows about tensors.
+// How functions that host and device share are declared, and how both read the bits of a float. No tensors here.
 #pragma once
 
 #include <cstdint>
@@ -34,7 +34,7 @@ MIRAGE_HD float bits_float(uint32_t bits) {
 #endif
 }
 
-// Finite without libm: all exponent bits set means Inf or NaN. Works where -ffast-math would fold isfinite away.
+// Without libm: all exponent bits set means Inf or NaN. This works even where -ffast-math would fold isfinite away.
 MIRAGE_HD bool is_finite(float value) { return (float_bits(value) & 0x7f800000u) != 0x7f800000u; }
 
 }  // namespace mirage

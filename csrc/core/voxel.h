@@ -1,16 +1,17 @@
-// Voxel key: floor(coordinate / voxel_size) per axis, 21 bits each, packed x, y, z from the top.
+// Voxel key: floor(coordinate / voxel_size) per axis, 21 bits each, packed x, y, z from the top. Points past
+// kVoxelLimit voxels, 105 km from the origin at 0.1 m, share the border voxels.
 #pragma once
 
+#include "constants.h"
 #include "macros.h"
 
 namespace mirage {
 
 constexpr int kVoxelBits = 21;
-constexpr float kVoxelLimit = 1048576.0f;  // 2^20: at 0.1 m a cube of 210 km; what lies outside shares its border voxels
 
 MIRAGE_HD uint64_t voxel_coordinate(float coordinate, float voxel_size) {
   const float scaled = coordinate / voxel_size;
-  // Written so that NaN falls to the lower border instead of into an undefined conversion.
+  // Written so that NaN becomes the lower border: converting it would be undefined.
   const float low = scaled >= -kVoxelLimit ? scaled : -kVoxelLimit;
   const float clamped = low <= kVoxelLimit - 1.0f ? low : kVoxelLimit - 1.0f;
   const int32_t truncated = static_cast<int32_t>(clamped);

@@ -27,16 +27,16 @@ std::tuple<Tensor, Tensor> back_project(const Tensor& depth_, const Tensor& intr
     std::vector<float> z(width);
     for (int64_t row = begin; row < end; ++row) {
       const index_t t = row / height, i = row % height;
-      bool* still = keep + row * width;
+      bool* is_static = keep + row * width;
       LiftedToken* lifted = tokens + row * width;
       token_row_depth(source, columns, t, i, cell, z.data());
-      token_row_mask(source, columns, t, i, still);
+      token_row_mask(source, columns, t, i, is_static);
       lift_row(lifts[t], i, width, z.data(), lifted);
       for (index_t j = 0; j < width; ++j) {
         const LiftedToken& p = lifted[j];
-        still[j] = still[j] && z[j] > 0.0f && is_finite(p.x) && is_finite(p.y) && is_finite(p.z) &&
-                   is_finite(p.footprint);
-        if (!still[j]) lifted[j] = {0.0f, 0.0f, 0.0f, 0.0f};
+        is_static[j] =
+            is_static[j] && z[j] > 0.0f && is_finite(p.x) && is_finite(p.y) && is_finite(p.z) && is_finite(p.footprint);
+        if (!is_static[j]) lifted[j] = {0.0f, 0.0f, 0.0f, 0.0f};
       }
     }
   });

@@ -1,7 +1,8 @@
-// cache_write on the CPU: lift and judge every token row, count, then copy the kept rows to their places.
+// cache_write on the CPU: lifts and classifies every token row, counts, then copies the kept tokens to their rows.
 //
-// In: latents (T, C, h, w), depth (T, H, W), cameras, mask. In place: points, features, frame_ids, count, bounds, scales.
-// Out: how many tokens were written, refused, masked, of unknown depth, out of range, not finite.
+// In: latents (T, C, h, w), depth (T, H, W), cameras, mask. In place: points, features, frame_ids, count, bounds,
+// scales. Out: how many tokens were written, refused, masked, of unknown depth, out of range, not finite.
+#include "culling.h"
 #include "feature_rows.h"
 #include "token_status.h"
 #include "transpose.h"
@@ -9,13 +10,13 @@
 namespace mirage::cpu {
 namespace {
 
-// Tokens kept[0..n) of a grid row, channel c at latents + c * stride, to rows of `out`.
+// Writes tokens kept[0..n) of a grid row as rows of `out`; channel c is at latents + c * stride.
 template <typename Word>
-inline __attribute__((always_inline)) void gather_rows(const Word* latents, index_t channels, index_t stride,
-                                                       const int32_t* kept, index_t n, Word* out) {
+MIRAGE_INLINE void gather_rows(const Word* latents, index_t channels, index_t stride, const int32_t* kept, index_t n,
+                               Word* out) {
   index_t k = 0;
   for (; k + 8 <= n; k += 8) {
-    const bool together = kept[k + 7] == kept[k] + 7;  // kept ascends, so these are eight neighbours
+    const bool together = kept[k + 7] == kept[k] + 7;  // `kept` ascends, so these are eight neighbours
     index_t c = 0;
     if (together) {
       for (; c + 8 <= channels; c += 8) {
@@ -59,8 +60,7 @@ void gather_features(const T* latents, index_t channels, index_t stride, const i
 Tensor cache_write(Tensor points, Tensor features, Tensor frame_ids, Tensor count, const Tensor& latents_,
                    const Tensor& depth_, const Tensor& intrinsics_, const Tensor& cam2world_,
                    const std::optional<Tensor>& mask_, int64_t first_frame, bool bilinear, double min_depth,
-                   double max_depth, const std::optional<Tensor>& bounds,
-                   std::optional<Tensor> scales) {
+                   double max_depth, const std::optional<Tensor>& bounds, std::optional<Tensor> scales) {
   const Tensor latents = as_contiguous(latents_);
   const Tensor depth = checked(depth_, ScalarType::Float, "depth");
   const Tensor intrinsics = checked(intrinsics_, ScalarType::Double, "intrinsics");
@@ -74,19 +74,20 @@ Tensor cache_write(Tensor points, Tensor features, Tensor frame_ids, Tensor coun
   STD_TORCH_CHECK(!scales.has_value() || scales->is_contiguous(),
                   "scales must be contiguous: they are written in place");
   const index_t views = latents.size(0), channels = latents.size(1), height = latents.size(2), width = latents.size(3);
-  const Judged judged = judge_tokens(latents, depth, intrinsics, cam2world, mask, bilinear, static_cast<float>(min_depth),
-                                     static_cast<float>(max_depth), features.scalar_type());
+  const ClassifiedTokens classified =
+      classify_tokens(latents, depth, intrinsics, cam2world, mask, bilinear, static_cast<float>(min_depth),
+                      static_cast<float>(max_depth), features.scalar_type());
   const index_t rows = views * height, cells = height * width;
 
   const index_t capacity = points.size(0), start = *input<int64_t>(count);
   STD_TORCH_CHECK(start >= 0 && start <= capacity, "count must be in [0, ", capacity, "], got ", start);
   std::vector<index_t> place(rows);
-  index_t total = 0, report[6] = {};
+  index_t total = 0, report[kAppendReportSize] = {};
   for (index_t row = 0; row < rows; ++row) {
     place[row] = start + total;
-    total += judged.kept[row];
+    total += classified.kept[row];
   }
-  for (int k = kMasked; k <= kNonFinite; ++k) report[k] = judged.rejected[k];
+  for (int k = kMasked; k <= kNonFinite; ++k) report[k] = classified.rejected[k];
   report[0] = std::min(total, capacity - start);
   report[1] = total - report[0];
 
@@ -101,12 +102,12 @@ Tensor cache_write(Tensor points, Tensor features, Tensor frame_ids, Tensor coun
         std::vector<In> gathered(std::is_same_v<In, Out> ? 0 : channels * width);
         for (int64_t row = begin; row < end; ++row) {
           const index_t t = row / height, i = row % height;
-          const LiftedToken* tokens = input<LiftedToken>(judged.lifted) + row * width;
-          const uint8_t* verdict = input<uint8_t>(judged.verdicts) + row * width;
+          const LiftedToken* tokens = input<LiftedToken>(classified.lifted) + row * width;
+          const uint8_t* status = input<uint8_t>(classified.statuses) + row * width;
           index_t n = 0;
           for (index_t j = 0; j < width; ++j) {
             kept[n] = static_cast<int32_t>(j);
-            n += verdict[j] == kKeep;
+            n += status[j] == kKept;
           }
           n = std::min(n, std::max<index_t>(capacity - place[row], 0));
           LiftedToken* to = output<LiftedToken>(points) + place[row];
@@ -136,8 +137,8 @@ Tensor cache_write(Tensor points, Tensor features, Tensor frame_ids, Tensor coun
                   points.size(0), output<float>(*bounds));
   }
 
-  Tensor result = new_tensor({6}, ScalarType::Long);
-  std::copy(report, report + 6, output<int64_t>(result));
+  Tensor result = new_tensor({kAppendReportSize}, ScalarType::Long);
+  std::copy(report, report + kAppendReportSize, output<int64_t>(result));
   return result;
 }
 

@@ -1,22 +1,21 @@
-// block_bounds on the CPU: the boxes of blocks of tokens and of tiles of blocks; and which of them the views may see.
+// Boxes of blocks and tiles, and their tests against frusta, 64 at a time.
 //
-// In: points (N, 4). In place: bounds (B + ceil(B / 64), 6) with B = ceil(N / 256), least and greatest x, y, z of the live
-// points that are finite.
-#include <limits>
+// In: points (N, 4), or boxes as update_bounds leaves them and frusta of T views. Out: boxes; which blocks which views
+// may see.
+#include "culling.h"
 
-#include "common.h"
-#include "simd.h"
+#include <limits>
 
 namespace mirage::cpu {
 namespace {
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
-constexpr int kTile = kTileBlocks;  // tested at once, a bit each of one word
+constexpr int kTile = kTileBlocks;  // tested at once, one bit each of a word
 static_assert(kTile == 64);
 
 typedef float Row __attribute__((vector_size(4 * sizeof(float))));
 
-// In: `count` rows x, y, z, footprint. A point with a coordinate that is not finite does not count.
+// `points` holds `count` rows x, y, z, footprint. A point with a coordinate that is not finite is left out.
 MIRAGE_SIMD
 void bound_rows(const float* points, index_t count, float* box) {
   Row low = Row{} + kInfinity, high = Row{} - kInfinity, zeros = Row{};
@@ -25,7 +24,7 @@ void bound_rows(const float* points, index_t count, float* box) {
     __builtin_memcpy(&row, points + 4 * i, sizeof(row));
     low = row < low ? row : low;
     high = row > high ? row : high;
-    zeros += row - row;  // NaN from the first value on that is not finite
+    zeros += row - row;  // becomes NaN at the first value that is not finite
   }
   if ((zeros[0] + zeros[1]) + zeros[2] != 0.0f) {
     low = Row{} + kInfinity;
@@ -39,12 +38,12 @@ void bound_rows(const float* points, index_t count, float* box) {
     }
   }
   for (int j = 0; j < 3; ++j) {
-    box[j] = low[j] + 0.0f;  // no -0, whose place among zeros depends on their order
+    box[j] = low[j] + 0.0f;  // no -0: whether it or 0 is the least would depend on the order of the points
     box[3 + j] = high[j] + 0.0f;
   }
 }
 
-// The boxes of a tile's blocks, or of as many tiles, one array per side; past the last, empty ones.
+// The boxes of a tile's blocks, or of as many tiles, as one array per side. Empty boxes follow the last one.
 struct Tile {
   alignas(64) float side[kBoxSize][kTile], reach[kTile];
 };
@@ -53,7 +52,8 @@ MIRAGE_SIMD
 void load_tile(const float* bounds, int count, Tile& tile) {
   for (int b = 0; b < count; ++b)
     for (int j = 0; j < kBoxSize; ++j) tile.side[j][b] = bounds[kBoxSize * b + j];
-  for (int j = 0; j < kBoxSize; ++j) std::fill(tile.side[j] + count, tile.side[j] + kTile, j < 3 ? kInfinity : -kInfinity);
+  for (int j = 0; j < kBoxSize; ++j)
+    std::fill(tile.side[j] + count, tile.side[j] + kTile, j < 3 ? kInfinity : -kInfinity);
   for (int b = 0; b < kTile; ++b) {
     float reach = 0.0f;
     for (int j = 0; j < 3; ++j) {
@@ -77,10 +77,10 @@ void bound_boxes(const float* boxes, index_t count, float* around) {
   }
 }
 
-// `may_see` of every box of the tile, a bit each.
+// `may_see` for every box of the tile, one bit each.
 MIRAGE_SIMD
 uint64_t see_tile(const Tile& tile, const Frustum& frustum) {
-  typedef int32_t Flags __attribute__((vector_size(sizeof(Lanes))));
+  typedef int32_t Flags __attribute__((vector_size(sizeof(FloatLanes))));
   constexpr int kVectors = kTile / kLanes;
   Flags outside[kVectors];
   for (int v = 0; v < kVectors; ++v) {
@@ -90,18 +90,18 @@ uint64_t see_tile(const Tile& tile, const Frustum& frustum) {
   for (int f = 0; f < 5; ++f) {
     const float* corner[3];
     for (int j = 0; j < 3; ++j) corner[j] = tile.side[frustum.normal[f][j] < 0.0f ? j : 3 + j];
-    const Lanes x = Lanes{} + frustum.normal[f][0], y = Lanes{} + frustum.normal[f][1];
-    const Lanes z = Lanes{} + frustum.normal[f][2], offset = Lanes{} + frustum.offset[f];
-    const Lanes slack = Lanes{} + frustum.slack[f];
+    const FloatLanes x = FloatLanes{} + frustum.normal[f][0], y = FloatLanes{} + frustum.normal[f][1];
+    const FloatLanes z = FloatLanes{} + frustum.normal[f][2], offset = FloatLanes{} + frustum.offset[f];
+    const FloatLanes slack = FloatLanes{} + frustum.slack[f];
     Flags all = Flags{} - 1;
     for (int v = 0; v < kVectors; ++v) {
       const int b = v * kLanes;
-      const Lanes bound = (offset + slack * load(tile.reach + b)) + (x * load(corner[0] + b) + y * load(corner[1] + b)) +
-                          z * load(corner[2] + b);
+      const FloatLanes bound = (offset + slack * load(tile.reach + b)) +
+                               (x * load(corner[0] + b) + y * load(corner[1] + b)) + z * load(corner[2] + b);
       outside[v] |= bound < 0.0f;
       all &= outside[v];
     }
-    // Neighbours tend to lie beyond the same plane.
+    // Neighbouring boxes tend to lie beyond the same plane.
     uint64_t halves[4];
     __builtin_memcpy(halves, &all, sizeof(all));
     if ((halves[0] & halves[1] & halves[2] & halves[3]) == ~uint64_t{0}) return 0;
@@ -114,7 +114,7 @@ uint64_t see_tile(const Tile& tile, const Frustum& frustum) {
   for (int word = 0; word < kTile / 8; ++word) {
     uint64_t bytes;
     __builtin_memcpy(&bytes, seen + 8 * word, 8);
-    bits |= (bytes * 0x0102040810204080ull >> 56) << (8 * word);  // the byte i to the bit i
+    bits |= (bytes * 0x0102040810204080ull >> 56) << (8 * word);  // byte i becomes bit i
   }
   return bits;
 }
@@ -124,7 +124,8 @@ uint64_t see_tile(const Tile& tile, const Frustum& frustum) {
 void check_bounds(const Tensor& bounds, index_t capacity) {
   STD_TORCH_CHECK(bounds.is_cpu() && bounds.scalar_type() == ScalarType::Float && bounds.is_contiguous() &&
                       bounds.numel() == bounds_rows(capacity) * kBoxSize,
-                  "bounds must be contiguous float32 with the boxes of ", capacity, " points: they are written in place");
+                  "bounds must be contiguous float32 with the boxes of ", capacity,
+                  " points: they are written in place");
 }
 
 void update_bounds(const float* points, index_t count, index_t first, index_t last, const uint8_t* touched,
@@ -144,8 +145,8 @@ void update_bounds(const float* points, index_t count, index_t first, index_t la
   }
 }
 
-SeenBlocks::SeenBlocks(const std::optional<Tensor>& bounds_, index_t capacity, index_t count,
-                       const std::vector<Frustum>& frusta) {
+VisibleBlocks::VisibleBlocks(const std::optional<Tensor>& bounds_, index_t capacity, index_t count,
+                             const std::vector<Frustum>& frusta) {
   const index_t blocks = divide_up(count, kBlockTokens), views = static_cast<index_t>(frusta.size());
   if (!bounds_.has_value()) {
     numbers_.resize(blocks);
@@ -153,12 +154,13 @@ SeenBlocks::SeenBlocks(const std::optional<Tensor>& bounds_, index_t capacity, i
     return;
   }
   const Tensor bounds = checked(*bounds_, ScalarType::Float, "bounds");
-  STD_TORCH_CHECK(bounds.numel() == bounds_rows(capacity) * kBoxSize, "bounds must hold the boxes of ", capacity, " points");
+  STD_TORCH_CHECK(bounds.numel() == bounds_rows(capacity) * kBoxSize, "bounds must hold the boxes of ", capacity,
+                  " points");
   const float* boxes = input<float>(bounds);
   const float* around = boxes + kBoxSize * divide_up(capacity, kBlockTokens);
   tiles_ = divide_up(blocks, kTile);
   seen_.resize(std::max<index_t>(1, views * tiles_));
-  // The tiles that some view may see, then the blocks of these: nothing else is read of what is stored.
+  // First the tiles that some view may see, then the blocks of these: no other box is read.
   std::vector<index_t> listed;
   for (index_t first = 0; first < tiles_; first += kTile) {
     Tile tile;
@@ -189,13 +191,4 @@ SeenBlocks::SeenBlocks(const std::optional<Tensor>& bounds_, index_t capacity, i
   }
 }
 
-void block_bounds(const Tensor& points_, const std::optional<Tensor>& num_points, Tensor bounds) {
-  const Tensor points = checked(points_, ScalarType::Float, "points");
-  check_bounds(bounds, points.size(0));
-  update_bounds(input<float>(points), live_points(num_points, points.size(0)), 0,
-                divide_up(points.size(0), kBlockTokens), nullptr, points.size(0), output<float>(bounds));
-}
-
 }  // namespace mirage::cpu
-
-STABLE_TORCH_LIBRARY_IMPL(mirage, CPU, m) { m.impl("block_bounds_compiled", TORCH_BOX(&mirage::cpu::block_bounds)); }

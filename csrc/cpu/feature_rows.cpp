@@ -1,11 +1,13 @@
+// Rows of float8 features to floats and back: the loops that are compiled for several instruction sets.
+//
+// In: a row of C codes and its scale, or C latents. Out: C values, or codes and scale.
 #include "feature_rows.h"
 
 namespace mirage::cpu {
 namespace {
 
 template <typename T>
-inline __attribute__((always_inline)) void quantise(const T* latents, index_t channels, Float8* __restrict__ row,
-                                                    uint8_t* scale) {
+MIRAGE_INLINE void quantize(const T* latents, index_t channels, Float8* __restrict__ row, uint8_t* scale) {
   uint32_t largest = 0;
   for (index_t c = 0; c < channels; ++c) {
     const uint32_t magnitude = float_bits(static_cast<float>(latents[c])) & 0x7fffffffu;
@@ -17,9 +19,10 @@ inline __attribute__((always_inline)) void quantise(const T* latents, index_t ch
     row[c].code = static_cast<uint8_t>(encode_float8(static_cast<float>(latents[c]) * inverse));
 }
 
-// Calls f(c, bits) for every sixteen channels; the last sixteen may overlap those before. False if that cannot be done.
+// Calls f(c, bits) for every sixteen channels; the last sixteen may overlap the ones before. Returns false if the row
+// does not allow that.
 template <typename F>
-inline __attribute__((always_inline)) bool decode_row(const Float8* row, uint8_t scale, index_t channels, const F& f) {
+MIRAGE_INLINE bool decode_row(const Float8* row, uint8_t scale, index_t channels, const F& f) {
   if (channels < kCodes || !in_cache(scale)) return false;
   for (index_t c = 0; c < channels; c += kCodes) {
     const index_t at = std::min(c, channels - kCodes);
@@ -48,8 +51,8 @@ void load_row(const Float8* __restrict__ row, uint8_t scale, index_t channels, f
 
 MIRAGE_SIMD
 void load_row(const Float8* __restrict__ row, uint8_t scale, index_t channels, BFloat16* __restrict__ out) {
-  const bool done = decode_row(row, scale, channels,
-                               [&](index_t c, const CodeBits& bits) { __builtin_memcpy(out + c, &bits, sizeof(bits)); });
+  const bool done = decode_row(
+      row, scale, channels, [&](index_t c, const CodeBits& bits) { __builtin_memcpy(out + c, &bits, sizeof(bits)); });
   if (!done) load_one_by_one(row, scale, channels, out);
 }
 
@@ -59,17 +62,17 @@ void load_row(const Float8* __restrict__ row, uint8_t scale, index_t channels, H
 
 MIRAGE_SIMD
 void store_row(const float* latents, index_t channels, Float8* __restrict__ row, uint8_t* scale) {
-  quantise(latents, channels, row, scale);
+  quantize(latents, channels, row, scale);
 }
 
 MIRAGE_SIMD
 void store_row(const Half* latents, index_t channels, Float8* __restrict__ row, uint8_t* scale) {
-  quantise(latents, channels, row, scale);
+  quantize(latents, channels, row, scale);
 }
 
 MIRAGE_SIMD
 void store_row(const BFloat16* latents, index_t channels, Float8* __restrict__ row, uint8_t* scale) {
-  quantise(latents, channels, row, scale);
+  quantize(latents, channels, row, scale);
 }
 
 }  // namespace mirage::cpu

@@ -1,4 +1,4 @@
-// Rows of features as a cache stores them, to floats and back: one token, C channels.
+// Rows of features as a cache stores them, converted to floats and back: C channels per token.
 #pragma once
 
 #include "../core/float8.h"
@@ -8,7 +8,7 @@ namespace mirage::cpu {
 
 // Features (N, C), with the scales (N,) that only Float8 has.
 template <typename T>
-struct Features {
+struct FeatureRows {
   const T* rows;
   const uint8_t* scales;
   index_t channels;
@@ -31,14 +31,14 @@ struct Features {
   }
 };
 
-// Calls f with a value of the C++ type of a feature dtype, Float8 among them.
+// Calls f with a value of the C++ type of a feature dtype, including Float8.
 template <typename F>
 inline void for_stored_type(ScalarType dtype, const F& f) {
   if (dtype == ScalarType::Float8_e4m3fn) return f(Float8{});
   for_feature_type(dtype, f);
 }
 
-// The scales that belong to features, contiguous; none where none do.
+// The scales of features, contiguous; nullopt where the dtype has none.
 inline std::optional<Tensor> checked_scales(const Tensor& features, const std::optional<Tensor>& scales) {
   const bool needed = features.scalar_type() == ScalarType::Float8_e4m3fn;
   STD_TORCH_CHECK(needed == scales.has_value(), "scales must be given with float8_e4m3fn features, and only with them");
@@ -47,19 +47,19 @@ inline std::optional<Tensor> checked_scales(const Tensor& features, const std::o
   return checked(*scales, ScalarType::Byte, "scales");
 }
 
-// Calls f with the Features of contiguous tensors.
+// Calls f with the FeatureRows of contiguous tensors.
 template <typename F>
 inline void for_features(const Tensor& features, const std::optional<Tensor>& scales_, const F& f) {
   const std::optional<Tensor> scales = checked_scales(features, scales_);
   for_stored_type(features.scalar_type(), [&](auto type) {
     using T = decltype(type);
-    f(Features<T>{input<T>(features), scales.has_value() ? input<uint8_t>(*scales) : nullptr, features.size(1)});
+    f(FeatureRows<T>{input<T>(features), scales.has_value() ? input<uint8_t>(*scales) : nullptr, features.size(1)});
   });
 }
 
-// The value of one feature of a row with this scale.
+// The value of one feature in a row with this scale.
 template <typename T>
-inline __attribute__((always_inline)) float feature_value(T stored, uint8_t scale) {
+MIRAGE_INLINE float feature_value(T stored, uint8_t scale) {
   if constexpr (std::is_same_v<T, Float8>) {
     return decode_float8(stored.code) * scale_factor(scale);
   } else {
@@ -67,15 +67,16 @@ inline __attribute__((always_inline)) float feature_value(T stored, uint8_t scal
   }
 }
 
-// Codes are decoded sixteen at a time to bits of bfloat16, of which their values are some at every scale in a cache.
+// Codes are decoded sixteen at a time to bits of bfloat16, which represents their values exactly at every scale in a
+// cache.
 constexpr int kCodes = 16;
 typedef int16_t CodeBits __attribute__((vector_size(2 * kCodes)));
 
-inline bool in_cache(uint8_t scale) { return scale >= kLeastScale && scale <= kGreatestScale; }
+inline bool in_cache(uint8_t scale) { return scale >= kMinScale && scale <= kMaxScale; }
 
-// Bits of bfloat16 rise with the magnitude of a code by 16 each, but for the codes without a leading one: they lie on
-// steeper lines, twice as steep every time the leading digit is a place further on.
-inline __attribute__((always_inline)) CodeBits decode_codes(const Float8* from, uint8_t scale) {
+// Bits of bfloat16 rise by 16 with each step of a code's magnitude, except for codes without a leading one: those lie
+// on steeper lines, and the slope doubles with every place that the leading digit is further right.
+MIRAGE_INLINE CodeBits decode_codes(const Float8* from, uint8_t scale) {
   typedef int8_t Codes __attribute__((vector_size(kCodes)));
   Codes codes;
   __builtin_memcpy(&codes, from, sizeof(codes));
@@ -88,9 +89,9 @@ inline __attribute__((always_inline)) CodeBits decode_codes(const Float8* from, 
   return bits | (wide & static_cast<int16_t>(0x8000));
 }
 
-// Half a row of decoded codes, in order.
+// One half of a row of decoded codes, in order.
 typedef float CodeFloats __attribute__((vector_size(2 * kCodes)));
-inline __attribute__((always_inline)) CodeFloats widen_codes(const CodeBits& bits, int half) {
+MIRAGE_INLINE CodeFloats widen_codes(const CodeBits& bits, int half) {
   typedef uint16_t Half8 __attribute__((vector_size(kCodes)));
   typedef int32_t Words __attribute__((vector_size(2 * kCodes)));
   Half8 part;
@@ -98,23 +99,23 @@ inline __attribute__((always_inline)) CodeFloats widen_codes(const CodeBits& bit
   return reinterpret_cast<CodeFloats>(__builtin_convertvector(part, Words) << 16);
 }
 
-// Rows of Float8 in other types.
+// Converts a row of Float8 to another type.
 void load_row(const Float8* __restrict__ row, uint8_t scale, index_t channels, float* __restrict__ out);
 void load_row(const Float8* __restrict__ row, uint8_t scale, index_t channels, Half* __restrict__ out);
 void load_row(const Float8* __restrict__ row, uint8_t scale, index_t channels, BFloat16* __restrict__ out);
 
-// The values of a row in another type.
+// Converts a row to another type.
 template <typename In, typename Out>
 inline void load_row(const In* row, uint8_t, index_t channels, Out* out) {
   for (index_t c = 0; c < channels; ++c) out[c] = static_cast<Out>(static_cast<float>(row[c]));
 }
 
-// A token's latents as features, and its scale.
+// Stores a token's latents as features, with their scale.
 void store_row(const float* latents, index_t channels, Float8* __restrict__ row, uint8_t* scale);
 void store_row(const Half* latents, index_t channels, Float8* __restrict__ row, uint8_t* scale);
 void store_row(const BFloat16* latents, index_t channels, Float8* __restrict__ row, uint8_t* scale);
 
-// A token's latents as features; there is no scale.
+// Stores a token's latents as features; there is no scale.
 template <typename In, typename Out>
 inline void store_row(const In* latents, index_t channels, Out* row, uint8_t*) {
   load_row(latents, uint8_t{0}, channels, row);

@@ -1,3 +1,6 @@
+// Token depths, token masks and lifted tokens, one token row at a time.
+//
+// In: depth (T, H, W), mask (T, H', W'), lifts of T cameras. Out: per token row, depths, static flags, tokens.
 #include "lift.h"
 
 #include <cmath>
@@ -6,67 +9,65 @@ namespace mirage::cpu {
 namespace {
 
 constexpr int32_t kInfinity = 0x7f800000;  // bits of +Inf: past every valid depth
-constexpr int kLanes = 8;  // rows of a cell are padded to whole vectors
 
-// A vector of the compiler's own: each clone lowers it to the registers it has. Comparisons give 0 or -1 per lane.
-typedef int32_t Lanes __attribute__((vector_size(kLanes * sizeof(int32_t))));
+// The integer counterparts of what simd.h has for floats.
+typedef int32_t IntLanes __attribute__((vector_size(kLanes * sizeof(int32_t))));
 
-inline __attribute__((always_inline)) Lanes load(const int32_t* from) {
-  Lanes lanes;
+MIRAGE_INLINE IntLanes load(const int32_t* from) {
+  IntLanes lanes;
   __builtin_memcpy(&lanes, from, sizeof(lanes));
   return lanes;
 }
 
-// All lanes to one, halving: a few shuffles instead of eight extractions.
 template <typename F>
-inline __attribute__((always_inline)) int32_t reduce(Lanes lanes, const F& f) {
+MIRAGE_INLINE int32_t reduce(IntLanes lanes, const F& f) {
   lanes = f(lanes, __builtin_shufflevector(lanes, lanes, 4, 5, 6, 7, 0, 1, 2, 3));
   lanes = f(lanes, __builtin_shufflevector(lanes, lanes, 2, 3, 0, 1, 6, 7, 4, 5));
   lanes = f(lanes, __builtin_shufflevector(lanes, lanes, 1, 0, 3, 2, 5, 4, 7, 6));
   return lanes[0];
 }
 
-constexpr auto kAdd = [](Lanes a, Lanes b) { return a + b; };
-constexpr auto kLesser = [](Lanes a, Lanes b) { return a < b ? a : b; };
-constexpr auto kGreater = [](Lanes a, Lanes b) { return a > b ? a : b; };
+constexpr auto kAdd = [](IntLanes a, IntLanes b) { return a + b; };
+constexpr auto kLesser = [](IntLanes a, IntLanes b) { return a < b ? a : b; };
+constexpr auto kGreater = [](IntLanes a, IntLanes b) { return a > b ? a : b; };
 
 struct Cell {
-  int32_t count;  // of bits, padding included: a multiple of kLanes
+  int32_t count;  // of bits, including padding: a multiple of kLanes
   int32_t valid;
   int32_t least, greatest;
 };
 
-// Copies one cell's depths as signed integers, the invalid ones as +Inf: bits of positive floats order as the floats do,
-// and zero, negative, Inf and NaN all fall outside (0, kInfinity).
+// Copies one cell's depths as signed integers, invalid ones as +Inf: bits of positive floats are ordered as the floats
+// are, and zero, negative, Inf and NaN all fall outside (0, kInfinity).
 MIRAGE_SIMD
 Cell load_cell(const float* depth, index_t row_stride, int rows, int columns, int32_t* bits) {
   const int32_t* source = reinterpret_cast<const int32_t*>(depth);
   const int padded = (columns + kLanes - 1) / kLanes * kLanes;
-  const Lanes infinity = Lanes{} + kInfinity;
-  Lanes valid = {}, least = infinity, greatest = {};
+  const IntLanes infinity = IntLanes{} + kInfinity;
+  IntLanes valid = {}, least = infinity, greatest = {};
   for (int r = 0; r < rows; ++r, source += row_stride) {
     for (int c = 0; c < columns; c += kLanes, bits += kLanes) {
-      Lanes value = infinity;
+      IntLanes value = infinity;
       if (c + kLanes <= columns) {
         value = load(source + c);
       } else {
         for (int l = 0; c + l < columns; ++l) value[l] = source[c + l];
       }
-      const Lanes ok = (value > 0) & (value < infinity);
-      const Lanes kept = ok ? value : infinity;
+      const IntLanes ok = (value > 0) & (value < infinity);
+      const IntLanes kept = ok ? value : infinity;
       __builtin_memcpy(bits, &kept, sizeof(kept));
       valid -= ok;
       least = kept < least ? kept : least;
-      const Lanes high = value & ok;
+      const IntLanes high = value & ok;
       greatest = high > greatest ? high : greatest;
     }
   }
   return {rows * padded, reduce(valid, kAdd), reduce(least, kLesser), reduce(greatest, kGreater)};
 }
 
-// Calls f with every vector of `rows` rows of kVectors vectors each, `stride` values apart.
+// Calls f with every vector of `rows` rows of kVectors vectors each, which are `stride` values apart.
 template <int kVectors, typename F>
-inline __attribute__((always_inline)) void each(const int32_t* row, index_t stride, int rows, const F& f) {
+MIRAGE_INLINE void each(const int32_t* row, index_t stride, int rows, const F& f) {
   for (int r = 0; r < rows; ++r, row += stride) {
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) f(load(row + v * kLanes));
@@ -75,31 +76,30 @@ inline __attribute__((always_inline)) void each(const int32_t* row, index_t stri
 
 #define MIRAGE_LAMBDA __attribute__((always_inline))
 
-// The element of the given rank (0 = least) among rows of values, padded with +Inf, by counting passes, which vectorise.
-// The first pass tries the rank interpolated between least and greatest: a cell mostly shows one smooth surface. Further
-// passes try three pivots: the interpolated rank, and one to either side, about a standard deviation of that guess away,
-// so that a bracket of n values shrinks to some sqrt(n). A pass that does not halve the bracket is followed by one at
-// its quarters, which bounds the passes for any cell. A pivot that separates exactly the wanted rank ends the search
-// with one more pass.
+// Finds the element of the given rank (0 = least) among rows of values, padded with +Inf, by counting passes, which
+// vectorise. The first pass tries the rank interpolated between least and greatest, as a cell mostly shows one smooth
+// surface. Further passes try three pivots: the interpolated rank, and one to either side, about a standard deviation
+// of that guess away, so that a bracket of n values shrinks to about sqrt(n). A pass that does not halve the bracket is
+// followed by one at its quarters, which limits the number of passes for any cell. A pivot that separates exactly the
+// wanted rank ends the search with one more pass.
 template <int kVectors>
-inline __attribute__((always_inline)) int32_t select_rank(const int32_t* bits, index_t stride, int rows, int rank,
-                                                          int32_t low, int32_t high, int valid) {
+MIRAGE_INLINE int32_t select_rank(const int32_t* bits, index_t stride, int rows, int rank, int32_t low, int32_t high,
+                                  int valid) {
   const int count = rows * kVectors * kLanes;
   const auto greatest_up_to = [&](int32_t pivot) MIRAGE_LAMBDA {
-    const Lanes limit = Lanes{} + pivot;
-    Lanes greatest = {};
-    each<kVectors>(bits, stride, rows, [&](Lanes value) MIRAGE_LAMBDA {
-      greatest = kGreater(value & ~(value > limit), greatest);
-    });
+    const IntLanes limit = IntLanes{} + pivot;
+    IntLanes greatest = {};
+    each<kVectors>(bits, stride, rows,
+                   [&](IntLanes value) MIRAGE_LAMBDA { greatest = kGreater(value & ~(value > limit), greatest); });
     return reduce(greatest, kGreater);
   };
   int below_low = 0, up_to_high = valid;
   if (low < high) {
-    const float share = (static_cast<float>(rank) + 0.5f) / static_cast<float>(valid);
-    const int32_t pivot = std::min(low + static_cast<int32_t>(share * static_cast<float>(high - low)), high - 1);
-    const Lanes limit = Lanes{} + pivot;
-    Lanes above = {};
-    each<kVectors>(bits, stride, rows, [&](Lanes value) MIRAGE_LAMBDA { above += value > limit; });
+    const float fraction = (static_cast<float>(rank) + 0.5f) / static_cast<float>(valid);
+    const int32_t pivot = std::min(low + static_cast<int32_t>(fraction * static_cast<float>(high - low)), high - 1);
+    const IntLanes limit = IntLanes{} + pivot;
+    IntLanes above = {};
+    each<kVectors>(bits, stride, rows, [&](IntLanes value) MIRAGE_LAMBDA { above += value > limit; });
     const int32_t below = count + reduce(above, kAdd);
     if (below == rank + 1) return greatest_up_to(pivot);
     (below > rank ? high : low) = below > rank ? pivot : pivot + 1;
@@ -113,23 +113,23 @@ inline __attribute__((always_inline)) int32_t select_rank(const int32_t* bits, i
       const float number = static_cast<float>(up_to_high - below_low), width = static_cast<float>(range);
       const float guess = (static_cast<float>(rank - below_low) + 0.5f) / number, spread = 0.5f / std::sqrt(number);
       for (int k = 0; k < 3; ++k) {
-        const float share = std::min(std::max(guess + static_cast<float>(k - 1) * spread, 0.0f), 1.0f);
-        pivot[k] = low + static_cast<int32_t>(std::min(share * width, static_cast<float>(range - 1)));
+        const float fraction = std::min(std::max(guess + static_cast<float>(k - 1) * spread, 0.0f), 1.0f);
+        pivot[k] = low + static_cast<int32_t>(std::min(fraction * width, static_cast<float>(range - 1)));
       }
     }
     for (int k = 0; k < 3; ++k) pivot[k] = std::min(pivot[k], high - 1);
-    const Lanes first = Lanes{} + pivot[0], second = Lanes{} + pivot[1], third = Lanes{} + pivot[2];
-    Lanes a = {}, b = {}, c = {};
-    each<kVectors>(bits, stride, rows, [&](Lanes value) MIRAGE_LAMBDA {
+    const IntLanes first = IntLanes{} + pivot[0], second = IntLanes{} + pivot[1], third = IntLanes{} + pivot[2];
+    IntLanes a = {}, b = {}, c = {};
+    each<kVectors>(bits, stride, rows, [&](IntLanes value) MIRAGE_LAMBDA {
       a += value > first;
       b += value > second;
       c += value > third;
     });
-    // What is not above a pivot, padding being above any.
+    // The number of values up to each pivot; padding is above all of them.
     const int32_t counts[3] = {count + reduce(a, kAdd), count + reduce(b, kAdd), count + reduce(c, kAdd)};
     for (int k = 0; k < 3; ++k) {
       if (counts[k] == rank + 1) return greatest_up_to(pivot[k]);
-      // Pivots ascend: the last too low and the first too high make the bracket.
+      // Pivots ascend: the last one too low and the first one too high make the bracket.
       if (counts[k] > rank) {
         high = pivot[k];
         up_to_high = counts[k];
@@ -148,13 +148,13 @@ int32_t median_of_copy(const int32_t* bits, const Cell& cell) {
   return select_rank<1>(bits, kLanes, cell.count / kLanes, (cell.valid - 1) / 2, cell.least, cell.greatest, cell.valid);
 }
 
-// The usual cell, 16 wide as the VAE's patches are and without a hole: its median, read where it lies; 0 where a value
+// The median of the usual cell, which is 16 wide like the VAE's patches and has no hole, read in place; 0 where a value
 // is not valid.
 MIRAGE_SIMD
 int32_t median_of_full_cell(const float* depth, index_t stride, int rows) {
   const int32_t* bits = reinterpret_cast<const int32_t*>(depth);
-  Lanes least = Lanes{} + kInfinity, greatest = {};
-  each<2>(bits, stride, rows, [&](Lanes value) MIRAGE_LAMBDA {
+  IntLanes least = IntLanes{} + kInfinity, greatest = {};
+  each<2>(bits, stride, rows, [&](IntLanes value) MIRAGE_LAMBDA {
     least = kLesser(value, least);
     greatest = kGreater(value, greatest);
   });
@@ -211,8 +211,8 @@ void token_row_depth(const DepthSource& source, const CellColumns& columns, inde
     int32_t median = width == 16 ? median_of_full_cell(corner, source.depth_width, static_cast<int>(rows)) : 0;
     if (median == 0) {
       cell.resize(rows * divide_up(width, kLanes) * kLanes);
-      const Cell loaded = load_cell(corner, source.depth_width, static_cast<int>(rows), static_cast<int>(width),
-                                    cell.data());
+      const Cell loaded =
+          load_cell(corner, source.depth_width, static_cast<int>(rows), static_cast<int>(width), cell.data());
       const bool known = loaded.valid > 0 && 2 * index_t{loaded.valid} >= rows * width;
       median = known ? median_of_copy(cell.data(), loaded) : 0;
     }
@@ -220,9 +220,9 @@ void token_row_depth(const DepthSource& source, const CellColumns& columns, inde
   }
 }
 
-void token_row_mask(const DepthSource& source, const CellColumns& columns, index_t t, index_t i, bool* still) {
+void token_row_mask(const DepthSource& source, const CellColumns& columns, index_t t, index_t i, bool* is_static) {
   if (!source.mask) {
-    std::fill(still, still + source.width, true);
+    std::fill(is_static, is_static + source.width, true);
     return;
   }
   const index_t begin = cell_begin(i, source.height, source.mask_height);
@@ -233,15 +233,14 @@ void token_row_mask(const DepthSource& source, const CellColumns& columns, index
     for (index_t r = begin; r < end; ++r)
       for (index_t c = columns.mask_begin[j]; c < columns.mask_begin[j + 1]; ++c)
         all &= image[r * source.mask_width + c];
-    still[j] = all != 0;
+    is_static[j] = all != 0;
   }
 }
 
 MIRAGE_SIMD
 void lift_row(const Lift& lift_, index_t i, index_t width, const float* depth, LiftedToken* tokens) {
   const Lift lift = lift_;
-  for (index_t j = 0; j < width; ++j)
-    tokens[j] = lift_token(lift, static_cast<int>(i), static_cast<int>(j), depth[j]);
+  for (index_t j = 0; j < width; ++j) tokens[j] = lift_token(lift, static_cast<int>(i), static_cast<int>(j), depth[j]);
 }
 
 DepthSource make_source(const Tensor& depth, const std::optional<Tensor>& mask, index_t height, index_t width,

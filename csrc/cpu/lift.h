@@ -1,6 +1,7 @@
-// Depth map to lifted tokens, one token row at a time: shared by back_project and cache_write.
+// Lifts a depth map to tokens, one token row at a time: shared by back_project, cache_write and bounded_write.
 #pragma once
 
+#include "../core/camera.h"
 #include "common.h"
 
 namespace mirage::cpu {
@@ -14,13 +15,13 @@ struct DepthSource {
   bool bilinear;
 };
 
-// Half-pixel source position without antialiasing; the weight is rounded once, as in reference.py.
+// Half-pixel source position without antialiasing; the weight is rounded once, as in the Python definition.
 struct Tap {
   index_t low, high;
   float weight_low, weight_high;
 };
 
-// What every row of tokens needs to know of the columns, made once per call.
+// What every row of tokens needs to know about the columns, made once per call.
 struct CellColumns {
   std::vector<index_t> depth_begin, mask_begin;
   std::vector<Tap> taps;
@@ -28,17 +29,17 @@ struct CellColumns {
 
 CellColumns make_columns(const DepthSource& source);
 
-// Token depths of row i of view t, 0 where unknown.
+// Computes the token depths of row i of view t, 0 where unknown.
 void token_row_depth(const DepthSource& source, const CellColumns& columns, index_t t, index_t i,
                      std::vector<int32_t>& cell, float* depth);
 
-// still[j] = all mask pixels of token (i, j) are set.
-void token_row_mask(const DepthSource& source, const CellColumns& columns, index_t t, index_t i, bool* still);
+// Sets is_static[j] if all mask pixels of token (i, j) are set.
+void token_row_mask(const DepthSource& source, const CellColumns& columns, index_t t, index_t i, bool* is_static);
 
-// Position and footprint of each token of row i.
+// Computes position and footprint of each token of row i.
 void lift_row(const Lift& lift, index_t i, index_t width, const float* depth, LiftedToken* tokens);
 
-// Checks of the arguments, and the plain pointers.
+// Collects the plain pointers and sizes of the arguments.
 DepthSource make_source(const Tensor& depth, const std::optional<Tensor>& mask, index_t height, index_t width,
                         bool bilinear);
 

@@ -1,9 +1,10 @@
-// Projection of blocks of points into views, shared by splat and view_overlap; their groups' spheres, by splat_aligned too.
+// Groups of points and their bounding spheres; which of them a view may see, and in which cells their points lie.
+//
+// In: points (N, 4), numbers of blocks, projections. Out: batches of points; listed groups; cells and depths.
+#include "projection.h"
+
 #include <cmath>
 #include <limits>
-
-#include "common.h"
-#include "simd.h"
 
 namespace mirage::cpu {
 
@@ -11,40 +12,33 @@ namespace {
 
 static_assert(kGroup == 2 * kLanes);
 
-// Written so that a NaN in `a` is passed over.
-MIRAGE_INLINE Lanes lesser(Lanes a, Lanes b) { return a < b ? a : b; }
-MIRAGE_INLINE Lanes greater(Lanes a, Lanes b) { return a > b ? a : b; }
-
-template <typename F>
-MIRAGE_INLINE float reduce(Lanes lanes, const F& f) {
-  lanes = f(lanes, __builtin_shufflevector(lanes, lanes, 4, 5, 6, 7, 0, 1, 2, 3));
-  lanes = f(lanes, __builtin_shufflevector(lanes, lanes, 2, 3, 0, 1, 6, 7, 4, 5));
-  lanes = f(lanes, __builtin_shufflevector(lanes, lanes, 1, 0, 3, 2, 5, 4, 7, 6));
-  return lanes[0];
-}
+// Written so that a NaN in `a` is ignored.
+MIRAGE_INLINE FloatLanes lesser(FloatLanes a, FloatLanes b) { return a < b ? a : b; }
+MIRAGE_INLINE FloatLanes greater(FloatLanes a, FloatLanes b) { return a > b ? a : b; }
 
 struct Interval {
   float centre, half;
 };
 
 MIRAGE_INLINE Interval bounds(const float* values) {
-  const Lanes infinity = Lanes{} + std::numeric_limits<float>::infinity();
-  const Lanes a = load(values), b = load(values + kLanes);
-  const float low = reduce(lesser(b, lesser(a, infinity)), [](Lanes x, Lanes y) { return lesser(x, y); });
-  const float high = reduce(greater(b, greater(a, -infinity)), [](Lanes x, Lanes y) { return greater(x, y); });
+  const FloatLanes infinity = FloatLanes{} + std::numeric_limits<float>::infinity();
+  const FloatLanes a = load(values), b = load(values + kLanes);
+  const float low = reduce(lesser(b, lesser(a, infinity)), [](FloatLanes x, FloatLanes y) { return lesser(x, y); });
+  const float high =
+      reduce(greater(b, greater(a, -infinity)), [](FloatLanes x, FloatLanes y) { return greater(x, y); });
   return {0.5f * (low + high), 0.5f * (high - low)};
 }
 
-// Eight points (x, y, z, footprint) to eight of each coordinate.
+// Splits eight points (x, y, z, footprint) into eight values of each coordinate.
 MIRAGE_INLINE void split_coordinates(const float* points, float* x, float* y, float* z) {
-  const Lanes a = load(points), b = load(points + 8), c = load(points + 16), d = load(points + 24);
-  const Lanes xy_ab = __builtin_shufflevector(a, b, 0, 4, 8, 12, 1, 5, 9, 13);
-  const Lanes xy_cd = __builtin_shufflevector(c, d, 0, 4, 8, 12, 1, 5, 9, 13);
-  const Lanes z_ab = __builtin_shufflevector(a, b, 2, 6, 10, 14, 2, 6, 10, 14);
-  const Lanes z_cd = __builtin_shufflevector(c, d, 2, 6, 10, 14, 2, 6, 10, 14);
-  const Lanes xs = __builtin_shufflevector(xy_ab, xy_cd, 0, 1, 2, 3, 8, 9, 10, 11);
-  const Lanes ys = __builtin_shufflevector(xy_ab, xy_cd, 4, 5, 6, 7, 12, 13, 14, 15);
-  const Lanes zs = __builtin_shufflevector(z_ab, z_cd, 0, 1, 2, 3, 8, 9, 10, 11);
+  const FloatLanes a = load(points), b = load(points + 8), c = load(points + 16), d = load(points + 24);
+  const FloatLanes xy_ab = __builtin_shufflevector(a, b, 0, 4, 8, 12, 1, 5, 9, 13);
+  const FloatLanes xy_cd = __builtin_shufflevector(c, d, 0, 4, 8, 12, 1, 5, 9, 13);
+  const FloatLanes z_ab = __builtin_shufflevector(a, b, 2, 6, 10, 14, 2, 6, 10, 14);
+  const FloatLanes z_cd = __builtin_shufflevector(c, d, 2, 6, 10, 14, 2, 6, 10, 14);
+  const FloatLanes xs = __builtin_shufflevector(xy_ab, xy_cd, 0, 1, 2, 3, 8, 9, 10, 11);
+  const FloatLanes ys = __builtin_shufflevector(xy_ab, xy_cd, 4, 5, 6, 7, 12, 13, 14, 15);
+  const FloatLanes zs = __builtin_shufflevector(z_ab, z_cd, 0, 1, 2, 3, 8, 9, 10, 11);
   __builtin_memcpy(x, &xs, sizeof(xs));
   __builtin_memcpy(y, &ys, sizeof(ys));
   __builtin_memcpy(z, &zs, sizeof(zs));
@@ -73,7 +67,7 @@ void load_blocks(const float* points, index_t count, const uint32_t* blocks, ind
     batch.first[k] = static_cast<uint32_t>(first);
     batch.groups += groups;  // all but the last block are full
   }
-  // NaN coordinates are passed over. A group of nothing else, or with an infinite coordinate, gets bounds that are NaN
+  // NaN coordinates are ignored. A group of nothing but NaN, or with an infinite coordinate, gets bounds that are NaN
   // or infinite and cull nothing.
   for (int g = 0; g < batch.groups; ++g) {
     const Interval x = bounds(batch.x + g * kGroup), y = bounds(batch.y + g * kGroup), z = bounds(batch.z + g * kGroup);
@@ -118,7 +112,7 @@ void project_groups(const PointBatch& batch, const int32_t* groups, int count, c
     for (int i = 0; i < kGroup; ++i) {
       const Projected q = project_point(p, batch.x[first + i], batch.y[first + i], batch.z[first + i]);
       const bool visible = in_view(q, near, limit_u, limit_v);
-      // Selected before the conversion: a float outside the int range must not be converted.
+      // Selected before the conversion: converting a float outside the range of int is undefined.
       const int32_t column = static_cast<int32_t>(visible ? q.u : 0.0f);
       const int32_t row = static_cast<int32_t>(visible ? q.v : 0.0f);
       cell[i] = visible ? row * width + column : -1;

@@ -1,9 +1,10 @@
-// splat on the CPU: private z-buffers per slice of points, merged where they are read out.
+// splat on the CPU: a private z-buffer per slice of points; the readout merges them.
 //
 // In: points (N, 4), features (N, C), cameras of T views. Out: latents (T, C, h, w), mask, depth, index (T, h, w).
 #include "../core/depth_key.h"
-#include "common.h"
+#include "culling.h"
 #include "feature_rows.h"
+#include "projection.h"
 #include "transpose.h"
 
 namespace mirage::cpu {
@@ -16,8 +17,9 @@ struct Grid {
   int height, width;
 };
 
-// Nearest point per cell over blocks [begin, end) for views [first, last); keys is (views, cells) of this slice.
-void fill_keys(const float* points, index_t count, const SeenBlocks& blocks, index_t begin, index_t end,
+// Finds the nearest point per cell over blocks [begin, end) for views [first, last); keys is (views, cells) of this
+// slice.
+void fill_keys(const float* points, index_t count, const VisibleBlocks& blocks, index_t begin, index_t end,
                const Projection* projections, const Frustum* frusta, index_t first, index_t last, const Grid& grid,
                float near, uint64_t* keys) {
   PointBatch batch{};
@@ -38,7 +40,7 @@ void fill_keys(const float* points, index_t count, const SeenBlocks& blocks, ind
         for (int i = 0; i < kGroup; ++i) {
           const int32_t at = cell[k * kGroup + i];
           if (at < 0) continue;
-          // Stored either way: which of two tokens is nearer is a coin toss that no branch predictor wins.
+          // Stored in either case: which of two tokens is nearer is random, so a branch would be mispredicted.
           const uint64_t key = make_key(depth[k * kGroup + i], index + i);
           view[at] = std::min(key, view[at]);
         }
@@ -47,7 +49,7 @@ void fill_keys(const float* points, index_t count, const SeenBlocks& blocks, ind
   }
 }
 
-struct ReadOut {
+struct ReadoutTargets {
   const uint64_t* keys;
   index_t slices;
   bool* mask;
@@ -55,9 +57,9 @@ struct ReadOut {
   int64_t* index;
 };
 
-// Merges the slices' keys of `count` cells from `first` on, and writes what they say.
+// Merges the slices' keys of `count` cells, beginning with `first`, and writes mask, depth and index.
 MIRAGE_SIMD
-void resolve_cells(const ReadOut& r, index_t all, index_t first, int count) {
+void resolve_cells(const ReadoutTargets& r, index_t all, index_t first, int count) {
   uint64_t nearest[kTile];
   const uint64_t* keys = r.keys + first;
   for (int k = 0; k < count; ++k) nearest[k] = keys[k];
@@ -77,12 +79,12 @@ void resolve_cells(const ReadOut& r, index_t all, index_t first, int count) {
 }
 
 template <typename In, typename Out>
-void read_out(const ReadOut& r, const Grid& grid, const Features<In>& features, Out* latents) {
+void write_readout(const ReadoutTargets& r, const Grid& grid, const FeatureRows<In>& features, Out* latents) {
   const index_t tiles = divide_up(grid.cells, kTile), all = grid.views * grid.cells, channels = features.channels;
   const std::vector<In> zeros(channels);
   torch::stable::parallel_for(0, grid.views * tiles, 16, [&](int64_t begin, int64_t end) {
     std::vector<Out> converted(std::is_same_v<In, Out> ? 0 : kTile * channels);
-    // Winners are looked up one tile ahead, so that their rows are on the way while this tile is transposed.
+    // Winners are resolved one tile ahead, so that their rows are being prefetched while this tile is transposed.
     const In* rows[2][kTile];
     const auto resolve = [&](int64_t task) {
       const index_t t = task / tiles, first = task % tiles * kTile, at = t * grid.cells + first;
@@ -108,7 +110,7 @@ void read_out(const ReadOut& r, const Grid& grid, const Features<In>& features, 
         const int64_t* winners = r.index + t * grid.cells + first;
         for (int k = 0; k < count; ++k) {
           Out* row = converted.data() + k * channels;
-          const uint8_t scale = winners[k] < 0 ? kLeastScale : features.scale(winners[k]);
+          const uint8_t scale = winners[k] < 0 ? kMinScale : features.scale(winners[k]);
           load_row(rows[task % 2][k], scale, channels, row);
           converted_rows[k] = row;
         }
@@ -145,9 +147,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> splat(const Tensor& points_, const Te
   const index_t all = grid.views * grid.cells;
   if (all == 0) return {latents, mask, depth, index};
 
-  // Work is cut by blocks first (every slice has keys of its own, merged by minimum), by views where those keys would
-  // take too much memory or there are few points. The minimum is the same however it is cut.
-  const SeenBlocks blocks(bounds, points.size(0), count, frusta);
+  // Work is divided by blocks first: every slice has keys of its own, merged by minimum. It is divided by views where
+  // those keys would take too much memory or there are few points. The minimum is the same however it is divided.
+  const VisibleBlocks blocks(bounds, points.size(0), count, frusta);
   const index_t threads = torch::stable::get_num_threads();
   const index_t affordable = std::max<index_t>(1, kMaxKeyBytes / (all * 8));
   const index_t slices = std::clamp<index_t>(divide_up(blocks.size(), 4 * kBlocks), 1, std::min(threads, affordable));
@@ -163,14 +165,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> splat(const Tensor& points_, const Te
     }
   });
 
-  const ReadOut r{key_data, slices, output<bool>(mask), output<float>(depth), output<int64_t>(index)};
+  const ReadoutTargets r{key_data, slices, output<bool>(mask), output<float>(depth), output<int64_t>(index)};
   for_features(features, scales, [&](const auto& rows) {
-    for_feature_type(dtype, [&](auto out) { read_out(r, grid, rows, output<decltype(out)>(latents)); });
+    for_feature_type(dtype, [&](auto out) { write_readout(r, grid, rows, output<decltype(out)>(latents)); });
   });
   return {latents, mask, depth, index};
 }
 
-// Gradient to features: views one after the other; within a view a token wins one cell at most, so no two threads meet.
+// The gradient with respect to features, view after view: within a view a token wins at most one cell, so no two
+// threads add to the same row.
 Tensor splat_backward(const Tensor& grad_latents_, const Tensor& index_, int64_t num_points, ScalarType dtype) {
   const Tensor grad_latents = as_contiguous(grad_latents_);
   const Tensor index = checked(index_, ScalarType::Long, "index");

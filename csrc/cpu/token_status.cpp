@@ -1,3 +1,6 @@
+// Lifts and classifies tokens, row by row.
+//
+// In: latents (T, C, h, w), depth (T, H, W), cameras, mask. Out: lifted tokens, their depths and statuses, counts.
 #include "token_status.h"
 
 #include <array>
@@ -7,12 +10,12 @@
 namespace mirage::cpu {
 namespace {
 
-// Magnitude bits of a latent from which on it is Inf or NaN once stored: Inf itself, or what rounds to Inf.
+// The least magnitude bits of a latent that is Inf or NaN once stored: those of Inf, or of what rounds to Inf.
 template <typename In, typename Out>
 constexpr uint32_t non_finite_from() {
   if constexpr (std::is_same_v<Out, Float8>) {
-    if constexpr (std::is_same_v<In, float>) return kLargestQuantised + 1;
-    return std::is_same_v<In, Half> ? 0x7c00u : (kLargestQuantised >> 16) + 1;
+    if constexpr (std::is_same_v<In, float>) return kMaxQuantizedBits + 1;
+    return std::is_same_v<In, Half> ? 0x7c00u : (kMaxQuantizedBits >> 16) + 1;
   } else if constexpr (std::is_same_v<In, float>) {
     if constexpr (std::is_same_v<Out, Half>) return 0x477ff000u;      // 65520
     if constexpr (std::is_same_v<Out, BFloat16>) return 0x7f7f8000u;  // halfway past the largest bfloat16
@@ -24,10 +27,10 @@ constexpr uint32_t non_finite_from() {
   }
 }
 
-// bad[j] = 1 where a channel of token j is not finite once stored; channel c lies at latents + c * stride.
+// Sets bad[j] = 1 where a channel of token j is not finite once stored; channel c is at latents + c * stride.
 template <typename Word>
-inline __attribute__((always_inline)) void find_non_finite(const Word* latents, Word limit, index_t channels,
-                                                           index_t stride, index_t width, Word* bad) {
+MIRAGE_INLINE void find_non_finite(const Word* latents, Word limit, index_t channels, index_t stride, index_t width,
+                                   Word* bad) {
   constexpr Word kMagnitude = static_cast<Word>(~Word{0}) >> 1;
   std::fill(bad, bad + width, Word{0});
   for (index_t c = 0; c < channels; ++c)
@@ -51,16 +54,18 @@ void find_non_finite_16(const uint16_t* latents, uint16_t limit, index_t channel
 
 }  // namespace
 
-Judged judge_tokens(const Tensor& latents, const Tensor& depth, const Tensor& intrinsics, const Tensor& cam2world,
-                    const std::optional<Tensor>& mask, bool bilinear, float low, float high, ScalarType stored) {
+ClassifiedTokens classify_tokens(const Tensor& latents, const Tensor& depth, const Tensor& intrinsics,
+                                 const Tensor& cam2world, const std::optional<Tensor>& mask, bool bilinear, float low,
+                                 float high, ScalarType stored) {
   const index_t views = latents.size(0), channels = latents.size(1), height = latents.size(2), width = latents.size(3);
   const DepthSource source = make_source(depth, mask, height, width, bilinear);
   const std::vector<Lift> lifts = make_lifts(intrinsics, cam2world, source);
   const CellColumns columns = make_columns(source);
   const index_t rows = views * height, cells = height * width;
-  Judged judged{new_tensor({rows, width, 4}, ScalarType::Float), new_tensor({rows, width}, ScalarType::Float),
-                new_tensor({rows, width}, ScalarType::Byte), std::vector<index_t>(rows)};
-  std::vector<std::array<index_t, 6>> rejected(rows);
+  ClassifiedTokens classified{new_tensor({rows, width, 4}, ScalarType::Float),
+                              new_tensor({rows, width}, ScalarType::Float), new_tensor({rows, width}, ScalarType::Byte),
+                              std::vector<index_t>(rows)};
+  std::vector<std::array<index_t, kAppendReportSize>> rejected(rows);
 
   for_feature_type(latents.scalar_type(), [&](auto in) {
     using In = decltype(in);
@@ -71,14 +76,14 @@ Judged judge_tokens(const Tensor& latents, const Tensor& depth, const Tensor& in
       std::vector<int32_t> cell;
       using Word = std::conditional_t<sizeof(In) == 4, uint32_t, uint16_t>;
       std::vector<Word> bad(width);
-      std::vector<uint8_t> still(width);
+      std::vector<uint8_t> is_static(width);
       for (int64_t row = begin; row < end; ++row) {
         const index_t t = row / height, i = row % height;
-        LiftedToken* tokens = output<LiftedToken>(judged.lifted) + row * width;
-        uint8_t* verdict = output<uint8_t>(judged.verdicts) + row * width;
-        float* z = output<float>(judged.depths) + row * width;
+        LiftedToken* tokens = output<LiftedToken>(classified.lifted) + row * width;
+        uint8_t* status = output<uint8_t>(classified.statuses) + row * width;
+        float* z = output<float>(classified.depths) + row * width;
         token_row_depth(source, columns, t, i, cell, z);
-        token_row_mask(source, columns, t, i, reinterpret_cast<bool*>(still.data()));
+        token_row_mask(source, columns, t, i, reinterpret_cast<bool*>(is_static.data()));
         lift_row(lifts[t], i, width, z, tokens);
         const auto* words = reinterpret_cast<const Word*>(source_latents + t * channels * cells + i * width);
         if constexpr (sizeof(In) == 4) {
@@ -89,20 +94,20 @@ Judged judge_tokens(const Tensor& latents, const Tensor& depth, const Tensor& in
         for (index_t j = 0; j < width; ++j) {
           const LiftedToken& p = tokens[j];
           const bool finite = !bad[j] && is_finite(p.x) && is_finite(p.y) && is_finite(p.z) && is_finite(p.footprint);
-          verdict[j] = !still[j]          ? kMasked
-                       : !(z[j] > 0.0f)   ? kUnknown
-                       : !((z[j] >= low) & (z[j] <= high)) ? kOutOfRange
-                       : !finite          ? kNonFinite
-                                          : kKeep;
-          judged.kept[row] += verdict[j] == kKeep;
-          rejected[row][verdict[j]] += 1;
+          status[j] = !is_static[j]                       ? kMasked
+                      : !(z[j] > 0.0f)                    ? kUnknownDepth
+                      : !((z[j] >= low) & (z[j] <= high)) ? kOutOfRange
+                      : !finite                           ? kNonFinite
+                                                          : kKept;
+          classified.kept[row] += status[j] == kKept;
+          rejected[row][status[j]] += 1;
         }
       }
     });
   });
   for (const auto& row : rejected)
-    for (int k = kMasked; k <= kNonFinite; ++k) judged.rejected[k] += row[k];
-  return judged;
+    for (int k = kMasked; k <= kNonFinite; ++k) classified.rejected[k] += row[k];
+  return classified;
 }
 
 }  // namespace mirage::cpu

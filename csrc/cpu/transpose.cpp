@@ -1,19 +1,20 @@
-// Token rows to channel planes, a tile of cells at a time: how splat and splat_aligned write their latents.
+// Transposes token rows to channel planes, a tile of cells at a time: splat and splat_aligned write their latents with
+// it.
 #include "transpose.h"
 
 namespace mirage::cpu {
 namespace {
 
-// Eight channels at a time over the whole tile, so that stores run along a few output lines instead of hopping a channel
-// plane each.
+// Eight channels at a time over the whole tile, so that stores run along a few output lines instead of jumping from
+// channel plane to channel plane.
 template <typename Word>
-inline __attribute__((always_inline)) void transpose_rows(const Word* const* rows, int count, index_t channels,
-                                                          Word* out, index_t stride) {
+MIRAGE_INLINE void transpose_rows(const Word* const* rows, int count, index_t channels, Word* out, index_t stride) {
   const int whole = count / 8 * 8;
   index_t c = 0;
   for (; c + 8 <= channels; c += 8) {
     for (int k = 0; k < whole; k += 8) {
-      // The lines this group of channels will write in the next tile: a plane apart, no hardware prefetcher finds them.
+      // The lines that these channels write in the next tile are a plane apart, which hardware prefetchers do not
+      // detect.
       if (k % 16 == 0)
         for (index_t i = c; i < c + 8; ++i) __builtin_prefetch(out + i * stride + k + kTile, 1);
       transpose_8x8(rows + k, c, out + c * stride + k, stride);

@@ -1,16 +1,15 @@
-// The one shuffle that moves latents between channel-major grids (C, h, w) and token rows (N, C).
+// The shuffle that moves latents between channel-major grids (C, h, w) and token rows (N, C).
 #pragma once
 
 #include "common.h"
 
 namespace mirage::cpu {
 
-// An 8 x 8 block of elements, rows to columns; Word is an unsigned integer of the element's size. Three rounds of eight
+// Transposes an 8 x 8 block of elements; Word is an unsigned integer of the element's size. Three rounds of eight
 // shuffles, each one instruction: interleave elements, then pairs, then quarters, in the order that 4-byte elements
 // (two 128-bit halves that do not mix before the last round) and 2-byte elements (one register) allow.
 template <typename Word>
-inline __attribute__((always_inline)) void transpose_8x8(const Word* const* rows, index_t column, Word* out,
-                                                         index_t stride) {
+MIRAGE_INLINE void transpose_8x8(const Word* const* rows, index_t column, Word* out, index_t stride) {
   typedef Word Vector __attribute__((vector_size(8 * sizeof(Word))));
   Vector r[8], t[8], u[8];
 #pragma GCC unroll 8
@@ -56,20 +55,20 @@ inline __attribute__((always_inline)) void transpose_8x8(const Word* const* rows
   for (int j = 0; j < 8; ++j) __builtin_memcpy(out + j * stride, &r[j], sizeof(Vector));
 }
 
-constexpr int kTile = 128;  // cells read out at a time: 32 rows of 48 floats stay in the first-level cache
+constexpr int kTile = 128;  // cells per readout tile: 32 rows of 48 floats stay in the first-level cache
 
-// Rows of features to columns of the output: out[c * stride + k] = rows[k][c], for 4-byte and 2-byte elements.
+// Writes rows of features as columns: out[c * stride + k] = rows[k][c], for 4-byte and 2-byte elements.
 void transpose_rows_32(const uint32_t* const* rows, int count, index_t channels, uint32_t* out, index_t stride);
 void transpose_rows_16(const uint16_t* const* rows, int count, index_t channels, uint16_t* out, index_t stride);
 
 template <typename T>
 void transpose_tile(const T* const* rows, int count, index_t channels, T* out, index_t stride) {
   if constexpr (sizeof(T) == 4) {
-    transpose_rows_32(reinterpret_cast<const uint32_t* const*>(rows), count, channels,
-                      reinterpret_cast<uint32_t*>(out), stride);
+    transpose_rows_32(reinterpret_cast<const uint32_t* const*>(rows), count, channels, reinterpret_cast<uint32_t*>(out),
+                      stride);
   } else {
-    transpose_rows_16(reinterpret_cast<const uint16_t* const*>(rows), count, channels,
-                      reinterpret_cast<uint16_t*>(out), stride);
+    transpose_rows_16(reinterpret_cast<const uint16_t* const*>(rows), count, channels, reinterpret_cast<uint16_t*>(out),
+                      stride);
   }
 }
 

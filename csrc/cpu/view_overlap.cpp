@@ -1,8 +1,9 @@
-// view_overlap on the CPU: points are dealt into parts by voxel, each part counts its own voxels, counts are summed.
+// view_overlap on the CPU: points are partitioned by voxel, each part counts its own voxels, and the counts are summed.
 //
 // In: points (N, 4), cameras of V earlier and T target views. Out: (V, 2), voxels seen by both and by either.
 #include "../core/voxel.h"
-#include "common.h"
+#include "culling.h"
+#include "projection.h"
 
 namespace mirage::cpu {
 namespace {
@@ -12,7 +13,7 @@ constexpr index_t kParts = index_t{1} << kPartBits;
 
 inline uint64_t mix(uint64_t key) { return key * 0x9e3779b97f4a7c15ull; }
 
-// Sets `bit` for every point of the batch that the view sees, of `count` in all.
+// Sets `bit` for every point of the batch that the view sees; there are `count` points in all.
 void mark_seen(const PointBatch& batch, index_t count, const Projection& projection, const Frustum& frustum, float near,
                int width, int height, uint64_t bit, uint64_t* seen) {
   int32_t groups[kGroups];
@@ -47,13 +48,14 @@ Tensor view_overlap(const Tensor& points_, const std::optional<Tensor>& num_poin
   for (const std::vector<Projection>* projections : {&views, &targets})
     for (const Projection& p : *projections) frusta.push_back(make_frustum(p, near, w, h, 0));
 
-  // The points that anything may see, counted through their blocks: all but the last block are full.
-  const SeenBlocks blocks(bounds, points.size(0), live, frusta);
+  // The points that any view may see, numbered through their blocks: all blocks except the last are full.
+  const VisibleBlocks blocks(bounds, points.size(0), live, frusta);
   const auto row = [&](index_t i) { return index_t{*blocks.from(i / kBlockTokens)} * kBlockTokens + i % kBlockTokens; };
   const index_t last = blocks.size() - 1;
-  const index_t count = last < 0 ? 0 : last * kBlockTokens + std::min<index_t>(kBlockTokens, live - row(last * kBlockTokens));
+  const index_t count =
+      last < 0 ? 0 : last * kBlockTokens + std::min<index_t>(kBlockTokens, live - row(last * kBlockTokens));
 
-  // Deal: keys of every point, then a stable counting sort of the points by the top bits of their mixed key.
+  // Partition: the keys of all points, then a stable counting sort of the points by the top bits of their mixed key.
   std::vector<uint64_t> keys(count);
   const index_t slices = std::clamp<index_t>(divide_up(count, 8192), 1, torch::stable::get_num_threads());
   std::vector<std::vector<index_t>> place(slices, std::vector<index_t>(kParts, 0));
@@ -84,7 +86,7 @@ Tensor view_overlap(const Tensor& points_, const std::optional<Tensor>& num_poin
         order[place[s][mix(keys[i]) >> (64 - kPartBits)]++] = static_cast<uint32_t>(i);
   });
 
-  // Count: each part numbers its voxels in a small table, then takes 64 views at a time, a bit each.
+  // Count: each part numbers its voxels in a small table, then takes 64 views at a time, one bit each.
   std::vector<std::vector<int64_t>> counts(kParts, std::vector<int64_t>(2 * num_views, 0));
   torch::stable::parallel_for(0, kParts, 1, [&](int64_t begin, int64_t end) {
     std::vector<uint64_t> table_keys;
@@ -120,8 +122,8 @@ Tensor view_overlap(const Tensor& points_, const std::optional<Tensor>& num_poin
         voxel[k] = table_ids[slot];
       }
       seen.resize(n);
-      const SeenBlocks own(std::nullopt, n, n, {});
-      const auto look = [&](const Projection* projections, const Frustum* frusta, index_t number) {
+      const VisibleBlocks own(std::nullopt, n, n, {});
+      const auto mark_views = [&](const Projection* projections, const Frustum* frusta, index_t number) {
         std::fill(seen.begin(), seen.end(), 0);
         for (index_t b = 0; b < own.size(); b += kBlocks) {
           load_blocks(local.data(), n, own.from(b), std::min<index_t>(kBlocks, own.size() - b), batch);
@@ -129,14 +131,14 @@ Tensor view_overlap(const Tensor& points_, const std::optional<Tensor>& num_poin
             mark_seen(batch, n, projections[v], frusta[v], near, w, h, uint64_t{1} << (v % 64), seen.data());
         }
       };
-      look(targets.data(), frusta.data() + num_views, static_cast<index_t>(targets.size()));
+      mark_views(targets.data(), frusta.data() + num_views, static_cast<index_t>(targets.size()));
       target_seen.assign(voxels, 0);
       index_t target_count = 0;
       for (index_t k = 0; k < n; ++k) target_seen[voxel[k]] |= seen[k] != 0;
       for (const uint8_t one : target_seen) target_count += one;
       for (index_t first_view = 0; first_view < num_views; first_view += 64) {
         const index_t number = std::min<index_t>(64, num_views - first_view);
-        look(views.data() + first_view, frusta.data() + first_view, number);
+        mark_views(views.data() + first_view, frusta.data() + first_view, number);
         voxel_seen.assign(voxels, 0);
         for (index_t k = 0; k < n; ++k) voxel_seen[voxel[k]] |= seen[k];
         int64_t* both = counts[part].data() + 2 * first_view;

@@ -1,4 +1,4 @@
-// back_project on CUDA: a warp a token, one pass over the depth map.
+// back_project on CUDA: one warp per token, one pass over the depth map.
 //
 // In: depth (T, H, W), cameras, mask. Out: points (T, h, w, 4), 0 where not valid, and valid (T, h, w).
 #include "lift.cuh"
@@ -16,10 +16,10 @@ __global__ void __launch_bounds__(kLiftThreads)
   const index_t t = token / cells, i = token % cells / source.width, j = token % source.width;
   int32_t least;
   const float z = token_depth(source, t, i, j, lane, least);
-  const bool still = token_static(source, t, i, j, lane);
+  const bool is_static = token_static(source, t, i, j, lane);
   if (lane != 0) return;
   const LiftedToken p = lift_token(lifts[t], static_cast<int>(i), static_cast<int>(j), z);
-  const bool keep = still && z > 0.0f && is_finite_token(p);
+  const bool keep = is_static && z > 0.0f && is_finite_token(p);
   points[token] = keep ? make_float4(p.x, p.y, p.z, p.footprint) : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
   valid[token] = keep;
 }

@@ -1,4 +1,4 @@
-// Boxes of blocks of tokens, and of tiles of blocks: a thread block a box.
+// Bounding boxes of blocks of tokens, and of tiles of blocks: one thread block per box.
 #pragma once
 
 #include "../core/frustum.h"
@@ -6,10 +6,11 @@
 
 namespace mirage::cuda {
 
-// Float bits as integers in the order of the floats, -0 before 0; its own inverse.
+// Float bits as integers in the order of the floats, with -0 before 0. The function is its own inverse.
 __device__ __forceinline__ int ordered(int bits) { return bits ^ ((bits >> 31) & 0x7fffffff); }
 
-// Writes the box around what the kThreads threads of a thread block call this with together: no box where `counts` is not.
+// Writes the box around the points that the kThreads threads of a thread block pass; a thread without `counts` has
+// none. All threads call it together.
 template <int kThreads>
 __device__ __forceinline__ void write_around(bool counts, const float (&low)[3], const float (&high)[3], float* box) {
   __shared__ int sides[kBoxSize][kThreads / 32];
@@ -43,8 +44,8 @@ __device__ __forceinline__ void write_box(const float4* points, index_t count, i
 
 constexpr int kTileThreads = 32;
 
-// The boxes of tiles, whose blocks have theirs: of all or, given `touched`, of those with a block whose word is not 0, or,
-// given a write's report, of those with blocks it appended to, counted from the first of them.
+// Updates the boxes of tiles from those of their blocks: of all tiles or, given `touched`, of those with a block whose
+// word is not 0 or, given the report of a write, of those with blocks it appended to, counted from the first of them.
 static __global__ void __launch_bounds__(kTileThreads)
     tiles_kernel(const int64_t* __restrict__ num_points, const unsigned* __restrict__ touched,
                  const int64_t* __restrict__ report, index_t capacity, float* __restrict__ bounds) {
@@ -67,7 +68,7 @@ static __global__ void __launch_bounds__(kTileThreads)
   if (warp_max(asked) != 0) write_around<kTileThreads>(true, low, high, bounds + (blocks + tile) * kBoxSize);
 }
 
-// The boxes of all blocks or, given `touched`, of those whose word is not 0.
+// Updates the boxes of all blocks or, given `touched`, of those whose word is not 0.
 static __global__ void __launch_bounds__(kBlockTokens)
     bounds_kernel(const float4* __restrict__ points, const int64_t* __restrict__ num_points, index_t capacity,
                   const unsigned* __restrict__ touched, float* __restrict__ bounds) {
@@ -76,8 +77,8 @@ static __global__ void __launch_bounds__(kBlockTokens)
     if (touched == nullptr || touched[b] != 0) write_box(points, count, b, bounds);
 }
 
-inline void update_bounds(const Tensor& points, const int64_t* num_points, const unsigned* touched, const Tensor& bounds,
-                          cudaStream_t stream) {
+inline void update_bounds(const Tensor& points, const int64_t* num_points, const unsigned* touched,
+                          const Tensor& bounds, cudaStream_t stream) {
   const index_t capacity = points.size(0);
   if (capacity == 0) return;
   bounds_kernel<<<grid_for(capacity, kBlockTokens, 8), kBlockTokens, 0, stream>>>(
@@ -88,11 +89,12 @@ inline void update_bounds(const Tensor& points, const int64_t* num_points, const
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
-// Bounds that are written in place: the boxes of all blocks and tiles of `capacity` points.
+// Checks bounds that are written in place: they must hold the boxes of all blocks and tiles of `capacity` points.
 inline void check_bounds(const Tensor& bounds, index_t capacity) {
   STD_TORCH_CHECK(bounds.is_cuda() && bounds.scalar_type() == ScalarType::Float && bounds.is_contiguous() &&
                       bounds.numel() == bounds_rows(capacity) * kBoxSize,
-                  "bounds must be contiguous float32 with the boxes of ", capacity, " points: they are written in place");
+                  "bounds must be contiguous float32 with the boxes of ", capacity,
+                  " points: they are written in place");
 }
 
 }  // namespace mirage::cuda

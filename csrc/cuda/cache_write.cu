@@ -1,8 +1,8 @@
-// cache_write on CUDA: lift and judge every token, count per block, scan the counts, then move the kept tokens in order.
+// cache_write on CUDA: lifts and classifies every token, counts per block, scans the counts, then moves the kept tokens
+// in order.
 //
 // In: latents (T, C, h, w), depth (T, H, W), cameras, mask. In place: points, features, frame_ids, count, bounds,
-// scales.
-// Out: how many tokens were written, refused, masked, of unknown depth, out of range, not finite.
+// scales. Out: how many tokens were written, refused, masked, of unknown depth, out of range, not finite.
 #include "block_boxes.cuh"
 #include "token_status.cuh"
 
@@ -12,29 +12,30 @@ namespace {
 constexpr int kWarps = kTokens / 32;
 constexpr int kScanThreads = 1024;
 
-// One block: where each block's tokens go (place[b], absolute rows), the new count, and the report.
+// One thread block: where each block's tokens go (place[b], absolute rows), the new count, and the report.
 __global__ void __launch_bounds__(kScanThreads)
     scan_kernel(const int* __restrict__ block_counts, int blocks, index_t capacity, int64_t* count,
                 int64_t* __restrict__ place, int64_t* __restrict__ report) {
   __shared__ int64_t warp_totals[kScanThreads / 32];
   __shared__ int64_t carried;
   const int64_t start = *count;
-  // A count from outside may be anything: then every block is told there is no room, and all is refused.
-  const bool sound = start >= 0 && start <= capacity;
+  // A count from outside may be anything. If it is out of range, every block is told that there is no room, and all is
+  // refused.
+  const bool valid = start >= 0 && start <= capacity;
   if (threadIdx.x == 0) carried = start;
   __syncthreads();
   for (int first = 0; first < blocks; first += kScanThreads) {
     const int b = first + threadIdx.x;
     const int64_t own = b < blocks ? block_counts[b] : 0;
-    int64_t upto = sum_up_to<kScanThreads>(own, warp_totals);
-    upto += carried;
-    if (b < blocks) place[b] = sound ? upto - own : capacity;
+    int64_t inclusive = sum_up_to<kScanThreads>(own, warp_totals);
+    inclusive += carried;
+    if (b < blocks) place[b] = valid ? inclusive - own : capacity;
     __syncthreads();
-    if (threadIdx.x == kScanThreads - 1) carried = upto;
+    if (threadIdx.x == kScanThreads - 1) carried = inclusive;
     __syncthreads();
   }
   if (threadIdx.x == 0) {
-    const int64_t end = !sound ? start : (carried < capacity ? carried : capacity);
+    const int64_t end = !valid ? start : (carried < capacity ? carried : capacity);
     report[0] = end - start;
     report[1] = carried - end;
     *count = end;
@@ -43,7 +44,7 @@ __global__ void __launch_bounds__(kScanThreads)
 
 template <typename In, typename Out>
 __global__ void __launch_bounds__(kTokens)
-    move_kernel(const In* __restrict__ latents, const float4* __restrict__ lifted, const uint8_t* __restrict__ verdicts,
+    move_kernel(const In* __restrict__ latents, const float4* __restrict__ lifted, const uint8_t* __restrict__ statuses,
                 const int64_t* __restrict__ place, index_t tokens, index_t cells, int channels, index_t capacity,
                 int first_frame, float4* __restrict__ points, Out* features, uint8_t* scales,
                 int32_t* __restrict__ frame_ids) {
@@ -53,7 +54,7 @@ __global__ void __launch_bounds__(kTokens)
   __shared__ Tile tile;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const index_t token = static_cast<index_t>(blockIdx.x) * kTokens + threadIdx.x;
-  const bool keep = token < tokens && verdicts[token] == kKeep;
+  const bool keep = token < tokens && statuses[token] == kKept;
   const unsigned ballot = __ballot_sync(kFullWarp, keep);
   if (lane == 0) warp_counts[warp] = __popc(ballot);
   __syncthreads();
@@ -73,12 +74,13 @@ __global__ void __launch_bounds__(kTokens)
   }
   const int room = static_cast<int>(min(static_cast<index_t>(total), max(capacity - begin, static_cast<index_t>(0))));
   __syncthreads();
-  for (int row = 0; row < room; row += kRows)
-    store_rows<kTokens>(latents, cells, channels, min(kRows, room - row), from + row, to + row, features, scales, tile,
-                        [](int, float value, index_t) { return value; });
+  for (int row = 0; row < room; row += kTransposedTokens)
+    store_rows<kTokens>(latents, cells, channels, min(kTransposedTokens, room - row), from + row, to + row, features,
+                        scales, tile, [](int, float value, index_t) { return value; });
 }
 
-// The boxes of the blocks appended to: thread block k takes the k-th from the one that the first new token went to.
+// Updates the boxes of the blocks appended to: thread block k takes the k-th one, counted from that of the first new
+// token.
 __global__ void __launch_bounds__(kBlockTokens)
     appended_bounds_kernel(const float4* __restrict__ points, const int64_t* __restrict__ count,
                            const int64_t* __restrict__ report, float* __restrict__ bounds) {
@@ -104,33 +106,35 @@ Tensor cache_write(Tensor points, Tensor features, Tensor frame_ids, Tensor coun
                   "points, features and frame_ids must be contiguous: they are written in place");
   STD_TORCH_CHECK(is_aligned(points), "points must begin at a multiple of 16 bytes: they are written in place");
   checked_scales(features, scales);
-  STD_TORCH_CHECK(!scales.has_value() || scales->is_contiguous(), "scales must be contiguous: they are written in place");
+  STD_TORCH_CHECK(!scales.has_value() || scales->is_contiguous(),
+                  "scales must be contiguous: they are written in place");
   if (bounds.has_value()) check_bounds(*bounds, points.size(0));
   const cudaStream_t stream = current_stream(latents);
   const index_t channels = latents.size(1), height = latents.size(2), width = latents.size(3);
   const DepthSource source = make_source(depth, mask, height, width, bilinear);
   const index_t cells = height * width, tokens = source.views * cells, capacity = points.size(0);
 
-  Tensor report = new_tensor(latents, {6}, ScalarType::Long);
+  Tensor report = new_tensor(latents, {kAppendReportSize}, ScalarType::Long);
   fill_bytes(report, 0, stream);
   if (tokens == 0) return report;
   const index_t blocks = divide_up(tokens, kTokens);
-  STD_TORCH_CHECK(divide_up(tokens, kLiftThreads / 32) < (index_t{1} << 31), "latents hold too many tokens for one write");
+  STD_TORCH_CHECK(divide_up(tokens, kLiftThreads / 32) < (index_t{1} << 31),
+                  "latents hold too many tokens for one write");
   const Tensor lifts = make_lifts(intrinsics, cam2world, source, stream);
   Tensor lifted = new_tensor(latents, {tokens, 4}, ScalarType::Float);
-  Tensor verdicts = new_tensor(latents, {tokens}, ScalarType::Byte);
+  Tensor statuses = new_tensor(latents, {tokens}, ScalarType::Byte);
   Tensor block_counts = new_tensor(latents, {blocks}, ScalarType::Int);
   Tensor place = new_tensor(latents, {blocks}, ScalarType::Long);
 
   lift_kernel<<<static_cast<unsigned>(divide_up(tokens, kLiftThreads / 32)), kLiftThreads, 0, stream>>>(
       source, input<Lift>(lifts), static_cast<float>(min_depth), static_cast<float>(max_depth), output<float4>(lifted),
-      output<uint8_t>(verdicts), nullptr, nullptr);
+      output<uint8_t>(statuses), nullptr, nullptr);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
   for_feature_type(latents.scalar_type(), [&](auto in) {
     using In = decltype(in);
     for_stored_type(features.scalar_type(), [&](auto out) {
-      judge_kernel<In, decltype(out)><<<static_cast<unsigned>(blocks), kTokens, 0, stream>>>(
-          input<In>(latents), tokens, cells, static_cast<int>(channels), output<uint8_t>(verdicts),
+      classify_kernel<In, decltype(out)><<<static_cast<unsigned>(blocks), kTokens, 0, stream>>>(
+          input<In>(latents), tokens, cells, static_cast<int>(channels), output<uint8_t>(statuses),
           output<int>(block_counts), output<unsigned long long>(report));
     });
     STD_CUDA_KERNEL_LAUNCH_CHECK();
@@ -141,7 +145,7 @@ Tensor cache_write(Tensor points, Tensor features, Tensor frame_ids, Tensor coun
     for_stored_type(features.scalar_type(), [&](auto out) {
       using Out = decltype(out);
       move_kernel<<<static_cast<unsigned>(blocks), kTokens, 0, stream>>>(
-          input<In>(latents), input<float4>(lifted), input<uint8_t>(verdicts), input<int64_t>(place), tokens, cells,
+          input<In>(latents), input<float4>(lifted), input<uint8_t>(statuses), input<int64_t>(place), tokens, cells,
           static_cast<int>(channels), capacity, static_cast<int>(first_frame), output<float4>(points),
           output<Out>(features), scales.has_value() ? output<uint8_t>(*scales) : nullptr, output<int32_t>(frame_ids));
     });

@@ -1,4 +1,4 @@
-// What every CUDA operator shares: the current stream, launch checks, warp sums, cameras made on the device.
+// Shared by all CUDA operators: the current stream, launch checks, warp reductions, cameras made on the device.
 //
 // Operators work on the current stream only, never wait for the host, and allocate through torch by shape alone: they
 // can be captured in a CUDA graph.
@@ -10,10 +10,6 @@
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/macros.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/Exception.h>
 
 #include <algorithm>
 #include <optional>
@@ -21,11 +17,9 @@
 #include <vector>
 
 #include "../core/camera.h"
+#include "../core/tensor.h"
 
 namespace mirage::cuda {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 
 inline cudaStream_t current_stream(const Tensor& tensor) {
   void* stream = nullptr;
@@ -33,31 +27,18 @@ inline cudaStream_t current_stream(const Tensor& tensor) {
   return static_cast<cudaStream_t>(stream);
 }
 
-inline Tensor as_contiguous(const Tensor& tensor) {
-  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
-}
-
 inline Tensor checked(const Tensor& tensor, ScalarType dtype, const char* name) {
-  STD_TORCH_CHECK(tensor.is_cuda() && tensor.scalar_type() == dtype, name, " has another dtype or device than declared");
+  STD_TORCH_CHECK(tensor.is_cuda() && tensor.scalar_type() == dtype, name,
+                  " has another dtype or device than declared");
   return as_contiguous(tensor);
 }
 
-// Points are loaded 16 bytes at a time; a view may begin anywhere in its storage.
+// Points are loaded 16 bytes at a time, but a tensor may begin anywhere in its storage.
 inline bool is_aligned(const Tensor& points) { return reinterpret_cast<uintptr_t>(points.const_data_ptr()) % 16 == 0; }
 
 inline Tensor checked_points(const Tensor& points_) {
   const Tensor points = checked(points_, ScalarType::Float, "points");
   return is_aligned(points) ? points : torch::stable::clone(points);
-}
-
-template <typename T>
-inline const T* input(const Tensor& tensor) {
-  return static_cast<const T*>(tensor.const_data_ptr());
-}
-
-template <typename T>
-inline T* output(const Tensor& tensor) {
-  return static_cast<T*>(tensor.mutable_data_ptr());
 }
 
 inline Tensor new_tensor(const Tensor& like, std::vector<int64_t> size, ScalarType dtype) {
@@ -132,8 +113,8 @@ __device__ __forceinline__ int warp_max(int value) {
 #endif
 }
 
-// Sum over this thread and those before it in a block of kThreads, whose `totals` holds a value a warp. Between two calls
-// with the same `totals` there must be a barrier.
+// The sum over this thread and those before it in a thread block of kThreads; `totals` holds one value per warp. There
+// must be a barrier between two calls with the same `totals`.
 template <int kThreads, typename T>
 __device__ __forceinline__ T sum_up_to(T own, T (&totals)[kThreads / 32]) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -148,7 +129,7 @@ __device__ __forceinline__ T sum_up_to(T own, T (&totals)[kThreads / 32]) {
   return sum;
 }
 
-// Live rows: the device-side count where there is one, never more than the buffer holds.
+// Rows in use: the count in device memory where there is one, never more than the buffer holds.
 __device__ __forceinline__ index_t live_points(const int64_t* num_points, index_t capacity) {
   if (num_points == nullptr) return capacity;
   const index_t count = *num_points;
@@ -159,10 +140,8 @@ inline const int64_t* count_pointer(const std::optional<Tensor>& num_points) {
   return num_points.has_value() ? input<int64_t>(*num_points) : nullptr;
 }
 
-inline index_t divide_up(index_t a, index_t b) { return (a + b - 1) / b; }
-
-// Blocks for a grid-stride loop over `items`: enough to fill the device several times over, so that a buffer far larger
-// than its live part costs nothing.
+// Thread blocks for a grid-stride loop over `items`: enough to fill the device several times over, and no more, so that
+// a buffer far larger than its live part costs nothing.
 inline unsigned grid_for(index_t items, int threads, int blocks_per_processor) {
   int device = 0, processors = 0;
   STD_CUDA_CHECK(cudaGetDevice(&device));
@@ -177,13 +156,14 @@ static __global__ void make_projections_kernel(const double* intrinsics, const d
   if (t < views) projections[t] = make_projection(intrinsics + t * 9, cam2world + t * 16);
 }
 
-// Matrices are composed on the device, in float64, once per call: cameras may come from a network, unseen by the host.
+// Matrices are composed on the device, in float64, once per call: cameras may come from a network and never reach the
+// host.
 inline Tensor make_projections(const Tensor& intrinsics, const Tensor& cam2world, cudaStream_t stream) {
   const int views = static_cast<int>(cam2world.size(0));
   Tensor projections = new_tensor(cam2world, {views, 12}, ScalarType::Float);
   if (views == 0) return projections;
-  make_projections_kernel<<<(views + 63) / 64, 64, 0, stream>>>(
-      input<double>(intrinsics), input<double>(cam2world), views, output<Projection>(projections));
+  make_projections_kernel<<<(views + 63) / 64, 64, 0, stream>>>(input<double>(intrinsics), input<double>(cam2world),
+                                                                views, output<Projection>(projections));
   STD_CUDA_KERNEL_LAUNCH_CHECK();
   return projections;
 }

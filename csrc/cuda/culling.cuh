@@ -1,4 +1,4 @@
-// The walk of the reading kernels over points: block by block, and only where a view may see the block.
+// How kernels that read points go over them: block by block, and only where a view may see the block.
 #pragma once
 
 #include "../core/frustum.h"
@@ -6,15 +6,15 @@
 
 namespace mirage::cuda {
 
-constexpr int kViewsAtOnce = 16;  // held in shared memory, read by all lanes at once
-constexpr int kWordViews = 32;    // a bit each in one word per block
+constexpr int kSharedViews = 16;  // in shared memory, where all lanes read the same one at once
+constexpr int kWordViews = 32;    // one bit each in a word per block
 constexpr int kCullThreads = 128;
 
-// Without bounds, all pointers are null: then every view may see every block.
-struct SeenBlocks {
+// Without bounds all pointers are null: then every view may see every block.
+struct VisibleBlocks {
   const unsigned* masks;  // (words, blocks): bit t % 32 of word t / 32 says whether view t may see the block
   const int* numbers;     // of the blocks that some view may see, in any order
-  const int* listed;      // how many those are
+  const int* listed;      // how many numbers there are
   index_t blocks;
 
   __device__ __forceinline__ unsigned mask(int word, index_t block) const {
@@ -22,8 +22,8 @@ struct SeenBlocks {
   }
 };
 
-// A thread a block: it costs next to nothing beside the points of the blocks that no view sees. `cameras` begin with their
-// projection, `stride` floats apart.
+// One thread per block: this costs very little compared with reading the points of blocks that no view sees. `cameras`
+// begin with their projection and are `stride` floats apart.
 static __global__ void __launch_bounds__(kCullThreads)
     cull_kernel(const float* __restrict__ bounds, const int64_t* __restrict__ num_points, index_t capacity,
                 const float* __restrict__ cameras, int stride, int views, int height, int width, int margin, float near,
@@ -50,19 +50,19 @@ static __global__ void __launch_bounds__(kCullThreads)
     if (block < blocks) masks[first / kWordViews * blocks + block] = mask;
     any |= mask != 0;
   }
-  const unsigned seen = __ballot_sync(kFullWarp, any);
+  const unsigned visible = __ballot_sync(kFullWarp, any);
   const int lane = threadIdx.x % 32;
   int place = 0;
-  if (lane == 0 && seen != 0) place = atomicAdd(listed, __popc(seen));
-  place = __shfl_sync(kFullWarp, place, 0) + __popc(seen & ((1u << lane) - 1u));
+  if (lane == 0 && visible != 0) place = atomicAdd(listed, __popc(visible));
+  place = __shfl_sync(kFullWarp, place, 0) + __popc(visible & ((1u << lane) - 1u));
   if (any) numbers[place] = static_cast<int>(block);
 }
 
-// Which blocks which views may see; keeps what SeenBlocks points to.
-class Culled {
+// Finds which views may see which blocks, and owns what VisibleBlocks points to.
+class CulledBlocks {
  public:
-  Culled(const std::optional<Tensor>& bounds_, const Tensor& points, const int64_t* num_points, const Tensor& cameras,
-         index_t height, index_t width, int margin, double near, cudaStream_t stream) {
+  CulledBlocks(const std::optional<Tensor>& bounds_, const Tensor& points, const int64_t* num_points,
+               const Tensor& cameras, index_t height, index_t width, int margin, double near, cudaStream_t stream) {
     const index_t capacity = points.size(0), blocks = divide_up(capacity, kBlockTokens);
     const int views = static_cast<int>(cameras.size(0));
     if (!bounds_.has_value() || capacity == 0) return;
@@ -78,10 +78,10 @@ class Culled {
         static_cast<int>(height), static_cast<int>(width), margin, static_cast<float>(near), output<unsigned>(masks_),
         output<int>(numbers_), output<int>(listed_));
     STD_CUDA_KERNEL_LAUNCH_CHECK();
-    seen = {input<unsigned>(masks_), input<int>(numbers_), input<int>(listed_), blocks};
+    visible = {input<unsigned>(masks_), input<int>(numbers_), input<int>(listed_), blocks};
   }
 
-  SeenBlocks seen{nullptr, nullptr, nullptr, 0};
+  VisibleBlocks visible{nullptr, nullptr, nullptr, 0};
 
  private:
   Tensor masks_, numbers_, listed_;
@@ -91,28 +91,29 @@ struct Points {
   const float4* points;
   const int64_t* num_points;
   index_t capacity;
-  SeenBlocks seen;
+  VisibleBlocks visible;
 };
 
-// Each thread takes a point with one 16-byte load and shows it to every view that may see its block: f(i, point, t, view).
-// For kernels of kBlockTokens threads a thread block; `shared` holds kViewsAtOnce views.
+// Each thread takes a point with one 16-byte load and passes it to every view that may see its block: f(i, point, t,
+// view). For kernels of kBlockTokens threads a thread block; `shared` holds kSharedViews views.
 template <typename View, typename F>
 __device__ __forceinline__ void for_each_point(const Points& points, const View* views, int count, View* shared,
                                                const F& f) {
   constexpr int kWords = sizeof(View) / 4;
-  const SeenBlocks& seen = points.seen;
+  const VisibleBlocks& visible = points.visible;
   const index_t live = live_points(points.num_points, points.capacity);
-  const int listed = seen.listed == nullptr ? static_cast<int>((live + kBlockTokens - 1) / kBlockTokens) : *seen.listed;
-  for (int first = 0; first < count; first += kViewsAtOnce) {
-    const int number = min(kViewsAtOnce, count - first);
+  const int listed =
+      visible.listed == nullptr ? static_cast<int>((live + kBlockTokens - 1) / kBlockTokens) : *visible.listed;
+  for (int first = 0; first < count; first += kSharedViews) {
+    const int number = min(kSharedViews, count - first);
     __syncthreads();
     for (int k = threadIdx.x; k < number * kWords; k += kBlockTokens)
       reinterpret_cast<float*>(shared)[k] = reinterpret_cast<const float*>(views + first)[k];
     __syncthreads();
     for (int k = blockIdx.x; k < listed; k += gridDim.x) {
-      const int block = seen.listed == nullptr ? k : seen.numbers[k];
+      const int block = visible.listed == nullptr ? k : visible.numbers[k];
       const index_t i = index_t{block} * kBlockTokens + threadIdx.x;
-      unsigned mask = seen.mask(first / kWordViews, block) >> (first % kWordViews) & ((1u << number) - 1u);
+      unsigned mask = visible.mask(first / kWordViews, block) >> (first % kWordViews) & ((1u << number) - 1u);
       if (mask == 0 || i >= live) continue;
       const float4 p = __ldg(points.points + i);
       for (; mask != 0; mask &= mask - 1) {

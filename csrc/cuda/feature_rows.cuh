@@ -1,4 +1,4 @@
-// Rows of features as a cache stores them, to floats and back: one token, C channels.
+// Rows of features as a cache stores them, converted to floats and back: C channels per token.
 #pragma once
 
 #include "../core/float8.h"
@@ -6,14 +6,14 @@
 
 namespace mirage::cuda {
 
-// Calls f with a value of the device type of a feature dtype, Float8 among them.
+// Calls f with a value of the device type of a feature dtype, including Float8.
 template <typename F>
 inline void for_stored_type(ScalarType dtype, const F& f) {
   if (dtype == ScalarType::Float8_e4m3fn) return f(Float8{});
   for_feature_type(dtype, f);
 }
 
-// The scales that belong to features, contiguous; none where none do.
+// The scales of features, contiguous; nullopt where the dtype has none.
 inline std::optional<Tensor> checked_scales(const Tensor& features, const std::optional<Tensor>& scales) {
   const bool needed = features.scalar_type() == ScalarType::Float8_e4m3fn;
   STD_TORCH_CHECK(needed == scales.has_value(), "scales must be given with float8_e4m3fn features, and only with them");
@@ -26,7 +26,7 @@ inline const uint8_t* scale_pointer(const std::optional<Tensor>& scales) {
   return scales.has_value() ? input<uint8_t>(*scales) : nullptr;
 }
 
-// What the values of a row are multiplied by.
+// The factor by which the values of a row are multiplied.
 template <typename T>
 __device__ __forceinline__ float row_factor(const uint8_t* scales, index_t row) {
   if constexpr (std::is_same_v<T, Float8>) {
@@ -36,7 +36,7 @@ __device__ __forceinline__ float row_factor(const uint8_t* scales, index_t row) 
   }
 }
 
-// The value of one feature of a row with this factor.
+// The value of one feature in a row with this factor.
 template <typename T>
 __device__ __forceinline__ float feature_value(T stored, float factor) {
   if constexpr (std::is_same_v<T, Float8>) {
@@ -46,30 +46,31 @@ __device__ __forceinline__ float feature_value(T stored, float factor) {
   }
 }
 
-// False where a latent is not finite once stored: one of float32 may be too large for the others.
+// False where a latent is not finite once stored: a float32 value may be too large for the other dtypes.
 template <typename Out>
 __device__ __forceinline__ bool is_storable(float latent) {
   if constexpr (std::is_same_v<Out, Float8>) {
-    return (float_bits(latent) & 0x7fffffffu) <= kLargestQuantised;
+    return (float_bits(latent) & 0x7fffffffu) <= kMaxQuantizedBits;
   } else {
     return is_finite(to_float(from_float<Out>(latent)));
   }
 }
 
-constexpr int kRows = 32;    // tokens turned at a time
-constexpr int kTurned = 64;  // channels turned at a time
-using Tile = float[kTurned][kRows + 1];
+constexpr int kTransposedTokens = 32;    // tokens transposed at a time
+constexpr int kTransposedChannels = 64;  // channels transposed at a time
+using Tile = float[kTransposedChannels][kTransposedTokens + 1];
 
-// Stores the latents of up to kRows tokens as their rows of features, and scales. For row r, from[r] is the offset of
-// the token's first channel, to[r] the row; blend(r, value, at) is what `features` shall hold at offset `at`: it may
-// read there what they hold so far, but no scale. A block of kThreads must call it, behind a barrier.
+// Stores the latents of up to kTransposedTokens tokens as their rows of features, with scales. For row r, from[r] is
+// the offset of the token's first channel and to[r] the row; blend(r, value, at) is the value to store at offset `at`
+// of `features`: it may read what they hold there so far, but no scale. A whole thread block of kThreads must call it,
+// after a barrier.
 template <int kThreads, typename In, typename Out, typename Blend>
 __device__ __forceinline__ void store_rows(const In* __restrict__ latents, index_t cells, int channels, int rows,
                                            const index_t* from, const index_t* to, Out* features, uint8_t* scales,
                                            Tile& tile, const Blend& blend) {
   constexpr bool kScaled = std::is_same_v<Out, Float8>;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  __shared__ int largest[kRows];  // magnitude bits in each row
+  __shared__ int largest[kTransposedTokens];  // magnitude bits in each row
   const auto load = [&](int channel, int number) {
     if (lane < rows) {
       const In* at = latents + from[lane] + channel * cells;
@@ -78,10 +79,10 @@ __device__ __forceinline__ void store_rows(const In* __restrict__ latents, index
     __syncthreads();
   };
   if constexpr (kScaled) {
-    // A warp has rows of its own, a lane every 32nd channel of them.
-    if (threadIdx.x < kRows) largest[threadIdx.x] = 0;
-    for (int channel = 0; channel < channels; channel += kTurned) {
-      const int number = min(kTurned, channels - channel);
+    // Each warp has rows of its own, each lane every 32nd channel of them.
+    if (threadIdx.x < kTransposedTokens) largest[threadIdx.x] = 0;
+    for (int channel = 0; channel < channels; channel += kTransposedChannels) {
+      const int number = min(kTransposedChannels, channels - channel);
       load(channel, number);
       for (int r = warp; r < rows; r += kThreads / 32) {
         int most = 0;
@@ -96,9 +97,9 @@ __device__ __forceinline__ void store_rows(const In* __restrict__ latents, index
     }
     if (threadIdx.x < rows) scales[to[threadIdx.x]] = token_scale(static_cast<uint32_t>(largest[threadIdx.x]));
   }
-  for (int channel = 0; channel < channels; channel += kTurned) {
-    const int number = min(kTurned, channels - channel);
-    if (!kScaled || channels > kTurned) load(channel, number);  // else it is there
+  for (int channel = 0; channel < channels; channel += kTransposedChannels) {
+    const int number = min(kTransposedChannels, channels - channel);
+    if (!kScaled || channels > kTransposedChannels) load(channel, number);  // otherwise it is there already
     for (int k = threadIdx.x; k < rows * number; k += kThreads) {
       const int r = k / number, c = k % number;
       const index_t at = to[r] * channels + channel + c;

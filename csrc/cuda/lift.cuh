@@ -1,4 +1,4 @@
-// Depth map to lifted tokens, a warp a token: shared by back_project and cache_write.
+// Lifts a depth map to tokens, one warp per token: shared by back_project, cache_write and bounded_write.
 #pragma once
 
 #include "common.cuh"
@@ -52,9 +52,9 @@ inline Tensor make_lifts(const Tensor& intrinsics, const Tensor& cam2world, cons
 }
 
 constexpr int32_t kInfinity = 0x7f800000;  // bits of +Inf: past every valid depth
-constexpr int kHeld = 8;                   // pixels a lane keeps in registers: cells up to 16 x 16
+constexpr int kRegisterPixels = 8;         // that a lane keeps: enough for cells up to 16 x 16
 
-// A cell's pixels over the lanes of a warp: narrow cells take several rows at once.
+// Distributes a cell's pixels over the lanes of a warp: of a narrow cell, several rows at once.
 struct CellWalk {
   const int32_t* pixels;  // bits of the depth at the cell's first pixel
   index_t stride;
@@ -88,9 +88,9 @@ struct CellWalk {
   }
 };
 
-// The element of the given rank by counting passes; see csrc/cpu/lift.cpp, whose pivots these are.
-template <typename Count, typename Greatest>
-__device__ __forceinline__ int32_t select_rank(int rank, int32_t low, int32_t high, int valid, const Count& count,
+// Finds the element of the given rank by counting passes; csrc/cpu/lift.cpp explains the choice of pivots.
+template <typename WriteReport, typename Greatest>
+__device__ __forceinline__ int32_t select_rank(int rank, int32_t low, int32_t high, int valid, const WriteReport& count,
                                                const Greatest& greatest) {
   int below_low = 0, up_to_high = valid;
   bool interpolate = true;
@@ -98,8 +98,8 @@ __device__ __forceinline__ int32_t select_rank(int rank, int32_t low, int32_t hi
     const int32_t range = high - low;
     int32_t pivot = low + range / 2;
     if (interpolate) {
-      const float share = (static_cast<float>(rank - below_low) + 0.5f) / static_cast<float>(up_to_high - below_low);
-      pivot = min(low + static_cast<int32_t>(share * static_cast<float>(range)), high - 1);
+      const float fraction = (static_cast<float>(rank - below_low) + 0.5f) / static_cast<float>(up_to_high - below_low);
+      pivot = min(low + static_cast<int32_t>(fraction * static_cast<float>(range)), high - 1);
     }
     const int below = warp_sum(count(pivot));
     if (below == rank + 1) return warp_max(greatest(pivot));
@@ -115,29 +115,31 @@ __device__ __forceinline__ int32_t select_rank(int rank, int32_t low, int32_t hi
   return low;
 }
 
-// Lower median of the valid depths of a cell, 0 where under half of them are valid, and the bits of the least of them,
-// kInfinity where there is none. All lanes return both.
+// The lower median of the valid depths of a cell, 0 where under half of them are valid; and the bits of the least of
+// them, kInfinity where none is valid. All lanes return both.
 __device__ __forceinline__ float median_depth(const DepthSource& source, index_t t, index_t i, index_t j, int lane,
                                               int32_t& least) {
   const CellWalk walk(source, t, i, j, lane);
-  const bool held = walk.columns <= 32 && (walk.rows + walk.rows_at_once - 1) / walk.rows_at_once <= kHeld;
-  int32_t values[kHeld];
+  const bool in_registers =
+      walk.columns <= 32 && (walk.rows + walk.rows_at_once - 1) / walk.rows_at_once <= kRegisterPixels;
+  int32_t values[kRegisterPixels];
   int valid = 0;
   int32_t greatest = 0;
   least = kInfinity;
-  const auto look = [&](int32_t value) {
+  const auto collect = [&](int32_t value) {
     const bool ok = value < kInfinity;
     valid += ok;
     least = min(least, value);
     greatest = max(greatest, ok ? value : 0);
   };
-  if (held) {
+  if (in_registers) {
 #pragma unroll
-    for (int k = 0; k < kHeld; ++k) values[k] = walk.load(walk.lane_row + k * walk.rows_at_once, walk.lane_column);
+    for (int k = 0; k < kRegisterPixels; ++k)
+      values[k] = walk.load(walk.lane_row + k * walk.rows_at_once, walk.lane_column);
 #pragma unroll
-    for (int k = 0; k < kHeld; ++k) look(values[k]);
+    for (int k = 0; k < kRegisterPixels; ++k) collect(values[k]);
   } else {
-    walk.each(look);
+    walk.each(collect);
   }
   valid = warp_sum(valid);
   least = warp_min(least);
@@ -146,9 +148,9 @@ __device__ __forceinline__ float median_depth(const DepthSource& source, index_t
 
   const auto count = [&](int32_t pivot) {
     int below = 0;
-    if (held) {
+    if (in_registers) {
 #pragma unroll
-      for (int k = 0; k < kHeld; ++k) below += values[k] <= pivot;
+      for (int k = 0; k < kRegisterPixels; ++k) below += values[k] <= pivot;
     } else {
       walk.each([&](int32_t value) { below += value <= pivot; });
     }
@@ -157,16 +159,15 @@ __device__ __forceinline__ float median_depth(const DepthSource& source, index_t
   const auto greatest_up_to = [&](int32_t pivot) {
     int32_t result = 0;
     const auto keep = [&](int32_t value) { result = value <= pivot ? max(result, value) : result; };
-    if (held) {
+    if (in_registers) {
 #pragma unroll
-      for (int k = 0; k < kHeld; ++k) keep(values[k]);
+      for (int k = 0; k < kRegisterPixels; ++k) keep(values[k]);
     } else {
       walk.each(keep);
     }
     return result;
   };
-  return bits_float(
-      static_cast<uint32_t>(select_rank((valid - 1) / 2, least, greatest, valid, count, greatest_up_to)));
+  return bits_float(static_cast<uint32_t>(select_rank((valid - 1) / 2, least, greatest, valid, count, greatest_up_to)));
 }
 
 struct Tap {
@@ -194,14 +195,14 @@ __device__ __forceinline__ float bilinear_depth(const DepthSource& source, index
   return value > 0.0f && is_finite(value) ? value : 0.0f;
 }
 
-// Bits of the least valid depth of a cell, kInfinity where there is none; a whole warp must call it.
+// Bits of the least valid depth of a cell, kInfinity where none is valid; a whole warp must call it.
 __device__ __forceinline__ int32_t least_depth(const DepthSource& source, index_t t, index_t i, index_t j, int lane) {
   int32_t least = kInfinity;
   CellWalk(source, t, i, j, lane).each([&](int32_t value) { least = min(least, value); });
   return warp_min(least);
 }
 
-// Depth of token (t, i, j), 0 where unknown; a whole warp must call it. `least` is told where the median is taken.
+// Depth of token (t, i, j), 0 where unknown; a whole warp must call it. `least` is set only where the median is taken.
 __device__ __forceinline__ float token_depth(const DepthSource& source, index_t t, index_t i, index_t j, int lane,
                                              int32_t& least) {
   return source.bilinear ? bilinear_depth(source, t, i, j) : median_depth(source, t, i, j, lane, least);
@@ -225,6 +226,6 @@ __device__ __forceinline__ bool is_finite_token(const LiftedToken& p) {
   return is_finite(p.x) && is_finite(p.y) && is_finite(p.z) && is_finite(p.footprint);
 }
 
-constexpr int kLiftThreads = 256;  // eight tokens a block
+constexpr int kLiftThreads = 256;  // eight tokens a thread block
 
 }  // namespace mirage::cuda

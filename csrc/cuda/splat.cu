@@ -8,15 +8,15 @@
 namespace mirage::cuda {
 namespace {
 
-constexpr int kCells = 32;        // cells of one read-out block: a warp's store is one 128-byte line of float32
-constexpr int kChannels = 64;     // channels staged at a time
+constexpr int kCells = 32;     // cells per readout block: a warp's store is one 128-byte line of float32
+constexpr int kChannels = 64;  // channels staged at a time
 constexpr int kReadThreads = 256;
 
-// The plain load before the atomic can only be stale towards "farther", so it spares atomics and loses none.
+// The plain load before the atomic can only be stale towards "farther", so it saves atomics and loses no token.
 __global__ void __launch_bounds__(kBlockTokens, 6)  // 40 registers a thread
     fill_keys_kernel(Points points, const Projection* __restrict__ projections, int views, int height, int width,
                      float near, unsigned long long* keys) {
-  __shared__ Projection shared[kViewsAtOnce];
+  __shared__ Projection shared[kSharedViews];
   const index_t cells = static_cast<index_t>(height) * width;
   const float limit_u = static_cast<float>(width), limit_v = static_cast<float>(height);
   for_each_point(points, projections, views, shared, [&](index_t i, const float4& p, int t, const Projection& view) {
@@ -29,14 +29,14 @@ __global__ void __launch_bounds__(kBlockTokens, 6)  // 40 registers a thread
   });
 }
 
-// A block reads out kCells neighbouring cells of one view. Rows of winners come in as whole 4-byte words (16 at a time
-// where rows are aligned), are turned in shared memory, and go out along the cells. Rows are an odd number of words
-// apart there, so that neither direction meets a bank twice.
+// A thread block reads out kCells neighbouring cells of one view. Rows of winners come in as whole 4-byte words (16
+// bytes at a time where rows are aligned), are transposed in shared memory, and go out along the cells. Rows there are
+// an odd number of words apart, so that neither direction has bank conflicts.
 template <typename In, typename Out, bool kAligned>
 __global__ void __launch_bounds__(kReadThreads)
-    read_out_kernel(const uint64_t* __restrict__ keys, const In* __restrict__ features,
-                    const uint8_t* __restrict__ scales, int channels, index_t cells, Out* __restrict__ latents,
-                    bool* __restrict__ mask, float* __restrict__ depth, int64_t* __restrict__ index) {
+    readout_kernel(const uint64_t* __restrict__ keys, const In* __restrict__ features,
+                   const uint8_t* __restrict__ scales, int channels, index_t cells, Out* __restrict__ latents,
+                   bool* __restrict__ mask, float* __restrict__ depth, int64_t* __restrict__ index) {
   constexpr int kWords = kChannels * static_cast<int>(sizeof(In)) / 4;
   __shared__ uint32_t tile[kCells][kWords + 1];
   __shared__ int64_t winner[kCells];
@@ -85,7 +85,7 @@ __global__ void __launch_bounds__(kReadThreads)
         const In value = reinterpret_cast<const In*>(tile[cell])[c];
         Out& latent = latents[(view * channels + base + c) * cells + first + cell];
         if constexpr (std::is_same_v<In, Out>) {
-          latent = value;  // a NaN would not survive the way through float with its bits
+          latent = value;  // converting to float and back would not keep the bits of a NaN
         } else {
           latent = from_float<Out>(feature_value(value, factors[cell]));
         }
@@ -95,7 +95,7 @@ __global__ void __launch_bounds__(kReadThreads)
   }
 }
 
-// One view of the gradient. Within a view a token wins one cell at most, so plain additions meet no one.
+// The gradient of one view. Within a view a token wins at most one cell, so plain additions do not collide.
 template <typename In>
 __global__ void __launch_bounds__(kReadThreads)
     splat_backward_kernel(const In* __restrict__ grad, const int64_t* __restrict__ index, int channels, index_t cells,
@@ -148,9 +148,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> splat(const Tensor& points_, const Te
   if (capacity > 0) {
     const Tensor projections = make_projections(intrinsics, cam2world, stream);
     const int64_t* count = count_pointer(num_points);
-    const Culled culled(bounds, points, count, projections, height, width, 0, near, stream);
+    const CulledBlocks culled(bounds, points, count, projections, height, width, 0, near, stream);
     fill_keys_kernel<<<grid_for(capacity, kBlockTokens, 16), kBlockTokens, 0, stream>>>(
-        Points{input<float4>(points), count, capacity, culled.seen}, input<Projection>(projections),
+        Points{input<float4>(points), count, capacity, culled.visible}, input<Projection>(projections),
         static_cast<int>(views), static_cast<int>(height), static_cast<int>(width), static_cast<float>(near),
         output<unsigned long long>(keys));
     STD_CUDA_KERNEL_LAUNCH_CHECK();
@@ -169,9 +169,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> splat(const Tensor& points_, const Te
             output<Out>(latents), output<bool>(mask), output<float>(depth), output<int64_t>(index));
       };
       if (aligned) {
-        launch(read_out_kernel<In, Out, true>);
+        launch(readout_kernel<In, Out, true>);
       } else {
-        launch(read_out_kernel<In, Out, false>);
+        launch(readout_kernel<In, Out, false>);
       }
     });
   });

@@ -1,4 +1,5 @@
-// view_overlap on CUDA: points grouped by voxel with a stable sort, seen-by bits collected per voxel, bits counted.
+// view_overlap on CUDA: a stable sort groups points by voxel, each voxel collects a bit per view that sees it, and the
+// bits are counted.
 //
 // In: points (N, 4), cameras of V earlier and T target views. Out: (V, 2), voxels seen by both and by either.
 #include "../core/voxel.h"
@@ -24,7 +25,8 @@ __global__ void heads_kernel(const int64_t* __restrict__ sorted, index_t count, 
     heads[i] = i == 0 || sorted[i] != sorted[i - 1];
 }
 
-// seen[voxel] |= one bit per view that has a point of the voxel in its grid. OR has no order. voxel counts from 1.
+// seen[voxel] |= one bit per view that has a point of the voxel in its grid. OR does not depend on order. voxel counts
+// from 1.
 __global__ void __launch_bounds__(kThreads)
     mark_kernel(Points points, int word, const int64_t* __restrict__ order, const int64_t* __restrict__ voxel,
                 const Projection* __restrict__ projections, int views, int height, int width, float near,
@@ -39,7 +41,7 @@ __global__ void __launch_bounds__(kThreads)
   for (index_t i = static_cast<index_t>(blockIdx.x) * kThreads + threadIdx.x; i < capacity; i += stride) {
     const index_t token = order[i];
     if (token >= live) continue;
-    const unsigned mask = points.seen.mask(word, token / kBlockTokens);
+    const unsigned mask = points.visible.mask(word, token / kBlockTokens);
     if (mask == 0) continue;
     const float4 p = __ldg(points.points + token);
     unsigned bits = 0;
@@ -52,7 +54,7 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// Lane v of each warp counts view v: voxels seen by it and by a target, and by either.
+// Lane v of each warp counts for view v: voxels seen by it and by a target, and by either.
 __global__ void __launch_bounds__(kThreads)
     count_kernel(const unsigned* __restrict__ seen, const unsigned* __restrict__ target, index_t voxels, int views,
                  unsigned long long* counts) {
@@ -123,9 +125,9 @@ Tensor view_overlap(const Tensor& points_, const std::optional<Tensor>& num_poin
   Tensor target_seen = new_tensor(points, {capacity}, ScalarType::Int);
   Tensor seen = new_tensor(points, {capacity}, ScalarType::Int);
   const auto mark = [&](const Tensor& projections, index_t number, const Tensor& into) {
-    const Culled culled(number > 0 ? bounds : std::nullopt, points, count_pointer(num_points), projections, height, width,
-                        0, near, stream);
-    const Points all{input<float4>(points), count_pointer(num_points), capacity, culled.seen};
+    const CulledBlocks culled(number > 0 ? bounds : std::nullopt, points, count_pointer(num_points), projections,
+                              height, width, 0, near, stream);
+    const Points all{input<float4>(points), count_pointer(num_points), capacity, culled.visible};
     for (index_t first = 0; first < number; first += kWordViews) {
       const int batch = static_cast<int>(std::min<index_t>(kWordViews, number - first));
       mark_kernel<<<grid, kThreads, 0, stream>>>(all, static_cast<int>(first / kWordViews), input<int64_t>(order),

@@ -24,12 +24,12 @@ ROOT = Path(__file__).resolve().parents[2]
 BUILD = ROOT / "build"
 ARCHS = {"sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120"}
 KERNELS = {
-    "appended_bounds_kernel", "ask_kernel", "back_project_kernel", "best_kernel", "bounds_kernel", "count_kernel",
-    "cull_kernel", "digit_kernel", "enter_kernel", "fill_keys_kernel", "gather_kernel", "heads_kernel", "hole_kernel",
-    "judge_kernel", "keys_kernel", "lift_kernel", "look_kernel", "make_lifts_kernel", "make_projections_kernel",
-    "make_readers_kernel", "mark_kernel", "move_kernel", "nearest_kernel", "place_kernel", "read_out_kernel",
-    "scan_kernel", "settle_kernel", "share_kernel", "splat_backward_kernel", "stay_kernel", "sum_kernel",
-    "tiles_kernel",
+    "appended_bounds_kernel", "back_project_kernel", "best_kernel", "bounds_kernel", "classify_kernel", "commit_kernel",
+    "count_kept_kernel", "count_kernel", "cull_kernel", "digit_kernel", "fill_keys_kernel", "gather_kernel",
+    "heads_kernel", "hole_kernel", "insert_voxels_kernel", "keys_kernel", "lift_kernel", "make_lifts_kernel",
+    "make_projections_kernel", "make_view_cameras_kernel", "mark_kernel", "move_kernel", "nearest_kernel",
+    "observe_kernel", "place_kernel", "readout_kernel", "request_kernel", "scan_kernel", "splat_backward_kernel",
+    "sum_kernel", "tiles_kernel", "weight_kernel",
 }  # fmt: skip
 
 
