@@ -5,16 +5,25 @@ OUT ?= out/demo
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-SOURCES := $(wildcard csrc/*.cpp csrc/*/*)
+SOURCES := $(wildcard csrc/*/*)
+WORLD := packages/mirage-world
 
-.PHONY: demo test bench lint asan cuda tiny tiny-memories evaluate clean
+.PHONY: demo test test-fast test-slow bench lint docs nightly asan cuda tiny tiny-memories evaluate clean
 
 demo: $(READY)
 	$(BIN)/python -m mirage demo --out $(OUT)
 
 # Two processes, whose threads do not spin while they wait for each other.
+PYTEST := OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n 2 --dist worksteal
 test: $(READY)
-	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n 2 --dist worksteal
+	$(PYTEST)
+
+# What takes seconds or less, and what `make test` has besides.
+test-fast: $(READY)
+	$(PYTEST) -m "not slow"
+
+test-slow: $(READY)
+	$(PYTEST) -m slow
 
 # Half an hour on two CPU cores: the full-width VAE encoder takes most of it.
 bench: $(READY)
@@ -27,15 +36,26 @@ lint: $(READY)
 	$(BIN)/python -m ruff format --check .
 	$(BIN)/python -m mypy
 
+# The documentation, into site/; a warning is an error.
+docs: $(READY)
+	$(BIN)/python -m mkdocs build --strict
+
+# What takes too long for every change: the sanitizers, and all tests with the samples that they take of long lists, of
+# kills and of fuzzed inputs, at full length.
+nightly: $(READY) cuda asan
+	MIRAGE_NIGHTLY=1 $(PYTEST)
+
 ASAN_TESTS := $(foreach name,back_project splat splat_aligned cache_write bounded_write block_bounds float8 view_overlap,\
 	ops/test_$(name).py) cache/test_cache.py
 
-# The CPU operators under address and undefined-behaviour sanitizers, from a build of their own.
+# The CPU operators under address and undefined-behaviour sanitizers, from a build of their own, which pytest must find
+# before the checkout's.
 asan: $(READY)
 	MIRAGE_SANITIZE=1 MIRAGE_BUILD_CUDA=0 $(BIN)/python setup.py -q build --build-lib build/asan
 	cd build/asan && LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=. MIRAGE_REQUIRE_CPU=1 OMP_NUM_THREADS=2 \
-	$(CURDIR)/$(BIN)/python -m pytest -q -p no:cacheprovider $(addprefix ../../tests/kernels/,$(ASAN_TESTS))
+	$(CURDIR)/$(BIN)/python -m pytest -q -p no:cacheprovider -o "pythonpath=build/asan ." \
+	$(addprefix ../../tests/kernels/,$(ASAN_TESTS))
 
 # Compiles every CUDA source for every architecture of the list, warnings as errors; needs nvcc, no GPU.
 cuda: $(READY)
@@ -74,7 +94,7 @@ evaluate: $(READY)
 	$(BIN)/python -m mirage evaluate --model mirage-tiny --seeds $(SEEDS) --frames $(FRAMES) --out out/evaluate-$(FRAMES) \
 	$(foreach memory,$(MEMORIES),--weights $(memory)=runs/tiny/lora-$(memory))
 
-$(READY): pyproject.toml setup.py $(SOURCES)
+$(READY): pyproject.toml setup.py $(WORLD)/pyproject.toml $(WORLD)/setup.py $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@# A torch that $(PYTHON) can import is seen from the .venv through a path file, and never replaced.
 	@$(BIN)/python -c "import torch" 2>/dev/null || $(PYTHON) -c "import os, re, torch; \
@@ -82,9 +102,10 @@ $(READY): pyproject.toml setup.py $(SOURCES)
 	print(os.path.dirname(os.path.dirname(torch.__file__)))" 2>/dev/null \
 	> $$($(BIN)/python -c "import sysconfig; print(sysconfig.get_paths()['purelib'])")/reused_torch.pth || true
 	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/python -m pip install -q "$(TORCH)"
-	$(BIN)/python -m pip install -q "setuptools>=77" wheel ninja "pybind11>=2.13"
-	$(BIN)/python -m pip install -q --no-build-isolation -e ".[dev]"
+	$(BIN)/python -m pip install -q "setuptools>=77" ninja
+	$(BIN)/python -m pip install -q --no-build-isolation -e . -e "./$(WORLD)[dev]"
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info out runs mirage_kernels/*.so
+	rm -rf $(VENV) build dist *.egg-info out runs site mirage_kernels/*.so mirage_kernels/_build_info.py
+	rm -rf $(WORLD)/build $(WORLD)/dist $(WORLD)/*.egg-info

@@ -231,7 +231,7 @@ def make_encoder(
     try:
         from diffusers import AutoencoderKLWan
     except ImportError as error:
-        raise RuntimeError(f"the VAE encoder needs diffusers: pip install 'mirage-kernels[bench]' ({error})") from error
+        raise RuntimeError(f"the VAE encoder needs diffusers: pip install 'mirage-world[bench]' ({error})") from error
     vae: Any = AutoencoderKLWan(
         base_dim=base_dim,
         decoder_base_dim=decoder_base_dim,

@@ -23,7 +23,7 @@ def _pyplot() -> Any:
     try:
         import matplotlib
     except ImportError as error:
-        raise SystemExit(f"plots need matplotlib: pip install 'mirage-kernels[bench]' ({error})") from error
+        raise SystemExit(f"plots need matplotlib: pip install 'mirage-world[bench]' ({error})") from error
     matplotlib.use("svg")
     matplotlib.rcParams.update({"svg.hashsalt": "mirage", "svg.fonttype": "none", "font.size": 9, "axes.grid": True})
     from matplotlib import pyplot

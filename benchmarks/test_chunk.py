@@ -62,8 +62,8 @@ def _full_size_pipeline(device: torch.device) -> Any:
 
 
 def test_chunk(bench: Any) -> None:
-    pytest.importorskip("diffusers", reason="the pipeline needs diffusers: pip install 'mirage-kernels[generate]'")
-    pytest.importorskip("transformers", reason="it needs transformers too: pip install 'mirage-kernels[generate]'")
+    pytest.importorskip("diffusers", reason="the pipeline needs diffusers: pip install 'mirage-world[generate]'")
+    pytest.importorskip("transformers", reason="it needs transformers too: pip install 'mirage-world[generate]'")
     if bench.device.type == "cuda":
         pipeline, size, what = _full_size_pipeline(bench.device), Size(1, 704, 1280), "Wan2.2-TI2V-5B's widths"
     else:

@@ -110,7 +110,7 @@ def test_pixel(size: Size, bench: Any) -> None:
     gpu = bench.device.type == "cuda"
     if not gpu and size not in (GOAL, QUICK):
         pytest.skip(f"encoding at {size.height}x{size.width} takes too long on a CPU")
-    pytest.importorskip("diffusers", reason="the VAE encoder needs diffusers: pip install 'mirage-kernels[bench]'")
+    pytest.importorskip("diffusers", reason="the VAE encoder needs diffusers: pip install 'mirage-world[bench]'")
     width, dtype = (
         (QUICK_WIDTH, torch.float32) if bench.quick else (FULL_WIDTH, torch.bfloat16 if gpu else torch.float32)
     )

@@ -25,6 +25,4 @@ def import_extra(module: str, extra: str) -> ModuleType:
         if error.name is None or error.name.split(".")[0] != top:
             raise  # it is installed, but something it needs is not
         package = _PACKAGES.get(top, top)
-        raise MissingExtraError(
-            f'{package} is needed and not installed: pip install "mirage-kernels[{extra}]"'
-        ) from None
+        raise MissingExtraError(f'{package} is needed and not installed: pip install "mirage-world[{extra}]"') from None

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import platform
 
 import torch
 
 from . import __version__, available_backends
+from .backends import find_module
 
 
 def build_facts() -> dict[str, str]:
@@ -25,17 +27,27 @@ def build_facts() -> dict[str, str]:
     try:
         built = importlib.import_module("mirage_kernels._build_info")
     except ImportError:
-        facts["built"] = "nothing compiled: no C++ compiler at install time, or sources that were not built"
-        return facts
-    facts["built with torch"] = built.torch_version
+        facts["built"] = "unknown: _build_info.py, which setup.py writes, is absent"
+        return facts | machine_facts()
+    if built.torch_version:
+        facts["built with torch"] = built.torch_version
     facts["built with CUDA"] = (
         f"{built.cuda_version} for {built.cuda_archs}" if built.cuda_version else "no CUDA operators"
     )
-    facts["compiler"] = built.compiler
-    facts["flags"] = built.flags
-    facts["SIMD"] = built.simd()
-    facts["hardware threads"] = str(built.hardware_threads())
-    return facts
+    if built.compiler:
+        facts["compiler"] = built.compiler
+        facts["flags"] = built.flags
+    return facts | machine_facts()
+
+
+def machine_facts() -> dict[str, str]:
+    """Ask the compiled CPU operators, where they are loaded, for the SIMD and the threads of this machine."""
+    path = find_module("_cpu")
+    if path is None or not available_backends()["cpu"]:
+        return {}
+    module = ctypes.CDLL(str(path))
+    module.mirage_simd.restype = ctypes.c_char_p
+    return {"SIMD": module.mirage_simd().decode(), "hardware threads": str(module.mirage_hardware_threads())}
 
 
 def main() -> None:

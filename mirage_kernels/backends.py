@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 from .environment import triton_interpreted
 
 BACKENDS = ("cuda", "triton", "cpu", "reference")
+COMPILED_TORCH_FLOOR = (2, 11)  # of the stable ABI that the compiled modules use; setup.py has it too
 
 
 class Backend(NamedTuple):
@@ -30,17 +32,35 @@ _automatic: dict[str, str] = {}  # device type: the best backend there
 _forced: str | None = None
 
 
-def _load_module(stem: str) -> str | None:
-    """Load a compiled module's registrations; return why that failed, or None."""
-    found = sorted(Path(__file__).parent.glob(f"{stem}.*so")) + sorted(Path(__file__).parent.glob(f"{stem}.*pyd"))
-    if not found:
-        return "it was not built: no compiler at install time (see `python -m mirage_kernels`)"
+def find_module(stem: str) -> Path | None:
+    """Find the file of a compiled module, ``_cpu`` or ``_cuda``; None where it was not built."""
+    folder = Path(__file__).parent
+    found = sorted(folder.glob(f"{stem}.*so")) + sorted(folder.glob(f"{stem}.*pyd"))
+    return found[0] if found else None
+
+
+def _why_not_built(stem: str) -> str:
     try:
-        torch.ops.load_library(str(found[0]))
+        missing = importlib.import_module("mirage_kernels._build_info").missing
+    except (ImportError, AttributeError):
+        missing = {}
+    reason = missing.get(stem, "no compiler at install time (see `python -m mirage_kernels`)")
+    return f"it was not built: {reason}"
+
+
+def _load_module(stem: str) -> str | None:
+    """Load a compiled module's registrations; returns why that failed, or None."""
+    path = find_module(stem)
+    if path is None:
+        return _why_not_built(stem)
+    if tuple(int(part) for part in re.findall(r"\d+", torch.__version__)[:2]) < COMPILED_TORCH_FLOOR:
+        return f"compiled modules need torch >= 2.11 (LibTorch stable ABI), found torch {torch.__version__}"
+    try:
+        torch.ops.load_library(str(path))
     except OSError as error:
         # Not built is a choice; built and not loading is a fault, which slower kernels must not hide.
-        warnings.warn(f"mirage_kernels: loading {found[0].name} failed, falling back: {error}", stacklevel=2)
-        return f"loading {found[0].name} failed: {error}"
+        warnings.warn(f"mirage_kernels: loading {path.name} failed, falling back: {error}", stacklevel=2)
+        return f"loading {path.name} failed: {error}"
     return None
 
 

@@ -20,7 +20,9 @@ import torch
 
 from mirage_kernels.ops.operator import OPERATORS
 
-ROOT = Path(__file__).resolve().parents[2]
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).resolve().parents[1]
 BUILD = ROOT / "build"
 ARCHS = {"sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120"}
 KERNELS = {

@@ -181,7 +181,7 @@ def test_demo_refusals(tmp_path: Path, capsys: pytest.CaptureFixture[str], monke
         assert "device cuda is not available" in fails(["demo", "--device", "cuda", *out], capsys)
     monkeypatch.setitem(sys.modules, "imageio_ffmpeg", None)
     line = fails(["demo", *out], capsys)
-    assert line.endswith('pip install "mirage-kernels[demo]"') and "imageio-ffmpeg" in line
+    assert line.endswith('pip install "mirage-world[demo]"') and "imageio-ffmpeg" in line
 
 
 def test_views_that_share_nothing_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

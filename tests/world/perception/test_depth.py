@@ -414,8 +414,8 @@ class TestDepthAnything3:
 @pytest.mark.parametrize(
     ("name", "package", "install"),
     [
-        ("depth-anything-v2", "transformers", 'pip install "mirage-kernels[generate]"'),
-        ("depth-pro", "transformers", 'pip install "mirage-kernels[generate]"'),
+        ("depth-anything-v2", "transformers", 'pip install "mirage-world[generate]"'),
+        ("depth-pro", "transformers", 'pip install "mirage-world[generate]"'),
         ("map-anything", "mapanything", 'pip install "mapanything @ git+https://github.com/facebookresearch/'),
         ("depth-anything-3", "depth_anything_3", 'pip install "depth-anything-3 @ git+https://github.com/ByteDance-'),
     ],

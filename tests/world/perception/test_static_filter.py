@@ -610,7 +610,7 @@ def test_names_that_do_not_go_together(names: str) -> None:
 @pytest.mark.parametrize("name", ["sky", "sam2", "sam3", "geometric+sky"])
 def test_missing_transformers_fails_at_once(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(MissingExtraError, match=r'transformers is needed .* pip install "mirage-kernels\[generate\]"'):
+    with pytest.raises(MissingExtraError, match=r'transformers is needed .* pip install "mirage-world\[generate\]"'):
         make_static_filter(name)
 
 
