@@ -28,7 +28,7 @@ test-slow: $(READY)
 # Half an hour on two CPU cores: the full-width VAE encoder takes most of it.
 bench: $(READY)
 	$(BIN)/python -m pytest benchmarks --save $(BENCH_ARGS)
-	$(BIN)/python -m benchmarks.plots benchmarks/results/*/
+	$(BIN)/python -m benchmarks.plots $(dir $(wildcard benchmarks/results/*/results.json))
 	$(BIN)/python -m benchmarks.tables --write
 
 lint: $(READY)
@@ -61,7 +61,7 @@ asan: $(READY)
 cuda: $(READY)
 	MIRAGE_BUILD_CUDA=1 $(BIN)/python setup.py -q build_ext --build-lib build/cuda --build-temp build/cuda-temp
 
-# mirage-tiny from nothing, by its seeds, on two CPU cores. A run that was stopped goes on.
+# mirage-tiny from nothing, by its seeds, on two CPU cores. A run that was stopped is resumed.
 tiny: $(READY)
 	$(BIN)/python -m mirage train configs/tiny/vae.yaml
 	$(BIN)/python -m mirage train configs/tiny/vae-video.yaml
@@ -72,10 +72,10 @@ tiny: $(READY)
 	$(BIN)/python -m mirage train configs/tiny/backbone.yaml
 	$(BIN)/python -m mirage train configs/tiny/adapter.yaml
 	$(BIN)/python -m mirage train configs/tiny/lora.yaml
-	$(BIN)/python -m mirage.zoo --runs runs/tiny
+	$(BIN)/python -m mirage.training.release --runs runs/tiny
 
-# The memories to compare with, on mirage-tiny's backbone, after `make tiny`, whose files they go on from: none with an adapter
-# and LoRA of its own, of the same steps, on the cameras' rays; nearest and pixel with 1,000 steps more on their own read-outs.
+# The memories to compare with, on mirage-tiny's backbone, after `make tiny`, whose files they start from: none with an adapter
+# and LoRA of its own, of the same steps, on the cameras' rays; nearest and pixel with 1,000 steps more on their own readouts.
 # Two at a time take less: `OMP_NUM_THREADS=1 make -j2 tiny-memories`.
 MEMORIES := none nearest pixel
 tiny-memories: $(addprefix tiny-memory-,$(MEMORIES))

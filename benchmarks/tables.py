@@ -2,7 +2,8 @@
 
 A table stands between ``<!-- bench:NAME -->`` and ``<!-- /bench -->``. ``--check`` fails where a file does not say what
 the results say. Nothing here is computed from anything but ``benchmarks/results/*/results.json``, the
-``fidelity/fidelity.json`` beside one of them, and what `mirage evaluate` said of mirage-tiny, which lies beside it.
+``fidelity/fidelity.json`` beside one of them, and what `mirage evaluate` said of mirage-tiny, in
+``benchmarks/results/mirage-tiny``.
 """
 
 from __future__ import annotations
@@ -16,13 +17,13 @@ from pathlib import Path
 from typing import Any
 
 from mirage.evaluation.report import format_goals, format_table
-from mirage.pipeline.memory import MIRAGE_TINY_FOLDER
 
 from .fidelity import find
 from .goals import Outcome, outcomes
 from .report import (
     BESIDE,
     NOT_MEASURED,
+    RESULTS,
     Row,
     bytes_text,
     find_row,
@@ -326,7 +327,7 @@ def fidelity_time(results: Results) -> str:
 
 
 def closed_loop(results: Results) -> str:
-    reports = [json.loads(path.read_text()) for path in MIRAGE_TINY_FOLDER.glob("evaluation-*.json")]
+    reports = [json.loads(path.read_text()) for path in (RESULTS / "mirage-tiny").glob("evaluation-*.json")]
     parts = []
     for report in sorted(reports, key=lambda one: one["frames"]):
         seeds = ":".join(map(str, report["seeds"]))

@@ -29,7 +29,7 @@ def _full_size_pipeline(device: torch.device) -> Any:
     from mirage.models.latent_depth import LatentDepth
     from mirage.models.transformer import MirageTransformer3DModel
     from mirage.pipeline.pipeline import MiragePipeline
-    from mirage.zoo import _byte_tokenizer
+    from mirage.zoo import make_byte_tokenizer
 
     from .pixel_memory import make_encoder
 
@@ -51,7 +51,7 @@ def _full_size_pipeline(device: torch.device) -> Any:
         torch.set_default_dtype(torch.float32)
     config = UMT5Config(vocab_size=259, d_model=4096, d_kv=8, d_ff=64, num_layers=1, num_heads=2)
     return MiragePipeline(
-        tokenizer=_byte_tokenizer(),
+        tokenizer=make_byte_tokenizer(),
         text_encoder=UMT5EncoderModel(config).to(device, torch.bfloat16).eval(),
         vae=make_encoder(device=device, dtype=torch.bfloat16, decoder_base_dim=256),
         scheduler=UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=5.0),
@@ -76,7 +76,9 @@ def test_chunk(bench: Any) -> None:
     new = scenes.CHUNK_FRAMES - 1  # each chunk's first frame is the last of the chunk before
     cameras = scenes.camera_path(1 + chunks * new, laps=0.15 * chunks).resized(size.image)
     picture = scenes.pictures(cameras[0], scenes.render_depth(cameras[0]))
-    session = pipeline.start(picture, "a room", num_inference_steps=steps, generator=torch.Generator().manual_seed(0))
+    session = pipeline.start_session(
+        picture, "a room", num_inference_steps=steps, generator=torch.Generator().manual_seed(0)
+    )
     made: list[dict[str, float]] = []
     peak: list[int] = []
 

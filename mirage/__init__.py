@@ -10,6 +10,11 @@ from typing import Any
 
 from mirage_kernels import Cameras, LatentCache, __version__
 
+from . import _moved
+from .pipeline.memory import MemoryConfig
+
+_moved.install()
+
 _LAZY = {
     "LatentDepth": "models.latent_depth",
     "MirageMemoryAdapter": "models.adapter",
@@ -19,7 +24,7 @@ _LAZY = {
     "MirageTransformer3DModel": "models.transformer",
 }
 
-__all__ = ["Cameras", "LatentCache", "__version__", *_LAZY]
+__all__ = ["Cameras", "LatentCache", "MemoryConfig", "__version__", *_LAZY]
 
 
 def __getattr__(name: str) -> Any:

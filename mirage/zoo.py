@@ -1,46 +1,166 @@
-"""Pipelines small enough for a laptop CPU.
+"""Load a pipeline by its name: a folder or hub id, `tiny-random`, or `mirage-tiny`, which is in the package.
 
-`tiny_random_pipeline`: every part of a :class:`~mirage.pipeline.pipeline.MiragePipeline`, real code and random
-weights. Its
-videos mean nothing; it shows that the whole path runs. `mirage-tiny` is trained on synthetic rooms: `make tiny` trains
-it by the files in configs/tiny, and `python -m mirage.zoo RUNS` puts its parts together in this package.
+`tiny-random` is every part of a :class:`~mirage.pipeline.pipeline.MiragePipeline`, real code and random weights: its
+videos mean nothing, it shows that the whole path runs. `mirage-tiny` is trained on synthetic rooms by the files in
+configs/tiny, see :mod:`mirage.training.release`.
+
+diffusers and transformers are imported where a model is made, so that the names here cost nothing.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import shutil
-from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers import AutoencoderKLWan, UniPCMultistepScheduler
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
-from .models.adapter import MirageMemoryAdapter
-from .models.checkpoints import load_lora
-from .models.latent_depth import LatentDepth
-from .models.transformer import MirageTransformer3DModel
-from .pipeline.memory import MIRAGE_TINY_FOLDER as FOLDER
-from .pipeline.pipeline import MiragePipeline
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+    from .pipeline.pipeline import MiragePipeline
+
+TINY_RANDOM, MIRAGE_TINY = "tiny-random", "mirage-tiny"
+MIRAGE_TINY_FOLDER = Path(__file__).parent / "mirage-tiny"
+"""Where the model that comes with the package is. `memories/NAME` in it are what other memories have for weights."""
+
+STEPS, MIRAGE_TINY_STEPS = 20, 2
+"""Of denoising, where nothing else is asked for. Small models gather errors with every step."""
 
 CHANNELS = 48
+"""Channels of a latent, as of Wan2.2-TI2V-5B."""
+
 LORA = "lora.safetensors"
-TEXT_LENGTH = 96  # as of configs/tiny
+"""The LoRA of a model's folder, or of one that `mirage train` leaves."""
 
-LAST = "lora"  # the last of its stages, and with a memory's name behind it that memory's
-SHIPPED = ("none",)
-"""Of the memories to compare with, those whose weights are in the package: the demo's. There is room for no more."""
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
-_MOST_BYTES = 40_000_000
+
+def default_steps(model: str) -> int:
+    """Return the number of denoising steps for a model by its name, where nothing else is asked for."""
+    return MIRAGE_TINY_STEPS if model == MIRAGE_TINY else STEPS
+
+
+def load_pipeline(
+    model: str,
+    *,
+    adapter: str | None = None,
+    lora: str | None = None,
+    memory: str = "aligned",
+    device: str = "cpu",
+    dtype: str | None = None,
+    offload: bool = False,
+) -> MiragePipeline:
+    """Load a pipeline and put it on its device.
+
+    Without `adapter` and `lora` it has the weights that come with the model for `memory`, where there are any.
+
+    Args:
+        model: folder or hub id of a Wan2.2 or Mirage pipeline, "mirage-tiny" or "tiny-random".
+        adapter: memory adapter: folder or hub id, or a file of the published release.
+        lora: file with a LoRA of the transformer, in the place of the model's own.
+        memory: name of the memory that the pipeline will be run on.
+        device: "cpu" or "cuda".
+        dtype: "float32", "bfloat16" or "float16"; default bfloat16 on cuda, float32 on cpu.
+        offload: whether models move to the device only while they are used.
+
+    Raises:
+        OSError, ValueError: no such model, or files that do not belong together.
+    """
+    from .models.adapter import MirageMemoryAdapter
+    from .models.checkpoints import load_published
+    from .models.components import check_models
+    from .models.lora import load_lora
+    from .pipeline.pipeline import MiragePipeline
+
+    torch_dtype = _DTYPES[dtype or ("bfloat16" if device == "cuda" else "float32")]
+    if model == TINY_RANDOM:
+        pipeline = tiny_random_pipeline()
+        if torch_dtype != torch.float32:
+            pipeline.to(torch_dtype)
+    elif model == MIRAGE_TINY:
+        pipeline = mirage_tiny_pipeline(torch_dtype)
+    else:
+        pipeline = MiragePipeline.from_pretrained(model, dtype=torch_dtype)
+        if lora is None and (beside := Path(model) / LORA).is_file():
+            load_lora(pipeline.transformer, beside)
+    if adapter is not None:
+        if Path(adapter).is_file():  # of the published release
+            loaded = MirageMemoryAdapter.from_transformer(pipeline.transformer)
+            load_published(adapter=loaded, vace=adapter)
+        else:
+            loaded = MirageMemoryAdapter.from_pretrained(adapter, dtype=torch_dtype)
+        check_models(pipeline.vae, pipeline.transformer, loaded)
+        pipeline.register_modules(memory_adapter=loaded)
+    beside_memory = memory_weights(model, memory)
+    if lora is not None:
+        if getattr(pipeline.transformer, "peft_config", None):  # the model's own, which this one replaces
+            pipeline.transformer.unload_lora()
+        load_lora(pipeline.transformer, lora)
+    elif adapter is None and beside_memory is not None:
+        take_weights(pipeline, beside_memory)
+    pipeline.set_progress_bar_config(disable=True)
+    if offload:
+        pipeline.enable_model_cpu_offload(device=device)
+    else:
+        pipeline.to(device)
+    return pipeline
+
+
+def memory_weights(model: str, memory: str) -> Path | None:
+    """Return the folder of a model's weights for a memory, `memories/NAME` in the model's own, or None without one."""
+    folder = (MIRAGE_TINY_FOLDER if model == MIRAGE_TINY else Path(model)) / "memories" / memory
+    return folder if folder.is_dir() else None
+
+
+def take_weights(pipeline: Any, folder: Path) -> None:
+    """Give a pipeline what `mirage train` leaves: memory_adapter/, latent_depth/ and lora.safetensors, as far as given.
+
+    A LoRA that the pipeline has is removed.
+
+    Raises:
+        OSError, ValueError: none of them is there, or they do not fit.
+    """
+    from .models.adapter import MirageMemoryAdapter
+    from .models.components import check_models
+    from .models.latent_depth import LatentDepth
+    from .models.lora import load_lora
+
+    parts = {"memory_adapter": MirageMemoryAdapter, "latent_depth": LatentDepth}
+    if not any((folder / part).exists() for part in (*parts, LORA)):
+        raise FileNotFoundError(f"{folder}: must hold {', '.join(parts)} or {LORA}, as `mirage train` leaves them")
+    transformer = pipeline.transformer
+    for part, cls in parts.items():
+        if (folder / part).is_dir():
+            model = cls.from_pretrained(folder / part, torch_dtype=transformer.dtype).to(transformer.device)
+            pipeline.register_modules(**{part: model.eval()})
+    check_models(pipeline.vae, transformer, pipeline.memory_adapter, pipeline.latent_depth)
+    if getattr(transformer, "peft_config", None):
+        transformer.unload_lora()
+    if (folder / LORA).is_file():
+        load_lora(transformer, folder / LORA)
+        transformer.to(transformer.device)
+
+
+def mirage_tiny_pipeline(dtype: torch.dtype = torch.float32, folder: Path = MIRAGE_TINY_FOLDER) -> MiragePipeline:
+    """Load the trained tiny model with its LoRA.
+
+    Raises:
+        FileNotFoundError: it is not in this installation.
+    """
+    from .models.lora import load_lora
+    from .pipeline.pipeline import MiragePipeline
+
+    if not (folder / LORA).is_file():
+        raise FileNotFoundError(f"{folder}: mirage-tiny is not in this installation: `make tiny` trains it")
+    pipeline: MiragePipeline = MiragePipeline.from_pretrained(folder, dtype=dtype)
+    load_lora(pipeline.transformer, folder / LORA)
+    return pipeline
 
 
 def tiny_random_pipeline(
     seed: int = 0, control_channels: int = 2 * CHANNELS, with_memory: bool = True, with_depth: bool = True
 ) -> MiragePipeline:
-    """A pipeline with the shapes of Wan2.2-TI2V-5B (48 channels, 16x in space, 4x in time) and random float32 weights.
+    """Make a pipeline of random float32 weights, shaped as Wan2.2-TI2V-5B: 48 channels, 16x in space, 4x in time.
 
     Args:
         seed: of the weights; the global random state is left alone.
@@ -48,6 +168,14 @@ def tiny_random_pipeline(
         with_memory: False leaves the memory adapter out.
         with_depth: False leaves `latent_depth` out.
     """
+    from diffusers import AutoencoderKLWan, UniPCMultistepScheduler
+    from transformers import UMT5Config, UMT5EncoderModel
+
+    from .models.adapter import MirageMemoryAdapter
+    from .models.latent_depth import LatentDepth
+    from .models.transformer import MirageTransformer3DModel
+    from .pipeline.pipeline import MiragePipeline
+
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         vae = AutoencoderKLWan(
@@ -86,7 +214,7 @@ def tiny_random_pipeline(
         )
         latent_depth = LatentDepth(latent_channels=CHANNELS, width=16) if with_depth else None
     pipeline = MiragePipeline(
-        tokenizer=_byte_tokenizer(),
+        tokenizer=make_byte_tokenizer(),
         text_encoder=text_encoder.eval(),
         vae=vae.eval(),
         scheduler=UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=5.0),
@@ -97,68 +225,11 @@ def tiny_random_pipeline(
     return pipeline
 
 
-def mirage_tiny_pipeline(dtype: torch.dtype = torch.float32, folder: Path = FOLDER) -> MiragePipeline:
-    """The trained tiny model, its LoRA loaded.
+def make_byte_tokenizer() -> PreTrainedTokenizerFast:
+    """Make a tokenizer of one token per byte: nothing to download."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
 
-    Raises:
-        FileNotFoundError: it is not in this installation.
-    """
-    if not (folder / LORA).is_file():
-        raise FileNotFoundError(f"{folder}: mirage-tiny is not in this installation: `make tiny` trains it")
-    pipeline = MiragePipeline.from_pretrained(folder, dtype=dtype)
-    load_lora(pipeline.transformer, folder / LORA)
-    return pipeline
-
-
-def assemble_mirage_tiny(runs: Path, folder: Path = FOLDER, memories: Sequence[str] = SHIPPED) -> int:
-    """Put together what configs/tiny has trained into `runs`, in bfloat16, with its card.
-
-    Args:
-        runs: folders named as the files of configs/tiny.
-        folder: to write to.
-        memories: to compare with, whose adapters, LoRAs and depth heads go into `memories/`, as far as they are there.
-
-    Returns:
-        Its bytes.
-
-    Raises:
-        OSError, ValueError: a part is missing, the parts do not belong together, or they are too large to ship.
-    """
-    from .training import release as card
-
-    base = tiny_random_pipeline(with_memory=False, with_depth=False)
-    base.tokenizer.model_max_length = TEXT_LENGTH
-    pipeline = MiragePipeline(
-        tokenizer=base.tokenizer,
-        text_encoder=base.text_encoder,
-        vae=AutoencoderKLWan.from_pretrained(runs / "vae-steady" / "vae"),
-        scheduler=base.scheduler,
-        transformer=MirageTransformer3DModel.from_pretrained(runs / "backbone" / "transformer"),
-        memory_adapter=MirageMemoryAdapter.from_pretrained(runs / LAST / "memory_adapter"),
-        latent_depth=LatentDepth.from_pretrained(runs / LAST / "latent_depth"),
-    )
-    facts = card.gather_facts(runs)
-    content = (runs / LAST / LORA).read_bytes()
-    pipeline.to(torch.bfloat16).save_pretrained(folder)
-    card.write_bytes(folder / LORA, content)
-    shutil.rmtree(folder / "memories", ignore_errors=True)
-    for name in memories:
-        run, memory = runs / f"{LAST}-{name}", folder / "memories" / name
-        if not run.is_dir():
-            continue
-        for part in ("memory_adapter", "latent_depth"):
-            shutil.copytree(run / part, memory / part, dirs_exist_ok=True)
-        shutil.copyfile(run / LORA, memory / LORA)
-    card.write_bytes(folder / card.FACTS, (json.dumps(facts, indent=1) + "\n").encode())
-    card.write_card(folder)
-    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    if size > _MOST_BYTES:
-        raise ValueError(f"{folder}: must be at most {_MOST_BYTES:,} bytes to ship, got {size:,}")
-    return size
-
-
-def _byte_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per byte, made here: nothing to download."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: i for i, token in enumerate(["<pad>", "</s>", "<unk>", *alphabet])}
     tokenizer = Tokenizer(models.BPE(vocabulary, merges=[], unk_token="<unk>"))
@@ -168,22 +239,3 @@ def _byte_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=512
     )
-
-
-def main() -> None:
-    """`python -m mirage.zoo`: put mirage-tiny together, or add evaluations to its card."""
-    parser = argparse.ArgumentParser(prog="python -m mirage.zoo", description=main.__doc__)
-    parser.add_argument("--runs", type=Path, help="what `make tiny` has trained, runs/tiny")
-    parser.add_argument("--report", type=Path, action="append", default=[], help="a report.json of `mirage evaluate`")
-    asked = parser.parse_args()
-    from .training import release as card
-
-    if asked.runs is not None:
-        print(f"{assemble_mirage_tiny(asked.runs):,} bytes in {FOLDER}")
-    for path in asked.report:
-        card.add_evaluation(FOLDER, json.loads(path.read_text(encoding="utf-8")))
-    card.write_card(FOLDER)
-
-
-if __name__ == "__main__":
-    main()

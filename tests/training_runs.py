@@ -1,4 +1,4 @@
-"""What the tests of training share: small configurations, clips and models."""
+"""Small configurations, clips and models, which the tests of training share."""
 
 from __future__ import annotations
 
@@ -8,9 +8,8 @@ from typing import Any
 import torch
 
 from mirage.training import TrainConfig, make_config
-from mirage.training.data import Clips, Drawn
-from mirage.training.loop import _choose_trained
-from mirage.training.models import Models, load_models
+from mirage.training.data import ClipDataset, Sample
+from mirage.training.models import Models, load_models, mark_trained
 
 SIZE, TOKENS = [64, 96], (4, 6)
 
@@ -23,7 +22,7 @@ def merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
 
 
 def values(stage: str, out: Path | str = "nowhere", **changes: Any) -> dict[str, Any]:
-    """A three-step run of a stage, as a file would say it."""
+    """Return a three-step run of a stage, as a file would say it."""
     base = {
         "stage": stage,
         "out": str(out),
@@ -45,13 +44,13 @@ def config(stage: str, out: Path | str = "nowhere", **changes: Any) -> TrainConf
 
 
 def models_of(asked: TrainConfig) -> Models:
-    """With what the stage trains marked."""
+    """Load a run's models, with what the stage trains marked."""
     torch.manual_seed(asked.seed)
     models = load_models(asked, torch.device("cpu"))
-    _choose_trained(asked, models)
+    mark_trained(asked, models)
     return models
 
 
-def draw(asked: TrainConfig, *numbers: int) -> list[Drawn]:
-    clips = Clips(asked.data, asked.seed)
+def draw(asked: TrainConfig, *numbers: int) -> list[Sample]:
+    clips = ClipDataset(asked.data, asked.seed)
     return [clips[number] for number in numbers]

@@ -13,20 +13,21 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mirage_kernels.io import replace_file
+from mirage_kernels.io import replace_text
 
-from ..commands.generate import GenerateOptions, load_pipeline, memory_weights, take_weights
 from ..media import save_video
 from ..optional import import_extra
-from ..pipeline.chunks import STRIDE, check_num_frames, plan_chunks
-from ..pipeline.memory import MEMORIES, WRITE_POLICIES, memory_options
+from ..pipeline.chunks import TEMPORAL_COMPRESSION, check_num_frames, plan_chunks
+from ..pipeline.memory import MEMORIES, WRITE_POLICIES
 from ..scenes.synthetic import SyntheticFrames, SyntheticRoom
+from ..zoo import default_steps, load_pipeline, memory_weights, take_weights
 from .loops import CEILING, DEPTHS, LOOPS, REPORT, TABLE, EvaluateOptions, make_loop, room_path
 from .metrics import consistency, find_first_visits, find_revisits, load_lpips, psnr, ssim
 from .plots import draw
@@ -55,6 +56,8 @@ def run_evaluate(options: EvaluateOptions, progress: bool = True) -> dict[str, A
     began = time.perf_counter()
     for module in ("diffusers", "transformers", "accelerate", "peft", "ftfy", "tqdm", "PIL", "imageio_ffmpeg"):
         import_extra(module, "generate")
+    if options.steps is None:
+        options = replace(options, steps=default_steps(options.model))
     _check(options)
     lpips = load_lpips(options.device)
     _record(options)
@@ -77,8 +80,8 @@ def run_evaluate(options: EvaluateOptions, progress: bool = True) -> dict[str, A
             del pipeline
     report = _report(options, measured, ceiling, used, controls, lpips is not None)
     report["seconds"] = time.perf_counter() - began
-    write_text(options.out / REPORT, json.dumps(report, indent=2) + "\n")
-    write_text(options.out / TABLE, format_report(report))
+    replace_text(options.out / REPORT, json.dumps(report, indent=2) + "\n")
+    replace_text(options.out / TABLE, format_report(report))
     draw(options, report)
     return report
 
@@ -126,7 +129,7 @@ def _one_room(
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     save_video(path.with_suffix(".mp4"), frames, fps=24.0)
-    write_text(path, json.dumps(measured) + "\n")  # the last act: from now on the room is done
+    replace_text(path, json.dumps(measured) + "\n")  # the last act: from now on the room is done
     return measured
 
 
@@ -141,18 +144,19 @@ def generate_loop(
         depth: "true", or "head".
         true: of the loop's cameras; its first picture is where generation starts.
     """
-    with pipeline.start(
+    with pipeline.start_session(
         true.images[0],
         room.prompt,
         depth=true.depth if depth == "true" else None,
         num_frames=options.frames,
         height=options.size[0],
         width=options.size[1],
-        num_inference_steps=options.steps,
+        num_inference_steps=default_steps(options.model) if options.steps is None else options.steps,
         guidance_scale=options.guidance,
         preceding_frames=_PRECEDING,
         generator=torch.Generator().manual_seed(room.seed),
-        **{"static_filter": "none"} | memory_options(name, pipeline, options.write_policy),
+        static_filter="none",
+        memory=replace(MEMORIES[name], write_policy=options.write_policy) if name == "aligned" else name,
     ) as session:
         chunks = list(session.run(true.cameras, options.chunk_frames))
     frames = torch.cat([chunk.frames.cpu() for chunk in chunks])
@@ -190,7 +194,7 @@ def measure(
         Plain values: chunks [[start, stop], ..]; true {psnr, ssim, mse, lpips: one value a frame}; revisits [[first
         visit, revisit], ..]; revisit {psnr, ssim, lpips: one value a revisit}; first_visits, photometric, reprojection.
     """
-    apart = chunk_frames + STRIDE * _PRECEDING
+    apart = chunk_frames + TEMPORAL_COMPRESSION * _PRECEDING
     revisits = find_revisits(true.cameras, apart)
     before, after = ([pair[i] for pair in revisits] for i in (0, 1))
 
@@ -222,15 +226,9 @@ def load_memory(options: EvaluateOptions, name: str) -> tuple[Any, str]:
     Raises:
         OSError, ValueError: naming what cannot be used.
     """
-    loading = GenerateOptions(
-        out=options.out,
-        model=options.model,
-        adapter=options.adapter,
-        lora=options.lora,
-        device=options.device,
-        dtype=options.dtype,
+    pipeline = load_pipeline(
+        options.model, adapter=options.adapter, lora=options.lora, device=options.device, dtype=options.dtype
     )
-    pipeline = load_pipeline(loading)
     folder = _weights_of(options, name)
     if folder is None:
         return pipeline, OWN
@@ -245,7 +243,7 @@ def _weights_of(options: EvaluateOptions, name: str) -> Path | None:
 
 
 def _fingerprints(pipeline: Any, name: str) -> dict[str, str | None]:
-    from ..pipeline.pipeline import fingerprint
+    from ..models.components import fingerprint
 
     parts = ("vae",) if name == CEILING else ("vae", "transformer", "memory_adapter", "latent_depth")
     return {part: fingerprint(getattr(pipeline, part)) for part in parts}
@@ -298,11 +296,6 @@ def _report(
 # Files.
 
 
-def _room_path(options: EvaluateOptions, depth: str, name: str, seed: int) -> Path:
-    depth = options.depth[0] if name == "none" else "true" if name == CEILING else depth
-    return options.out / "rooms" / depth / name / f"{seed:06d}.json"
-
-
 def _record(options: EvaluateOptions) -> None:
     """Record what rooms are generated with, or check that it has not changed."""
     path = options.out / "settings.json"
@@ -317,16 +310,7 @@ def _record(options: EvaluateOptions) -> None:
             raise ValueError(f"{options.out} goes on only with what it was begun with: {'; '.join(differences)}")
     else:
         options.out.mkdir(parents=True, exist_ok=True)
-        write_text(path, json.dumps(now, indent=2) + "\n")
-
-
-def write_text(path: Path, content: str) -> None:
-    """Write a text file atomically."""
-
-    def write(draft: str) -> None:
-        Path(draft).write_text(content, encoding="utf-8")
-
-    replace_file(path, write)
+        replace_text(path, json.dumps(now, indent=2) + "\n")
 
 
 def _check(options: EvaluateOptions) -> None:
@@ -337,9 +321,9 @@ def _check(options: EvaluateOptions) -> None:
             f"seeds must be FIRST:STOP with 0 <= FIRST < STOP, got {options.seeds.start}:{options.seeds.stop}"
         )
     for name, values, allowed in (
-        ("memory", options.memory, MEMORIES),
+        ("memory", options.memory, tuple(MEMORIES)),
         ("depth", options.depth, DEPTHS),
-        ("weights", tuple(options.weights), MEMORIES),
+        ("weights", tuple(options.weights), tuple(MEMORIES)),
     ):
         wrong = [value for value in values if value not in allowed]
         if wrong or len(set(values)) < len(values) or (not values and name != "weights"):
@@ -352,7 +336,7 @@ def _check(options: EvaluateOptions) -> None:
         raise ValueError(f"texture must be in [0, 1], got {options.texture}")
     if min(options.size) < 32 or any(side % 32 for side in options.size):
         raise ValueError(f"size must be multiples of 32, got {options.size[0]}x{options.size[1]}")
-    if options.steps < 1:
+    if options.steps is not None and options.steps < 1:
         raise ValueError(f"steps must be at least 1, got {options.steps}")
     if options.device == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device cuda is not available: torch {torch.__version__} sees no GPU")

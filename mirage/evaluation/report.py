@@ -65,10 +65,10 @@ def goals(figures: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
     def gain(metric: str, other: str) -> float | None:
         if figures.get(other, {}).get("weights") == OWN:  # not trained for it: that tells nothing
             return None
-        ours, theirs = (figures.get(name, {}).get(metric) for name in ("ours", other))
+        ours, theirs = (figures.get(name, {}).get(metric) for name in ("aligned", other))
         return None if ours is None or theirs is None else ours - theirs
 
-    ours = figures.get("ours", {})
+    ours = figures.get("aligned", {})
     last = len(ours.get("true_mse_per_chunk", []))
     wanted: list[tuple[str, float | None, str, float]] = [
         ("revisit PSNR less that of no memory, dB", gain("revisit_psnr", "none"), "at least", 4.0),
@@ -167,8 +167,8 @@ def format_report(report: dict[str, Any]) -> str:
 
 
 def _unfair(report: dict[str, Any]) -> list[str]:
-    """Say what makes a row no fair comparison."""
-    shared = [name for name, figures in report["memory"].items() if name != "ours" and figures["weights"] == OWN]
+    """What makes a row no fair comparison."""
+    shared = [name for name, figures in report["memory"].items() if name != "aligned" and figures["weights"] == OWN]
     if not shared:
         return []
     said = f"**{', '.join(shared)}: run with the model's own weights, which were not trained on that memory: no fair"

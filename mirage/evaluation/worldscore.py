@@ -22,7 +22,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -30,11 +30,10 @@ from torch import Tensor
 from mirage_kernels import Cameras
 from mirage_kernels.io import replace_file
 
-from ..commands.generate import GenerateOptions, load_pipeline
 from ..media import save_video
 from ..optional import import_extra
 from ..pipeline.chunks import check_num_frames
-from ..pipeline.memory import STEPS, memory_options
+from ..zoo import default_steps, load_pipeline
 
 OUTPUT = "worldscore_output"
 FOCAL = 500.0
@@ -54,28 +53,49 @@ _TURNS = {"pan_left": -1.0, "pan_right": 1.0, "orbit_left": -1.0, "orbit_right":
 MOVES = (*_STRAIGHT, *_TURNS)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class WorldScoreOptions:
-    """What `mirage worldscore` is asked for; :func:`mirage.commands.cli.make_parser` says what each is."""
+    """Generate WorldScore's videos, in the folders that its scripts read.
 
-    out: Path
-    dataset: Path
+    Writes DIR/worldscore_output. Resumes what is there.
+    """
+
     model: str
+    """folder or hub id of a Wan2.2 or Mirage pipeline, mirage-tiny, or tiny-random"""
+    dataset: Path
+    """WorldScore-Dataset, a folder"""
+    out: Path = Path("mirage-worldscore")
+    """where to write"""
     adapter: str | None = None
+    """memory adapter: folder, hub id, or a file of the published release"""
     lora: str | None = None
-    memory: str = "ours"
-    movement: str = "static"
+    """LoRA of the transformer, a file"""
+    movement: Literal["static", "dynamic"] = "static"
+    """which half of the data set"""
     limit: int | None = None
+    """the first so many instances alone"""
     frames: int = 49
+    """of a camera move, 4 n + 1"""
     size: tuple[int, int] = (704, 1280)
+    """of the frames, multiples of 32"""
+    memory: str = "aligned"
+    """what remembers, and the model must be trained on it: none, nearest, aligned or pixel"""
     depth_estimator: str | None = None
+    """as of `mirage generate`; default the model's depth head"""
     static_filter: str = "geometric"
-    steps: int = STEPS
+    """as of `mirage generate`"""
+    steps: int | None = None
+    """denoising steps; default 20, with mirage-tiny 2"""
     guidance: float = 1.0
+    """guidance scale; 1 is none"""
     seed: int = 0
+    """of the noise"""
     fps: float = 24.0
-    device: str = "cpu"
-    dtype: str | None = None
+    """frames a second of the videos"""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """where to generate"""
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """of the models; default bfloat16 on cuda, float32 on cpu"""
 
 
 def run_worldscore(options: WorldScoreOptions, progress: bool = True) -> dict[str, int]:
@@ -103,8 +123,9 @@ def run_worldscore(options: WorldScoreOptions, progress: bool = True) -> dict[st
             report["present"] += 1
             continue
         if pipeline is None:
-            loading = {name: getattr(options, name) for name in ("out", "model", "adapter", "lora", "device", "dtype")}
-            pipeline = load_pipeline(GenerateOptions(**loading))
+            pipeline = load_pipeline(
+                options.model, adapter=options.adapter, lora=options.lora, device=options.device, dtype=options.dtype
+            )
         _generate(options, pipeline, instance, folder)
         report["written"] += 1
     return report
@@ -117,21 +138,22 @@ def _generate(options: WorldScoreOptions, pipeline: Any, instance: dict[str, Any
         image = crop(picture.convert("RGB"), options.size)
     moves = instance["camera_path"]
     total = len(moves) * (options.frames - 1) + 1
-    with pipeline.start(
+    with pipeline.start_session(
         image,
         _prompt(instance),
         depth_estimator=options.depth_estimator,
         num_frames=total,
         height=height,
         width=width,
-        num_inference_steps=options.steps,
+        num_inference_steps=default_steps(options.model) if options.steps is None else options.steps,
         guidance_scale=options.guidance,
         generator=torch.Generator().manual_seed(options.seed),
-        **{"static_filter": options.static_filter} | memory_options(options.memory, pipeline),
+        static_filter=options.static_filter,
+        memory=options.memory,
     ) as session:
         matrix = [[FOCAL, 0.0, width / 2], [0.0, FOCAL, height / 2], [0.0, 0.0, 1.0]]
         start = Cameras(torch.tensor(matrix), torch.eye(4)[None], options.size)
-        depth = session.seed(start)
+        depth = session.write_first_frame(start)
         known = depth[depth.isfinite() & (depth > 0)]
         length = known.median().item() / 2 if known.numel() else 1.0
         cameras = move_cameras(start, moves, options.frames, length)

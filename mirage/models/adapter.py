@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import TYPE_CHECKING
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -12,20 +11,18 @@ from diffusers.loaders import PeftAdapterMixin
 from diffusers.models._modeling_parallel import ContextParallelInput, ContextParallelOutput
 from diffusers.models.attention import AttentionMixin
 from diffusers.models.modeling_utils import ModelMixin
+from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
 from torch import Tensor, nn
 
-from .transformer import FrameIndex, MirageRotaryPosEmbed, MirageTransformerBlock, is_context_parallel
-
-if TYPE_CHECKING:
-    from .transformer import MirageTransformer3DModel
+from .blocks import FrameIndex, MirageRotaryPosEmbed, MirageTransformerBlock, is_context_parallel
 
 
 class MirageMemoryAdapter(ModelMixin, ConfigMixin, PeftAdapterMixin, AttentionMixin):
     """Blocks like the backbone's that turn what the memory shows into hints for it, after VACE (arXiv 2503.07598).
 
-    What the memory shows ("memory context") is C read-out channels and either C score channels (`control_channels` =
+    What the memory shows ("memory context") is C readout channels and either C score channels (`control_channels` =
     2 C, 96 for Wan2.2, as published) or one visibility channel (`control_channels` = C + 1 = 49). One that steers a
-    model without a memory, for a comparison, is shown the cameras' rays in the read-out's place: `control="rays"`, see
+    model without a memory, for a comparison, is shown the cameras' rays in the readout's place: `control="rays"`, see
     :func:`~mirage.pipeline.conditioning.show_rays`.
 
     Args:
@@ -95,14 +92,14 @@ class MirageMemoryAdapter(ModelMixin, ConfigMixin, PeftAdapterMixin, AttentionMi
     @classmethod
     def from_transformer(
         cls,
-        transformer: MirageTransformer3DModel,
+        transformer: WanTransformer3DModel,
         control_channels: int = 96,
         memory_layers: Sequence[int] | None = None,
         control: str = "memory",
     ) -> MirageMemoryAdapter:
-        """An adapter to train: its blocks are copies of the backbone's at `memory_layers` (default every second).
+        """Make an adapter to train: its blocks are copies of the backbone's at `memory_layers` (default every second).
 
-        It starts where the backbone is: read-out channels are embedded as the backbone embeds latents, the other
+        It starts where the backbone is: readout channels are embedded as the backbone embeds latents, the other
         channels and `proj_in` are zero, so that the first block sees what the backbone's sees; `proj_out` is zero, so
         that at first the hints are exactly 0.
 
@@ -154,19 +151,20 @@ class MirageMemoryAdapter(ModelMixin, ConfigMixin, PeftAdapterMixin, AttentionMi
 
     @property
     def conditioning(self) -> str:
-        """What follows the read-out channels: "mask", one visibility channel, or "scores", as many as read-out's."""
+        """What follows the readout channels: "mask", one visibility channel, or "scores", as many as of the readout."""
         return "mask" if self.config.control_channels % 2 else "scores"
 
     @property
     def latent_channels(self) -> int:
-        """C, read-out channels of the memory context."""
+        """C, readout channels of the memory context."""
         channels = self.config.control_channels
         return channels - 1 if self.conditioning == "mask" else channels // 2
 
     def forward(
         self, hidden_states: Tensor, memory_context: Tensor, encoder_hidden_states: Tensor, temb: Tensor
     ) -> tuple[Tensor, ...]:
-        """
+        """Turn what the memory shows into hints.
+
         Args:
             hidden_states: (B, L, D), the backbone's embedded tokens without those of reference frames.
             memory_context: (B, control_channels, F, h, w), of the same frames.

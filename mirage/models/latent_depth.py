@@ -79,7 +79,7 @@ class LatentDepth(ModelMixin, ConfigMixin):
             nn.init.zeros_(parameter)
 
     def forward(self, latents: Tensor, rays: Tensor, memory_depth: Tensor, memory_mask: Tensor) -> LatentDepthOutput:
-        """Depth of B chunks, differentiable.
+        """Estimate the depth of B chunks, differentiably.
 
         Args:
             latents: (B, C, F, h, w) float, normalised as the diffusion model holds them.
@@ -119,13 +119,13 @@ class LatentDepth(ModelMixin, ConfigMixin):
         return self.conv_out(F.silu(self.norm_out(x)))
 
     @torch.no_grad()
-    def predict(self, latents: Tensor, cameras: Cameras, view: Readout | None = None) -> LatentDepthOutput:
-        """Depth of one chunk, in the shapes that `LatentCache.write` takes: write(latents, depth, cameras, mask).
+    def predict(self, latents: Tensor, cameras: Cameras, readout: Readout | None = None) -> LatentDepthOutput:
+        """Estimate the depth of one chunk, in the shapes that `LatentCache.write` takes.
 
         Args:
             latents: (F, C, h, w) float, normalised as the diffusion model holds them.
             cameras: of the F latent frames, of any image size.
-            view: what the memory sees from these cameras on the grid of the latents, `cache.read(cameras, (h, w))`;
+            readout: what the memory sees from these cameras on the grid of the latents, `cache.read(cameras, (h, w))`;
                 None where there is no memory yet.
 
         Returns:
@@ -139,10 +139,10 @@ class LatentDepth(ModelMixin, ConfigMixin):
             expected = f"(F, {channels}, h, w) with the F of cameras, {views}"
             raise ValueError(f"latents must be {expected}, got {tuple(latents.shape)}")
         grid = (views, *latents.shape[2:])
-        depth = latents.new_zeros(grid) if view is None else view.depth
-        mask = depth > 0 if view is None else view.mask
+        depth = latents.new_zeros(grid) if readout is None else readout.depth
+        mask = depth > 0 if readout is None else readout.mask
         if depth.shape != grid:
-            raise ValueError(f"view must be of the frames and the grid of latents, {grid}, got {tuple(depth.shape)}")
+            raise ValueError(f"readout must be of the frames and the grid of latents, {grid}, got {tuple(depth.shape)}")
         rays = pluecker_rays(cameras, (grid[1], grid[2]))
         chunk = (latents.transpose(0, 1), rays, depth, mask)
         output = self(*(part[None].to(self.device) for part in chunk))
@@ -169,7 +169,7 @@ class LatentDepth(ModelMixin, ConfigMixin):
 
 
 class _Block(nn.Module):
-    """x + two normalised 3x3x3 convolutions; (B, width, F, h, w) in and out."""
+    """Add two normalised 3x3x3 convolutions; (B, width, F, h, w) in and out."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -184,7 +184,7 @@ class _Block(nn.Module):
 
 
 def pluecker_rays(cameras: Cameras, size: tuple[int, int]) -> Tensor:
-    """Plücker coordinates of the rays through the token centres, in the axes of the first camera.
+    """Return Plücker coordinates of the rays through the token centres, in the axes of the first camera.
 
     The ray of token (i, j) passes through (j + 0.5, i + 0.5) of the grid. With o its camera's centre and d its unit
     direction, both seen from the first camera, its coordinates are (d, o x d): the same for every point o on the ray.
@@ -207,7 +207,7 @@ def pluecker_rays(cameras: Cameras, size: tuple[int, int]) -> Tensor:
 
 
 def latent_depth_loss(output: LatentDepthOutput, depth: Tensor, valid: Tensor) -> Tensor:
-    """|log error| of depth, plus the binary cross-entropy of confidence against whether the error is below 5 %.
+    """Return |log error| of depth, plus the binary cross-entropy of confidence against whether the error is below 5 %.
 
     Both are means over the valid tokens. What confidence is held to is a fact about the prediction, without gradient:
     it does not pull at depth.
@@ -228,7 +228,7 @@ def latent_depth_loss(output: LatentDepthOutput, depth: Tensor, valid: Tensor) -
 
 
 def _median(values: Tensor, known: Tensor) -> Tensor:
-    """(B,) lower median of the known of each row of `values` (B, ...), 1 where none is. Does not wait for a GPU."""
+    """Return the (B,) lower median of the known of each row of `values` (B, ...), 1 where none is, without waiting."""
     ordered = torch.where(known, values, math.inf).flatten(1).sort(dim=1).values
     middle = (known.flatten(1).sum(1, keepdim=True) - 1).clamp(min=0) // 2
     median = ordered.gather(1, middle)[:, 0]

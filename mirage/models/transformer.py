@@ -12,9 +12,8 @@ Same weights and configuration as diffusers' `WanTransformer3DModel`: it loads t
 
 from __future__ import annotations
 
-import math
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from diffusers.configuration_utils import register_to_config
@@ -22,107 +21,15 @@ from diffusers.hooks import FirstBlockCacheConfig, MagCacheConfig, SeaCacheConfi
 from diffusers.models._modeling_parallel import ContextParallelInput, ContextParallelOutput
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.modeling_utils import ModelMixin  # noqa: F401  # diffusers asks this module for it when it loads
-from diffusers.models.transformers.transformer_wan import (
-    WanRotaryPosEmbed,
-    WanTransformer3DModel,
-    WanTransformerBlock,
-)
+from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
 from diffusers.utils import apply_lora_scale
 from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from .adapter import MirageMemoryAdapter
+from .adapter import MirageMemoryAdapter
+from .blocks import FrameIndex, MirageRotaryPosEmbed, MirageTransformerBlock, is_context_parallel, modulate
 
 _SKIPPING_CACHES = (FirstBlockCacheConfig, MagCacheConfig, SeaCacheConfig)
 _SKIPPING_HOOKS = ("fbc_", "mag_cache", "sea_cache")
-
-
-class MirageRotaryPosEmbed(WanRotaryPosEmbed):
-    """Wan's rotary embedding, with reference frames at negative times and in rows of their own."""
-
-    def forward(self, hidden_states: Tensor, num_reference_frames: int = 0) -> tuple[Tensor, Tensor]:
-        """cos and sin (1, tokens, 1, head_dim) for `hidden_states` (B, C, F, h, w), references first along F."""
-        _, _, frames, height, width = hidden_states.shape
-        frames, rows, columns = (
-            size // patch for size, patch in zip((frames, height, width), self.patch_size, strict=True)
-        )
-        references = num_reference_frames // self.patch_size[0]
-        time = torch.arange(frames, device=self.freqs_cos.device) - references
-        row = torch.arange(rows, device=self.freqs_cos.device).expand(frames, rows)
-        row = row + rows * (time < 0)[:, None]
-        shape = (frames, rows, columns)
-
-        def spread(table: Tensor, is_sine: bool) -> Tensor:
-            of_time, of_row, of_column = table.split([self.t_dim, self.h_dim, self.w_dim], dim=1)
-            along_time = of_time[time.abs()]
-            if is_sine:  # sin(-x) = -sin(x), exactly
-                along_time = torch.where((time < 0)[:, None], -along_time, along_time)
-            parts = (along_time[:, None, None], of_row[row][:, :, None], of_column[None, None, :columns])
-            spread_parts = [part.expand(*shape, part.shape[-1]) for part in parts]
-            return torch.cat(spread_parts, dim=-1).reshape(1, math.prod(shape), 1, -1)
-
-        return spread(self.freqs_cos, False), spread(self.freqs_sin, True)
-
-
-class FrameIndex(nn.Module):
-    """Which frame each token belongs to, (1, F tokens) int64. A module, so that context parallelism can split it."""
-
-    def forward(self, num_frames: int, tokens: int, device: torch.device) -> Tensor:
-        return torch.arange(num_frames, device=device).repeat_interleave(tokens)[None]
-
-
-def modulate(hidden_states: Tensor, scale: Tensor, shift: Tensor | None, frame_index: Tensor | None) -> Tensor:
-    """`hidden_states` (B, L, D) times `scale` plus `shift` (B, F, D), each token by its frame's.
-
-    Without `frame_index` (1, L) the tokens are F whole frames in order, and nothing is materialised per token.
-    """
-    if frame_index is not None:
-        scaled = hidden_states * scale[:, frame_index[0]]
-        return scaled if shift is None else scaled + shift[:, frame_index[0]]
-    framed = hidden_states.unflatten(1, (scale.shape[1], -1)) * scale[:, :, None]
-    return (framed if shift is None else framed + shift[:, :, None]).flatten(1, 2)
-
-
-class MirageTransformerBlock(WanTransformerBlock):
-    """Wan's block with one modulation a frame; bit for bit what the stock block gives with it repeated per token."""
-
-    def forward(  # type: ignore[override]
-        self,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor,
-        temb: Tensor,
-        rotary_emb: tuple[Tensor, Tensor],
-        frame_index: Tensor | None = None,
-    ) -> Tensor:
-        """
-        Args:
-            hidden_states: (B, L, D).
-            encoder_hidden_states: (B, text length, D).
-            temb: (B, F, 6, D), one modulation a frame.
-            rotary_emb: cos and sin (1, L, 1, head_dim).
-            frame_index: (1, L) int64; None where L is F whole frames in order.
-
-        Returns:
-            (B, L, D).
-        """
-        table = self.scale_shift_table.unsqueeze(0) + temb.float()
-        shift_msa, scale_msa, gate_msa, c_shift_msa, c_scale_msa, c_gate_msa = table.unbind(2)
-
-        normed = modulate(self.norm1(hidden_states.float()), 1 + scale_msa, shift_msa, frame_index)
-        attended = self.attn1(normed.type_as(hidden_states), None, None, rotary_emb)
-        hidden_states = (hidden_states.float() + modulate(attended, gate_msa, None, frame_index)).type_as(hidden_states)
-
-        normed = self.norm2(hidden_states.float()).type_as(hidden_states)
-        hidden_states = hidden_states + self.attn2(normed, encoder_hidden_states, None, None)
-
-        normed = modulate(self.norm3(hidden_states.float()), 1 + c_scale_msa, c_shift_msa, frame_index)
-        fed = self.ffn(normed.type_as(hidden_states)).float()
-        return (hidden_states.float() + modulate(fed, c_gate_msa, None, frame_index)).type_as(hidden_states)
-
-
-def is_context_parallel(model: Any) -> bool:
-    """Whether diffusers' context parallelism splits this model's sequence."""
-    return getattr(model._parallel_config, "context_parallel_config", None) is not None
 
 
 class MirageTransformer3DModel(WanTransformer3DModel):
@@ -200,7 +107,8 @@ class MirageTransformer3DModel(WanTransformer3DModel):
         self.hint = nn.Identity()
 
     def enable_cache(self, config: Any) -> None:
-        """As diffusers' models do, but for the caches that skip whole blocks, which the memory's hints would corrupt.
+        """Enable a cache as diffusers' models do, except those that skip whole blocks, which the memory's hints would
+        corrupt.
 
         Raises:
             ValueError: `config` is of FirstBlockCache, MagCache or SeaCache.
@@ -210,7 +118,7 @@ class MirageTransformer3DModel(WanTransformer3DModel):
         super().enable_cache(config)
 
     def _refuse_skipping_hooks(self) -> None:
-        """The same for caches put on without :meth:`enable_cache`."""
+        """Refuse such caches put on without :meth:`enable_cache`."""
         for block in self.blocks:
             registry = getattr(block, "_diffusers_hook", None)
             for name in registry.hooks if registry is not None else ():

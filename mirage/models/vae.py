@@ -29,7 +29,9 @@ _REPEAT = "Rep"  # the vae's mark in the cache of a temporal upsampler that has 
 
 
 def normalise_latents(vae: AutoencoderKLWan, latents: Tensor) -> Tensor:
-    """(latents - mean) / std per channel, with the bits of the Wan pipelines: times the reciprocal, in latents' dtype.
+    """Return (latents - mean) / std per channel, with the bits of the Wan pipelines.
+
+    That is times the reciprocal, in latents' dtype.
 
     Args:
         vae: whose config holds `latents_mean` and `latents_std`.
@@ -43,8 +45,9 @@ def normalise_latents(vae: AutoencoderKLWan, latents: Tensor) -> Tensor:
 
 
 def denormalise_latents(vae: AutoencoderKLWan, latents: Tensor) -> Tensor:
-    """latents * std + mean per channel, with the bits of the Wan pipelines: cast to the vae's dtype, on the device
-    where it computes, then divided by the reciprocal.
+    """Return latents * std + mean per channel, with the bits of the Wan pipelines.
+
+    They are cast to the vae's dtype, on the device where it computes, then divided by the reciprocal.
 
     Args:
         vae: whose config holds `latents_mean` and `latents_std`.
@@ -61,7 +64,7 @@ def denormalise_latents(vae: AutoencoderKLWan, latents: Tensor) -> Tensor:
 
 @torch.no_grad()
 def encode_frames(vae: AutoencoderKLWan, frames: Tensor) -> Tensor:
-    """Normalised latents (1, z_dim, (N + 3) / 4, h, w) float32 of `frames`: the mode, as the Wan pipelines take it.
+    """Encode `frames` to normalised latents (1, z_dim, (N + 3) / 4, h, w) float32: the mode, as the Wan pipelines do.
 
     Args:
         vae: which encodes in its own dtype, on the device where it computes; the latents are there too.
@@ -80,11 +83,13 @@ def encode_frames(vae: AutoencoderKLWan, frames: Tensor) -> Tensor:
     return normalise_latents(vae, encoded.latent_dist.mode().float())
 
 
-def encode_still(vae: AutoencoderKLWan, image: Tensor) -> Tensor:
-    """What a memory keeps of an image: the latent of a video that stands still, (1, z_dim, 1, h, w) float32.
+def encode_static_frame(vae: AutoencoderKLWan, image: Tensor) -> Tensor:
+    """Encode what a memory keeps of an image, its static-frame latent (1, z_dim, 1, h, w) float32.
 
-    The VAE is causal, and its first latent frame is of a single picture: on the small VAE of configs/tiny another code
-    than that of the four pictures of every later one; on Wan2.2's own that has not been measured. Of five pictures
+    That is the latent of a video in which nothing moves.
+
+    The VAE is causal, and its first latent frame is of a single image: on the small VAE of configs/tiny another code
+    than that of the four frames of every later one; on Wan2.2's own that has not been measured. Of five frames
     alike, the second latent frame is taken.
 
     Args:
@@ -117,8 +122,9 @@ class StreamingDecoder:
 
     The bits are those of `vae.decode`. One step needs a word: without tiles the vae applies its 1x1x1 convolution to
     all latent frames at once, and so does this to a piece. A video decoded as one piece is exact always; in several
-    pieces it is exact where that convolution rounds alike for any number of frames, which on the CPU it does but for
-    grids of a few tokens (2x3), where the last bit may differ. With tiles the vae goes frame by frame: always exact.
+    pieces it is exact where that convolution rounds alike for any number of frames, which on the CPU it does except
+    for grids of a few tokens (2x3), where the last bit may differ. With tiles the vae goes frame by frame:
+    always exact.
 
     The state is the decoder's own: several decoders share one vae, and `vae.encode` and `vae.decode` in between do no
     harm. `vae.enable_tiling()` is honoured, with a state per tile, and so are offloading hooks. Nothing is recorded
@@ -146,7 +152,7 @@ class StreamingDecoder:
         return self._state.position
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Frames of the next piece.
+        """Decode the next piece.
 
         Args:
             latents: (1, z_dim, F, h, w) float, F >= 1, normalised; h and w as in the video's first piece.
@@ -167,15 +173,15 @@ class StreamingDecoder:
             raise
 
     def iterate(self, latents: Tensor) -> Iterator[Tensor]:
-        """:meth:`decode`, one latent frame at a time: its 1 or 4 frames. Memory does not grow with F.
+        """Do as :meth:`decode`, one latent frame at a time: its 1 or 4 frames. Memory does not grow with F.
 
-        The arguments are checked at once. The position moves on with each item, so a consumer that stops early may go
-        on from there. Meanwhile nothing else may move this decoder: the next item is then a RuntimeError.
+        The arguments are checked at once. The position moves on with each item, so a consumer that stops early may
+        continue from there. Meanwhile nothing else may move this decoder: the next item is then a RuntimeError.
         """
         return self._iterate(latents, self._state, self._start(latents))
 
     def _start(self, latents: Tensor) -> DecoderState:
-        """The current state, made ready for a video like `latents` if there is none; nothing is touched."""
+        """Return the current state, made ready for a video like `latents` if there is none; nothing is touched."""
         _check_latents(self.vae, latents)
         channels, state, size = self.vae.config.z_dim, self._state, (latents.shape[3], latents.shape[4])
         if len(latents) != 1:
@@ -207,7 +213,7 @@ class StreamingDecoder:
         self._state = DecoderState()
 
     def snapshot(self) -> DecoderState:
-        """The state, for :meth:`restore`. Takes no time, and keeps its tensors alive as long as it is held."""
+        """Return the state, for :meth:`restore`. Takes no time, and keeps its tensors alive as long as it is held."""
         return self._state
 
     def restore(self, snapshot: DecoderState) -> None:
@@ -217,7 +223,9 @@ class StreamingDecoder:
         self._state = snapshot
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The state as named tensors: `layout` (7,) int64, which is position, size and tiling (zeros for none), and
+        """Return the state as named tensors.
+
+        They are `layout` (7,) int64, which is position, size and tiling (zeros for none), and
         `tile{i}.convolution{j}`, where an empty tensor stands for the vae's mark "Rep".
 
         The tensors are the state's own, not copies: do not write into them.
@@ -230,7 +238,7 @@ class StreamingDecoder:
         return named
 
     def load_state_dict(self, state_dict: Mapping[str, Tensor]) -> None:
-        """Go on from a :meth:`state_dict`, of any device; the vae moves the tensors when it needs them.
+        """Continue from a :meth:`state_dict`, of any device; the vae moves the tensors when it needs them.
 
         Raises:
             ValueError: not the state of a decoder whose vae is like this one, with its dtype and tiling. The decoder
@@ -245,7 +253,7 @@ class StreamingDecoder:
         replace_file(path, lambda temporary: save_file(on_host, temporary, metadata))
 
     def load(self, path: str | Path) -> None:
-        """Go on from a saved state: the frames that follow are the same bits as without the break.
+        """Continue from a saved state: the frames that follow are the same bits as without the break.
 
         Raises:
             FileNotFoundError: no such file.
@@ -275,7 +283,7 @@ class StreamingDecoder:
 @torch.no_grad()
 @apply_forward_hook  # an offloaded vae is moved to its device, as by vae.decode
 def _prepare(vae: AutoencoderKLWan, latents: Tensor, state: DecoderState) -> Tensor:
-    """The decoder's input of a piece; with tiles, that of :func:`_decode_frame`, which goes on per tile."""
+    """Return the decoder's input of a piece; with tiles, that of :func:`_decode_frame`, which continues per tile."""
     latents = denormalise_latents(vae, latents)
     return latents if state.tiling else vae.post_quant_conv(latents)
 
@@ -283,7 +291,7 @@ def _prepare(vae: AutoencoderKLWan, latents: Tensor, state: DecoderState) -> Ten
 @torch.no_grad()
 @apply_forward_hook  # again: between two frames another model may have taken its place
 def _decode_frame(vae: AutoencoderKLWan, latent: Tensor, state: DecoderState) -> tuple[Tensor, DecoderState]:
-    """Frames (1, 3, 1 or 4, H, W) of one latent frame (1, z_dim, 1, h, w), and the state after it."""
+    """Decode one latent frame (1, z_dim, 1, h, w) to frames (1, 3, 1 or 4, H, W), and return the state after it."""
     tiles, features = [], []
     for (rows, columns), cached in zip(_tiles(vae, state.size, state.tiling), state.features, strict=True):
         tile, cache = latent[..., rows, columns], list(cached)
@@ -297,7 +305,7 @@ def _decode_frame(vae: AutoencoderKLWan, latent: Tensor, state: DecoderState) ->
 
 
 def _blend(vae: AutoencoderKLWan, tiles: list[Tensor], state: DecoderState) -> Tensor:
-    """Overlapping tiles made one picture, step by step as `vae.tiled_decode` does it, on one latent frame."""
+    """Blend overlapping tiles to one image, step by step as `vae.tiled_decode` does it, on one latent frame."""
     patch = vae.config.patch_size or 1
     least_height, least_width, stride_height, stride_width = (side // patch for side in state.tiling)
     ratio = vae.spatial_compression_ratio
@@ -318,7 +326,7 @@ def _blend(vae: AutoencoderKLWan, tiles: list[Tensor], state: DecoderState) -> T
 
 
 def _tiling(vae: AutoencoderKLWan, size: tuple[int, int]) -> tuple[int, ...]:
-    """`DecoderState.tiling` of this vae for latents of `size`."""
+    """Return `DecoderState.tiling` of this vae for latents of `size`."""
     least = vae.tile_sample_min_height, vae.tile_sample_min_width
     ratio = vae.spatial_compression_ratio
     if not vae.use_tiling or all(side <= tile // ratio for side, tile in zip(size, least, strict=True)):
@@ -327,7 +335,7 @@ def _tiling(vae: AutoencoderKLWan, size: tuple[int, int]) -> tuple[int, ...]:
 
 
 def _tiles(vae: AutoencoderKLWan, size: tuple[int, int], tiling: tuple[int, ...]) -> list[tuple[slice, slice]]:
-    """Rows and columns of the latents that each tile covers, in the order of `DecoderState.features`."""
+    """Return the rows and columns of the latents that each tile covers, in the order of `DecoderState.features`."""
     if not tiling:
         return [(slice(None), slice(None))]
     height, width, step_down, step_right = (side // vae.spatial_compression_ratio for side in tiling)
@@ -336,12 +344,12 @@ def _tiles(vae: AutoencoderKLWan, size: tuple[int, int], tiling: tuple[int, ...]
 
 
 def _causal_convolutions(vae: AutoencoderKLWan) -> list[WanCausalConv3d]:
-    """The decoder's convolutions along time, in order of execution: each has one entry in the feature cache."""
+    """List the decoder's convolutions along time, in order of execution: each has one entry in the feature cache."""
     return [m for m in vae.decoder.modules() if isinstance(m, WanCausalConv3d) and m.kernel_size[0] > 1]
 
 
 def _latent_scale(vae: AutoencoderKLWan, latents: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and reciprocal standard deviation, rounded to latents' dtype before the division, as the pipelines do."""
+    """Return mean and reciprocal standard deviation, the latter divided in latents' dtype, as the pipelines do."""
     _check_latents(vae, latents)
     mean, std = (
         torch.tensor(values).view(1, -1, 1, 1, 1).to(latents.device, latents.dtype)
@@ -368,7 +376,7 @@ def _check_latents(vae: AutoencoderKLWan, latents: Tensor) -> None:
 
 
 def _state_from(vae: AutoencoderKLWan, named: Mapping[str, Tensor]) -> DecoderState:
-    """The state that :meth:`StreamingDecoder.state_dict` named, every tensor checked against the vae."""
+    """Return the state that :meth:`StreamingDecoder.state_dict` named, every tensor checked against the vae."""
     layout = named.get("layout")
     if layout is None or layout.shape != (7,) or layout.dtype != torch.int64 or (layout < 0).any():
         raise ValueError(f"layout must be (7,) int64, none negative, got {_describe(layout)}")

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-STRIDE = 4
-"""Pixel frames per latent frame."""
+from ..models import TEMPORAL_COMPRESSION as TEMPORAL_COMPRESSION
 
 CHUNK_FRAMES = 33
 """Frames the model makes at a time, the shared one included: 9 latent frames."""
@@ -41,34 +40,35 @@ class Chunk:
     @property
     def frames_per_latent(self) -> tuple[int, ...]:
         """Pixel frames of each new latent frame: (1, 4, 4, ...) in the first chunk, (4, 4, ...) later."""
-        return tuple(1 if self.start == 0 and i == 0 else STRIDE for i in range(self.num_latents))
+        return tuple(1 if self.start == 0 and i == 0 else TEMPORAL_COMPRESSION for i in range(self.num_latents))
 
     @property
     def keyframes(self) -> list[int]:
         """The pixel frame of each new latent frame whose pose and depth stand for it, from 0 in the whole video."""
-        return [STRIDE * latent for latent in self.latents]
+        return [TEMPORAL_COMPRESSION * latent for latent in self.latents]
 
 
 def latent_count(num_frames: int) -> int:
-    """Latent frames of a video of `num_frames` = 4 n + 1 frames."""
-    return (num_frames - 1) // STRIDE + 1
+    """Count the latent frames of a video of `num_frames` = 4 n + 1 frames."""
+    return (num_frames - 1) // TEMPORAL_COMPRESSION + 1
 
 
 def check_num_frames(name: str, num_frames: int) -> None:
-    """
+    """Check that a number of frames is 4 n + 1.
+
     Raises:
         ValueError: not 4 n + 1 with n >= 1; the message says which are nearest.
     """
     if isinstance(num_frames, bool) or not isinstance(num_frames, int):
         raise ValueError(f"{name} must be an int, got {num_frames!r}")
-    if num_frames < STRIDE + 1 or num_frames % STRIDE != 1:
-        below = max((num_frames - 1) // STRIDE, 1) * STRIDE + 1
-        nearest = f"{below}" if num_frames < below else f"{below} or {below + STRIDE}"
+    if num_frames < TEMPORAL_COMPRESSION + 1 or num_frames % TEMPORAL_COMPRESSION != 1:
+        below = max((num_frames - 1) // TEMPORAL_COMPRESSION, 1) * TEMPORAL_COMPRESSION + 1
+        nearest = f"{below}" if num_frames < below else f"{below} or {below + TEMPORAL_COMPRESSION}"
         raise ValueError(f"{name} must be 4 n + 1 (5, 9, 13, ..), got {num_frames}; nearest: {nearest}")
 
 
 def plan_chunks(num_frames: int, chunk_frames: int = CHUNK_FRAMES) -> list[Chunk]:
-    """The chunks of a video: the first makes `chunk_frames` new frames, every other one fewer by the shared one.
+    """Cut a video into chunks: the first makes `chunk_frames` new frames, every other one fewer by the shared one.
 
     Args:
         num_frames, chunk_frames: 4 n + 1 with n >= 1.

@@ -1,4 +1,4 @@
-"""What a chunk is denoised under: how its frames, their noise and the memory are laid out for the transformer.
+"""The conditioning of a chunk: how its frames, their noise and the memory are laid out for the transformer.
 
 Generation and training both go through here, so that what is trained is what is generated with.
 """
@@ -15,7 +15,7 @@ from mirage_kernels import Cameras, LatentCache
 
 from ..models.latent_depth import pluecker_rays
 from ..models.vae import encode_frames
-from .chunks import STRIDE
+from .chunks import TEMPORAL_COMPRESSION
 
 
 @dataclass(frozen=True)
@@ -32,24 +32,24 @@ class CleanFrames:
     preceding: Tensor
 
     def around(self, latents: Tensor) -> Tensor:
-        """(B, C, R + T + P, h, w) of target latents (B, C, T, h, w), whose first frame is replaced."""
+        """Return (B, C, R + T + P, h, w) of target latents (B, C, T, h, w), whose first frame is replaced."""
         return torch.cat([self.references, self.first, latents[:, :, 1:], self.preceding], dim=2)
 
     def denoised(self, num_latents: int) -> Tensor:
-        """(R + T + P,) float32: 1 for frames that carry noise, 0 for clean ones; time steps are multiplied by it."""
+        """Return (R + T + P,) float32: 1 for frames that carry noise, 0 for clean ones, to multiply time steps by."""
         references, preceding = self.references.shape[2], self.preceding.shape[2]
         denoised = torch.zeros(references + num_latents + preceding, device=self.first.device)
         denoised[references + 1 : references + num_latents] = 1.0
         return denoised
 
     def target(self, frames: Tensor, num_latents: int) -> Tensor:
-        """The target's (B, C, T, h, w) of what the transformer gives for all frames."""
+        """Cut the target's (B, C, T, h, w) out of what the transformer gives for all frames."""
         references = self.references.shape[2]
         return frames[:, :, references : references + num_latents]
 
 
 def make_memory_context(readout: Tensor, visible: Tensor, scores: Tensor | None) -> Tensor:
-    """What the adapter is given, (B, control channels, F, h, w).
+    """Return what the adapter is given, (B, control channels, F, h, w).
 
     Args:
         readout: (B, C, F, h, w) float32, what the memory shows at target and preceding frames.
@@ -61,18 +61,17 @@ def make_memory_context(readout: Tensor, visible: Tensor, scores: Tensor | None)
 
 
 def show_rays(cameras: Cameras, size: tuple[int, int], channels: int) -> tuple[Tensor, Tensor]:
-    """What an adapter is shown that steers a model without a memory: where the cameras are, in the read-out's place.
+    """Return what an adapter is shown that steers a model without a memory: the cameras' rays, in a readout's place.
 
     Args:
         cameras: F of them, of target and preceding frames; the first one is where the others are seen from.
         size: (h, w) of the latents.
-        channels: C of a read-out, at least 6.
+        channels: C of a readout, at least 6.
 
     Returns:
         (F, C, h, w) float32, Plücker rays (:func:`~mirage.models.latent_depth.pluecker_rays`) in the first six
-        channels and
-        zeros in the others; (F, h, w) bool, all False, for nothing is remembered. Moments are in world units: a model
-        knows the unit that it was trained in.
+        channels and zeros in the others; (F, h, w) bool, all False, for nothing is remembered. Moments are in world
+        units: a model knows the unit that it was trained in.
 
     Raises:
         ValueError: fewer channels.
@@ -86,12 +85,12 @@ def show_rays(cameras: Cameras, size: tuple[int, int], channels: int) -> tuple[T
 
 
 def make_scores(vae: AutoencoderKLWan, frames: int, height: int, width: int) -> Tensor:
-    """(1, C, F, h, w) latents of an all-ones video: the published score channels, which depend on the shape alone.
+    """Encode an all-ones video to (1, C, F, h, w) latents, the published score channels.
 
-    The VAE is causal: those of fewer frames are the first ones of those of more.
+    They depend on the shape alone. The VAE is causal: those of fewer frames are the first ones of those of more.
     """
     ratio = vae.config.scale_factor_spatial
-    return encode_frames(vae, torch.ones(1, 3, STRIDE * (frames - 1) + 1, height * ratio, width * ratio))
+    return encode_frames(vae, torch.ones(1, 3, TEMPORAL_COMPRESSION * (frames - 1) + 1, height * ratio, width * ratio))
 
 
 def choose_references(
@@ -103,7 +102,7 @@ def choose_references(
     threshold: float,
     voxel_size: float,
 ) -> tuple[list[int], list[float]]:
-    """Latent frames that see most of what the targets will see, best first, and their overlaps.
+    """Choose the latent frames that see most of what the targets will see, best first, and return their overlaps.
 
     Args:
         cache: the memory.

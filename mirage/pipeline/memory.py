@@ -1,82 +1,111 @@
-"""The memories that are compared, by name: for generation, for training and for `mirage evaluate`.
+"""Which memory a video is generated with: one `MemoryConfig`, and the presets that are compared, by name.
 
-"none": nothing is ever remembered, and no reference frame is found; the frames before a chunk are all it knows. A
-read-out also tells where the camera goes: an adapter trained without a memory is shown the cameras' rays instead.
-"nearest": the published memory, every token kept, the nearest read. "ours": reads aligned, the default; bounded, or
-with every token kept as the others keep theirs.
-"pixel": RGB points, see :mod:`mirage.pipeline.pixel_memory`. A model shows what a memory is worth only where it was
-trained on that memory's read-outs, see `objective.memory` in :mod:`mirage.training.config`.
+What the model makes of a memory shows only where it was trained on that memory's readouts, see `objective.memory` in
+:mod:`mirage.training.config`.
 """
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass, replace
 
-import torch
-from torch import Tensor
-
-from mirage_kernels import LatentCache
-
-from ..perception.static_filter import ChunkViews
-
-MEMORIES = ("none", "nearest", "ours", "pixel")
-SPLATS = {"none": "aligned", "nearest": "nearest", "ours": "aligned", "pixel": "aligned"}
-"""How each is read."""
-
-WRITE_POLICIES = ("append", "bounded")
-
-STEPS, MIRAGE_TINY_STEPS = 20, 2
-"""Of denoising, where nothing else is asked for. Small models gather errors with every step."""
-
-MIRAGE_TINY = "mirage-tiny"
-MIRAGE_TINY_FOLDER = Path(__file__).parents[1] / "mirage-tiny"
-"""Where the model that comes with the package is. `memories/NAME` in it are what other memories have for weights."""
+KINDS = ("latent", "pixel", "none")
+READOUTS = ("aligned", "nearest")
+WRITE_POLICIES = ("bounded", "append")
+MODES = (None, "adapter", "none")
 
 
-class KeepNothing:
-    """A static filter to which nothing is static: the memory stays empty."""
-
-    needs_frames = False
-
-    def __call__(self, views: ChunkViews) -> Tensor:
-        return torch.zeros_like(views.depth, dtype=torch.bool)
-
-
-def default_steps(model: str) -> int:
-    """Of denoising, for a model by its name."""
-    return MIRAGE_TINY_STEPS if model == MIRAGE_TINY else STEPS
-
-
-def memory_options(name: str, pipeline: Any, write_policy: str = "bounded") -> dict[str, Any]:
-    """Arguments of :meth:`~mirage.pipeline.pipeline.MiragePipeline.start` with which a session runs on the memory of
-    this name.
+@dataclass(frozen=True)
+class MemoryConfig:
+    """Which memory to generate with.
 
     Args:
-        name: one of :data:`MEMORIES`.
-        pipeline: whose session it will be.
-        write_policy: of "ours", as of :class:`~mirage_kernels.LatentCache`.
+        kind: what its points hold: "latent", a token of the video's latents each; "pixel", a colour each, rasterised
+            and encoded for every chunk, for a comparison, see :mod:`mirage.pipeline.pixel_memory`; "none", nothing is
+            ever remembered, and no reference frame is found: the frames before a chunk are all the model knows.
+        readout: how it is read: "aligned", blended from the tokens that fit best, or "nearest", the nearest token, as
+            the published release was trained on, see :meth:`~mirage_kernels.LatentCache.read`.
+        write_policy: "bounded" or "append", of the :class:`~mirage_kernels.LatentCache`.
+        mode: how the model uses what is read: "adapter", through its memory adapter, or "none", not at all: the memory
+            is written and read, for depth and to choose reference frames, but the model gets no hints. None takes the
+            adapter where the pipeline has one.
 
     Raises:
-        ValueError: no such memory, or write policy; an adapter that is shown no memory.
+        ValueError: another value, or values that exclude each other.
     """
-    if name not in MEMORIES:
-        raise ValueError(f"memory must be one of {', '.join(MEMORIES)}, got {name!r}")
-    adapter = pipeline.memory_adapter
-    if name != "none" and adapter is not None and adapter.config.control == "rays":
-        raise ValueError(f"memory must be none with an adapter of control rays, which is shown no memory, got {name!r}")
-    options: dict[str, Any] = {"splat": SPLATS[name]}
-    if name == "none":
-        options["static_filter"] = KeepNothing()
-    if write_policy not in WRITE_POLICIES:
-        raise ValueError(f"write_policy must be one of {', '.join(WRITE_POLICIES)}, got {write_policy!r}")
-    if name == "nearest" or (name == "ours" and write_policy == "append"):
-        options["cache"] = LatentCache(
-            pipeline.vae.config.z_dim,
-            dtype=pipeline.transformer.dtype,
-            device=pipeline._execution_device,
-            write_policy="append",
+
+    kind: str = "latent"
+    readout: str = "aligned"
+    write_policy: str = "bounded"
+    mode: str | None = None
+
+    def __post_init__(self) -> None:
+        for name, allowed in (
+            ("kind", KINDS),
+            ("readout", READOUTS),
+            ("write_policy", WRITE_POLICIES),
+            ("mode", MODES),
+        ):
+            value = getattr(self, name)
+            if value not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(map(str, allowed))}, got {value!r}")
+        if self.kind == "pixel" and (self.readout, self.write_policy) != ("aligned", "append"):
+            raise ValueError(
+                'readout must be "aligned" and write_policy "append" with kind "pixel", got'
+                f" {self.readout!r} and {self.write_policy!r}"
+            )
+
+
+MEMORIES: dict[str, MemoryConfig] = {
+    "none": MemoryConfig(kind="none"),
+    "nearest": MemoryConfig(readout="nearest", write_policy="append"),
+    "aligned": MemoryConfig(),
+    "pixel": MemoryConfig(kind="pixel", write_policy="append"),
+}
+"""Presets: nothing; the published memory, every token kept and the nearest read; the default; colours."""
+
+
+def resolve_memory(memory: MemoryConfig | str) -> MemoryConfig:
+    """Return the preset of this name; a config is returned as it is.
+
+    Raises:
+        TypeError, ValueError: neither a config nor the name of one.
+    """
+    if isinstance(memory, MemoryConfig):
+        return memory
+    if not isinstance(memory, str):
+        raise TypeError(f"memory must be a MemoryConfig or the name of one, got {type(memory).__name__}")
+    if memory not in MEMORIES:
+        renamed = ', which is now "aligned"' if memory == "ours" else ""
+        raise ValueError(f"memory must be one of {', '.join(MEMORIES)}, got {memory!r}{renamed}")
+    return MEMORIES[memory]
+
+
+def fit_memory(
+    memory: MemoryConfig | str | None, control: str | None = None, write_policy: str | None = None
+) -> MemoryConfig:
+    """Fit a memory to a pipeline: what is left open is decided, what contradicts is refused.
+
+    Args:
+        memory: a config, or the name of a preset; None takes "aligned", or "none" with an adapter of control rays.
+        control: of the pipeline's memory adapter, see :class:`~mirage.models.adapter.MirageMemoryAdapter`; None where
+            it has no adapter.
+        write_policy: of a cache that is given, if any. Where `memory` is None it follows that.
+
+    Raises:
+        TypeError: `memory` is neither a config nor the name of one.
+        ValueError: no such preset, or one that contradicts the adapter or the cache.
+    """
+    if memory is None:
+        resolved = MEMORIES["none" if control == "rays" else "aligned"]
+        resolved = resolved if write_policy is None else replace(resolved, write_policy=write_policy)
+    else:
+        resolved = resolve_memory(memory)
+    if control == "rays" and resolved.kind != "none":
+        raise ValueError(
+            f"memory must be none with an adapter of control rays, which is shown no memory, got {memory!r}"
         )
-    if name == "pixel":
-        options["points"] = "pixels"
-    return options
+    if control is None and resolved.mode == "adapter":
+        raise ValueError('memory must have mode "none" with a pipeline without memory_adapter, got "adapter"')
+    if resolved.kind != "none" and write_policy not in (None, resolved.write_policy):
+        raise ValueError(f'cache must have write_policy "{resolved.write_policy}" like memory, got "{write_policy}"')
+    return replace(resolved, mode=resolved.mode or ("none" if control is None else "adapter"))

@@ -1,12 +1,14 @@
 """A memory of RGB points, to compare with: every pixel of every written frame, rasterised and encoded for each chunk.
 
 Points lie in a :class:`~mirage_kernels.LatentCache` of their own whose tokens are pixels; its channels are red, green,
-blue, and an unused one, so that a row is one 16-byte load. Everything is appended. A chunk's pictures are read at full
+blue, and an unused one, so that a row is one 16-byte load. Everything is appended. A chunk's images are read at full
 resolution by the same operator as latents are, `splat_aligned`, which closes the gaps between points and blends those
-that fit; holes are black. The VAE encodes the pictures, all frames of the chunk and not the keyframes alone.
+that fit; holes are black. The VAE encodes the images, all frames of the chunk and not the keyframes alone.
 """
 
 from __future__ import annotations
+
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +20,7 @@ from mirage_kernels.cache import WriteReport
 from mirage_kernels.geometry import pool_depth
 
 from ..models.vae import encode_frames
-from .chunks import STRIDE
+from .chunks import TEMPORAL_COMPRESSION
 
 CHANNELS = 4
 
@@ -26,7 +28,7 @@ _EDGE = 1.1  # depths of neighbouring tokens with a greater ratio are of two sur
 
 
 def make_pixel_cache(device: torch.device | str = "cpu") -> LatentCache:
-    """An empty cloud of pixels."""
+    """Make an empty cloud of pixels."""
     return LatentCache(CHANNELS, dtype=torch.float32, device=device, write_policy="append")
 
 
@@ -56,38 +58,40 @@ def write_pixels(
 
 
 def read_pixels(cache: LatentCache, vae: AutoencoderKLWan, cameras: Cameras) -> Readout:
-    """What 4 n + 1 views see of the points, on the latent grid: rasterised, then encoded.
+    """Read what 4 n + 1 views see of the points, on the latent grid: rasterised, then encoded.
 
     Args:
         cache: of :func:`make_pixel_cache`.
         vae: whose encoder is used.
-        cameras: of 4 n + 1 consecutive frames; their image size is that of the pictures, multiples of 16.
+        cameras: of 4 n + 1 consecutive frames; their image size is that of the images, multiples of 16.
 
     Returns:
         :class:`~mirage_kernels.Readout` of the n + 1 latent frames. Latents are float32, normalised, and those of the
-        black of a hole where there is one. The mask is True where half of the pixels of its up to four pictures show
-        a point, and those of its keyframe; depth is that of :func:`~mirage_kernels.geometry.pool_depth` there. There
+        black of a hole where there is one. The mask is True where half of the pixels of its up to four images show
+        a point, and those of its keyframe; depth is that of :func:`~mirage_kernels.reference.pool_depth` there. There
         is no index: it is -1.
 
     Raises:
         ValueError: another number of views.
     """
-    if len(cameras) % STRIDE != 1:
+    if len(cameras) % TEMPORAL_COMPRESSION != 1:
         raise ValueError(f"cameras must be 4 n + 1 views, got {len(cameras)}")
     seen = cache.read(cameras, cameras.image_size)
-    pictures = seen.latents[:, :3].movedim(0, 1)[None]
-    latents = encode_frames(vae, pictures * 2.0 - 1.0)[0].movedim(1, 0).to(cache.device)
+    images = seen.latents[:, :3].movedim(0, 1)[None]
+    latents = encode_frames(vae, images * 2.0 - 1.0)[0].movedim(1, 0).to(cache.device)
     size = (latents.shape[2], latents.shape[3])
-    share = F.adaptive_avg_pool2d(seen.mask[:, None].float(), size)[:, 0]
-    share = torch.cat([share[:1], share[1:].unflatten(0, (-1, STRIDE)).mean(1)])
-    depth = pool_depth(torch.where(seen.mask, seen.depth, 0.0)[::STRIDE], size)
-    mask = (share >= 0.5) & (depth > 0)
+    weight = F.adaptive_avg_pool2d(seen.mask[:, None].float(), size)[:, 0]
+    weight = torch.cat([weight[:1], weight[1:].unflatten(0, (-1, TEMPORAL_COMPRESSION)).mean(1)])
+    depth = pool_depth(torch.where(seen.mask, seen.depth, 0.0)[::TEMPORAL_COMPRESSION], size)
+    mask = (weight >= 0.5) & (depth > 0)
     return Readout(latents, mask, torch.where(mask, depth, 0.0), torch.full(mask.shape, -1, device=cache.device))
 
 
 def refine_depth(depth: Tensor, size: tuple[int, int]) -> Tensor:
-    """Token depth (T, h, w) at pixels (T, H, W): inverse depth is linear on a plane, and interpolated linearly where
-    neighbours are of one surface; at edges and unknown tokens each pixel takes its token's.
+    """Refine token depth (T, h, w) to pixels (T, H, W).
+
+    Inverse depth is linear on a plane, and interpolated linearly where neighbours are of one surface; at edges and
+    unknown tokens each pixel takes its token's.
 
     Args:
         depth: float, z in world units; 0 and negative mean unknown.
@@ -104,21 +108,21 @@ def refine_depth(depth: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def between(cameras: Cameras) -> Cameras:
-    """Views of every frame, 4 (F - 1) + 1, of F >= 1 keyframes: the keyframes themselves, and three between each two.
+    """Interpolate views of every frame, 4 (F - 1) + 1, between F >= 1 keyframes, which are kept as they are.
 
     Centres lie on the line between their keyframes; rotations are the nearest ones to the blend of theirs, which is
     the shortest turn for the small turns of neighbouring keyframes.
     """
+    between_two = TEMPORAL_COMPRESSION - 1
+    steps = torch.arange(1, TEMPORAL_COMPRESSION, dtype=torch.float64, device=cameras.device)[:, None, None]
+    weights = steps / TEMPORAL_COMPRESSION
     poses, lenses = [cameras.cam2world[:1]], [cameras.intrinsics[:1]]
     for (before, after), (wide, narrow) in zip(
-        zip(cameras.cam2world[:-1], cameras.cam2world[1:], strict=True),
-        zip(cameras.intrinsics[:-1], cameras.intrinsics[1:], strict=True),
-        strict=True,
+        pairwise(cameras.cam2world.unbind()), pairwise(cameras.intrinsics.unbind()), strict=True
     ):
-        shares = torch.arange(1, STRIDE, dtype=torch.float64, device=cameras.device)[:, None, None] / STRIDE
-        blend = torch.lerp(before.expand(STRIDE - 1, 4, 4), after.expand(STRIDE - 1, 4, 4), shares)
+        blend = torch.lerp(before.expand(between_two, 4, 4), after.expand(between_two, 4, 4), weights)
         left, _, right = torch.linalg.svd(blend[:, :3, :3])
         blend[:, :3, :3] = left @ right
         poses += [blend, after[None]]
-        lenses += [torch.lerp(wide.expand(STRIDE - 1, 3, 3), narrow.expand(STRIDE - 1, 3, 3), shares), narrow[None]]
+        lenses += [torch.lerp(wide.expand(between_two, 3, 3), narrow.expand(between_two, 3, 3), weights), narrow[None]]
     return Cameras(torch.cat(lenses), torch.cat(poses), cameras.image_size)

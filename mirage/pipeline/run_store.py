@@ -1,9 +1,9 @@
-"""`RunStore`: a generation run on disk, one folder per chunk, each there whole or not at all.
+"""`RunStore`: a generation run on disk, one folder per chunk, written atomically.
 
     run.json               what the run was started with
-    chunks/0000/           latents.safetensors (latents, read-outs and cameras of its latent frames), metrics.json,
+    chunks/0000/           latents.safetensors (latents, readouts and cameras of its latent frames), metrics.json,
                            segment.mp4 (its frames, where they are decoded chunk by chunk)
-    chunks/0004/           the newest one also holds what the next chunk goes on from: cache.safetensors,
+    chunks/0004/           the newest one also holds what the next chunk continues from: cache.safetensors,
                            decoder.safetensors, random.safetensors
 
 A chunk is written into `chunks/.0004` and renamed, which is the moment from which it counts: a process killed at any
@@ -13,7 +13,6 @@ length takes the same memory.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
@@ -21,9 +20,10 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -44,8 +44,8 @@ class RunStore:
 
     Args:
         folder: of the run; None keeps only the latents, in a temporary folder that goes with this object.
-        settings: what the run is started with, plain JSON values.
-        resume: whether to go on with a run that is there already. A run without a chunk is none.
+        record: what the run is started with, plain JSON values.
+        resume: whether to continue a run that is there already. A run without a chunk is none.
 
     Attributes:
         chunks: of the run, in order.
@@ -54,10 +54,10 @@ class RunStore:
     Raises:
         FileExistsError: there is a run with chunks in `folder`, and `resume` is False.
         BlockingIOError: another process, or another session of this one, is using `folder`.
-        ValueError: the run there was started with other settings; the message names each that differs.
+        ValueError: the run there was started with something else; the message names each value that differs.
     """
 
-    def __init__(self, folder: str | os.PathLike[str] | None, settings: dict[str, Any], resume: bool = False) -> None:
+    def __init__(self, folder: str | os.PathLike[str] | None, record: dict[str, Any], resume: bool = False) -> None:
         self._temporary = tempfile.TemporaryDirectory(prefix="mirage-") if folder is None else None
         self.folder = Path(self._temporary.name if self._temporary else folder)  # type: ignore[arg-type]
         self.chunks: list[Chunk] = []
@@ -65,19 +65,19 @@ class RunStore:
         (self.folder / CHUNKS).mkdir(parents=True, exist_ok=True)
         self._lock = _lock(self.folder)
         try:
-            self._open(settings, resume)
+            self._open(record, resume)
         except BaseException:
             self.close()
             raise
 
-    def _open(self, settings: dict[str, Any], resume: bool) -> None:
+    def _open(self, record: dict[str, Any], resume: bool) -> None:
         path = self.folder / RUN
         if self._path(0).is_dir():
             if not resume:
                 raise FileExistsError(f"run_dir {self.folder} holds a run already: resume it, or name another folder")
-            _check_settings(path, settings)
+            _check_record(path, record)
         else:
-            content = json.dumps({"format": FORMAT, "version": VERSION, "settings": settings}, indent=2) + "\n"
+            content = json.dumps({"format": FORMAT, "version": VERSION, "settings": record}, indent=2) + "\n"
             replace_file(path, lambda draft: _write_text(Path(draft), content))
             _flush_folder(self.folder)
         while self._path(index := len(self.chunks)).is_dir():
@@ -92,13 +92,13 @@ class RunStore:
 
     def close(self) -> None:
         """Let others use the folder. The temporary one is removed."""
-        self._lock.close()
+        self._lock.release()
         if self._temporary is not None:
             self._temporary.cleanup()
 
     @property
     def keeps_all(self) -> bool:
-        """Whether everything is kept that the run needs to go on after this process; else only latents are."""
+        """Whether everything is kept that the run needs to continue after this process; else only latents are."""
         return self._temporary is None
 
     @property
@@ -113,7 +113,8 @@ class RunStore:
     def new_chunk(
         self, chunk: Chunk, latents: Tensor, readout: Tensor, visible: Tensor, cameras: Cameras
     ) -> Iterator[Path]:
-        """A folder to write the rest of a chunk into. It goes when the block ends, but for :meth:`finish_chunk`.
+        """Open a folder to write the rest of a chunk into. It goes when the block ends, except after
+        :meth:`finish_chunk`.
 
         Args:
             chunk: the next one.
@@ -140,14 +141,14 @@ class RunStore:
             shutil.rmtree(draft, ignore_errors=True)
 
     def finish_chunk(self, chunk: Chunk, draft: Path, metrics: dict[str, Any]) -> None:
-        """Make the folder that :meth:`new_chunk` gave the chunk. From the rename on, it is part of the run."""
+        """Turn the folder that :meth:`new_chunk` gave into the chunk. From the rename on, it is part of the run."""
         _write_text(draft / METRICS, json.dumps(metrics) + "\n")
         if self.keeps_all:
             _flush(draft)
         os.replace(draft, self._path(chunk.index))
 
     def count_chunk(self, chunk: Chunk, cameras: Cameras) -> bool:
-        """Whether a chunk is part of the run; it is counted then, which must happen whatever else fails."""
+        """Return whether a chunk is part of the run; it is counted then, which must happen whatever else fails."""
         if not self._path(chunk.index).is_dir():
             return False
         if len(self.chunks) == chunk.index:
@@ -160,26 +161,31 @@ class RunStore:
         return True
 
     def _tidy(self) -> None:
-        """Only the newest chunk needs what the next one goes on from."""
+        """Remove what only the newest chunk needs, for the next one to continue from."""
         for chunk in self.chunks[-3:-1]:
             for name in (CACHE, DECODER, RANDOM):
                 (self._path(chunk.index) / name).unlink(missing_ok=True)
 
     def newest(self, name: str) -> Path:
-        """A file of the newest chunk."""
+        """Return the path of a file of the newest chunk."""
         return self._path(len(self.chunks) - 1) / name
 
     def segments(self) -> list[Path]:
-        """The video of each chunk, in order."""
+        """Return the paths of the chunks' videos, in order."""
         return [self._path(chunk.index) / SEGMENT for chunk in self.chunks]
 
     def metrics(self, index: int) -> dict[str, Any]:
-        """Of one chunk."""
+        """Read the figures of one chunk."""
         content: dict[str, Any] = json.loads((self._path(index) / METRICS).read_text(encoding="utf-8"))
         return content
 
     def latents(self, frames: list[int], name: str = "latents") -> Tensor:
-        """(len(frames), C, h, w) of these latent frames of the video, from 0; `name` may be "readout" or "visible"."""
+        """Read (len(frames), C, h, w) of these latent frames of the video, from 0.
+
+        Args:
+            frames: their numbers.
+            name: "latents", or "readout" or "visible", what the memory showed there.
+        """
         found = []
         for frame in frames:
             chunk = next(c for c in self.chunks if c.latent_start <= frame < c.latent_start + c.num_latents)
@@ -193,11 +199,11 @@ class RunStore:
         return Cameras(intrinsics, cam2world, size.tolist())
 
     def save_random(self, draft: Path, generator: torch.Generator) -> None:
-        """The generator's state, into the folder that :meth:`new_chunk` gives."""
+        """Write the generator's state into the folder that :meth:`new_chunk` gives."""
         save_file({"state": generator.get_state()}, draft / RANDOM, {"device": generator.device.type})
 
     def load_random(self, generator: torch.Generator) -> None:
-        """The state after the newest chunk.
+        """Set the generator to its state after the newest chunk.
 
         Raises:
             ValueError: the run's generator was on another kind of device.
@@ -209,34 +215,48 @@ class RunStore:
             generator.set_state(file.get_tensor("state"))
 
 
-def _lock(folder: Path) -> IO[str]:
-    """The folder's lock file, held until it is closed: the system lets go of it when a process dies."""
-    handle = (folder / LOCK).open("w")
+def _lock(folder: Path) -> FileLock:
+    """Hold the folder's lock file until it is released: the system lets go of it when a process dies."""
+    lock = FileLock(folder / LOCK, timeout=0, thread_local=False)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        handle.close()
+        lock.acquire()
+    except Timeout as error:
         raise BlockingIOError(
             f"run_dir {folder} is in use: by another process, or by a session that has not been closed"
         ) from error
-    return handle
+    return lock
 
 
-def _check_settings(path: Path, settings: dict[str, Any]) -> None:
-    """That the run at `path` was started with `settings`."""
+def _check_record(path: Path, record: dict[str, Any]) -> None:
+    """Check that the run at `path` was started with what is in `record`."""
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        known = (record["format"], record["version"]) == (FORMAT, VERSION)
-        before: dict[str, Any] = record["settings"]
+        found = json.loads(path.read_text(encoding="utf-8"))
+        known = (found["format"], found["version"]) == (FORMAT, VERSION)
+        before: dict[str, Any] = found["settings"]
     except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path}: not the record of a run ({error!r}), though there are chunks of one") from error
     if not known:
-        raise ValueError(f"{path}: must be {FORMAT} version {VERSION}, got {record['format']} {record['version']}")
-    now = json.loads(json.dumps(settings))  # tuples become lists, as in the file
+        raise ValueError(f"{path}: must be {FORMAT} version {VERSION}, got {found['format']} {found['version']}")
+    now = json.loads(json.dumps(record))  # tuples become lists, as in the file
+    before = _with_memory(before, now)
     names = sorted(name for name in {*before, *now} if before.get(name) != now.get(name))
     if names:
         differences = "; ".join(f"{name} was {before.get(name)!r}, got {now.get(name)!r}" for name in names)
         raise ValueError(f"{path}: a run can be resumed only with what it was started with: {differences}")
+
+
+def _with_memory(before: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
+    """Return the record of a run from before there was a `MemoryConfig` under today's names.
+
+    What such a run did not record (`write_policy`, which its cache holds, and `mode`) is taken from `now`.
+    """
+    if "memory" in before or "splat" not in before:
+        return before
+    renamed = {name: value for name, value in before.items() if name not in ("splat", "points")}
+    kind = "pixel" if before.get("points") == "pixels" else "latent"
+    if before.get("static_filter") == "KeepNothing":  # how a memory was kept empty
+        kind, renamed["static_filter"] = "none", None
+    return renamed | {"memory": now.get("memory", {}) | {"kind": kind, "readout": before["splat"]}}
 
 
 def _write_text(path: Path, content: str) -> None:
@@ -244,7 +264,7 @@ def _write_text(path: Path, content: str) -> None:
 
 
 def _flush(folder: Path) -> None:
-    """Every file of a folder, and the folder, to disk."""
+    """Flush every file of a folder, and the folder, to disk."""
     for path in folder.iterdir():
         with path.open("rb") as file:
             os.fsync(file.fileno())

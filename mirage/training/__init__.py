@@ -1,4 +1,4 @@
-"""Training: the memory adapter (stage 1), LoRA on the backbone beside it (stage 2), and small models from nothing.
+"""Training: the memory adapter (stage 1), LoRA on the backbone beside it (stage 2), and small models from scratch.
 
 `mirage train config.yaml` is :func:`~mirage.training.loop.train` of a :class:`~mirage.training.config.TrainConfig`.
 """

@@ -1,14 +1,14 @@
-"""The loop of `mirage train`: on accelerate, with checkpoints that are whole or not there, and exact resume.
+"""The loop of `mirage train`: on accelerate, with atomic checkpoints and exact resumption.
 
     metrics.jsonl          one line per step: loss and its parts, learning rate, gradient norm, seconds
     config.json            what the run was started with
-    summary.json           what the whole run came to, when it has ended: see :func:`summarise`
-    checkpoints/00000500/  what was trained, optimiser, schedule, random states
+    summary.json           figures of the whole run, when it has ended: see :func:`summarise`
+    checkpoints/00000500/  what was trained, optimizer, schedule, random states
     vae/ transformer/ memory_adapter/ latent_depth/ lora.safetensors    what the stage has trained, when it has ended
     tensorboard/
 
-A run that is killed at any moment and started again goes on from its newest checkpoint, and every step after it is what
-it would have been: which clips a step sees, and every draw of chance in it, are functions of the seed and the step.
+A run that is killed at any moment and started again resumes at its newest checkpoint, and every step after it is what
+it would have been: which clips a step sees, and every draw in it, are functions of the seed and the step.
 """
 
 from __future__ import annotations
@@ -30,18 +30,23 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from mirage_kernels.io import flush_folder, replace_text
+
 from ..optional import import_extra
+from .batches import DiffusionBatchMaker
 from .config import TrainConfig, make_config
-from .data import Clips, Drawn, Numbers, list_broken, mix, write_bytes
-from .models import Models, add_lora, load_models, save_models, trained
-from .objective import ChunkMaker, DiffusionObjective, VaeObjective, VideoMaker, measure_latents
-from .optimiser import make_optimiser
+from .data import BatchSampler, ClipDataset, Sample, list_broken
+from .models import Models, load_models, mark_trained, save_models, trained
+from .objective import DiffusionObjective
+from .optimizer import make_optimizer
+from .seeds import derive_seed
+from .vae_objective import VaeObjective, VideoBatchMaker, measure_latents
 
 METRICS, CONFIG, CHECKPOINTS, TENSORBOARD = "metrics.jsonl", "config.json", "checkpoints", "tensorboard"
 SUMMARY = "summary.json"
 TRAINED = "trained.safetensors"
 
-# What may change when a run goes on.
+# What may change when a run is resumed.
 _FREE = ("out", "steps", "save_every", "keep", "save_dtype", "resume", "tensorboard")
 
 
@@ -87,7 +92,7 @@ def train(config: TrainConfig, progress: bool = True) -> dict[str, Any]:
     )
     _check_record(config, out)
     set_seed(config.seed)
-    clips = Clips(config.data, config.seed)
+    clips = ClipDataset(config.data, config.seed)
     models = load_models(config, accelerator.device)
     _record(accelerator, config, out)  # only now: what was mistyped may be put right
     run = _Run(config, accelerator, clips, models)
@@ -97,21 +102,22 @@ def train(config: TrainConfig, progress: bool = True) -> dict[str, Any]:
 
 
 class _Run:
-    def __init__(self, config: TrainConfig, accelerator: Accelerator, clips: Clips, models: Models) -> None:
+    def __init__(self, config: TrainConfig, accelerator: Accelerator, clips: ClipDataset, models: Models) -> None:
         self.config, self.accelerator, self.clips, self.models = config, accelerator, clips, models
         self.out, self.began, self.progress = Path(config.out), time.perf_counter(), Progress()
-        self.make: Callable[[list[Drawn]], Any]
-        _choose_trained(config, models)
+        self.make: Callable[[list[Sample]], Any]
+        mark_trained(config, models)
         objective: nn.Module
         if config.stage == "vae":
-            objective, self.make = VaeObjective(config, models), VideoMaker(config, accelerator.device)
+            objective, self.make = VaeObjective(config, models), VideoBatchMaker(config, accelerator.device)
         else:
-            objective, self.make = DiffusionObjective(config, models), ChunkMaker(config, models, accelerator.device)
+            objective = DiffusionObjective(config, models)
+            self.make = DiffusionBatchMaker(config, models, accelerator.device)
         objective.train()
-        optimiser = make_optimiser(config, trained(objective).values())
+        optimizer = make_optimizer(config, trained(objective).values())
         # Not prepared: accelerate would step it once a process.
-        self.schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: _rate(config, step))
-        self.objective, self.optimiser = accelerator.prepare(objective, optimiser)
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(config, step))
+        self.objective, self.optimizer = accelerator.prepare(objective, optimizer)
         accelerator.register_for_checkpointing(self.schedule, self.progress)
         accelerator.register_save_state_pre_hook(self._save_trained)
         accelerator.register_load_state_pre_hook(self._load_trained)
@@ -121,7 +127,7 @@ class _Run:
     # Checkpoints.
 
     def _save_trained(self, modules: list[nn.Module], weights: list[Any], folder: str) -> None:
-        """Of the models, only what is trained; the rest is where it came from."""
+        """Save only what is trained of the models; the rest is where it came from."""
         if self.accelerator.is_main_process:
             for module in modules:
                 named = trained(self.accelerator.unwrap_model(module))
@@ -158,10 +164,9 @@ class _Run:
         self.accelerator.save_state(str(draft))
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
-            for path in (*draft.iterdir(), draft):
-                _flush(path)
+            flush_folder(draft, content=True)
             os.replace(draft, final)
-            _flush(folder)
+            flush_folder(folder)
             for old in sorted(folder.glob("[0-9]*"))[: -self.config.keep]:
                 shutil.rmtree(old)
         self.accelerator.wait_for_everyone()
@@ -171,10 +176,10 @@ class _Run:
     def logging(self, progress: bool) -> Any:
         return _Log(self.accelerator, self.config, self.out, self.progress.step, progress)
 
-    def _batches(self) -> Iterator[list[Drawn]]:
+    def _batches(self) -> Iterator[list[Sample]]:
         config, accelerator = self.config, self.accelerator
         passes = config.gradient_accumulation
-        numbers = Numbers(
+        sampler = BatchSampler(
             self.progress.step * passes,
             config.steps * passes,
             config.batch_size,
@@ -184,32 +189,32 @@ class _Run:
         return iter(
             DataLoader(
                 self.clips,
-                batch_sampler=numbers,  # type: ignore[arg-type]  # any iterable of lists will do
+                batch_sampler=sampler,  # type: ignore[arg-type]  # any iterable of lists will do
                 collate_fn=list,
                 num_workers=config.data.workers,
             )
         )
 
     def go(self, log: _Log) -> None:
-        """From where it is to the last step."""
+        """Take the steps that are left."""
         config, accelerator = self.config, self.accelerator
         batches = self._batches()
         while self.progress.step < config.steps:
             began, norm = time.perf_counter(), 0.0
             parts: list[dict[str, Tensor]] = []
             for _ in range(config.gradient_accumulation):
-                drawn = next(batches)
-                self._count_broken(drawn, log)
-                # What chance is left in the models, dropout, is this step's as well.
-                torch.manual_seed(mix(config.seed, "step", drawn[0].number))
-                batch = self.make(drawn)
+                samples = next(batches)
+                self._count_broken(samples, log)
+                # The models' own draws, dropout, are this step's as well.
+                torch.manual_seed(derive_seed(config.seed, "step", samples[0].number))
+                batch = self.make(samples)
                 with accelerator.accumulate(self.objective):
                     losses = self.objective(batch)
                     accelerator.backward(losses["loss"])
                     if accelerator.sync_gradients:
                         norm = float(accelerator.clip_grad_norm_(self._parameters(), config.max_grad_norm))
-                    self.optimiser.step()
-                    self.optimiser.zero_grad()
+                    self.optimizer.step()
+                    self.optimizer.zero_grad()
                 parts.append({name: value.detach() for name, value in losses.items()})
             rate = float(self.schedule.get_last_lr()[0])
             if not accelerator.optimizer_step_was_skipped:
@@ -228,17 +233,17 @@ class _Run:
                 self._save()
 
     def _parameters(self) -> list[nn.Parameter]:
-        return [parameter for group in self.optimiser.param_groups for parameter in group["params"]]
+        return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
 
     def _mean(self, parts: list[dict[str, Tensor]]) -> dict[str, float]:
-        """Over passes and processes."""
+        """Average over passes and processes."""
         names = list(parts[0])
         values = torch.stack([torch.stack([part[name].float() for name in names]) for part in parts]).mean(0)
         return dict(zip(names, self.accelerator.reduce(values, "mean").tolist(), strict=True))
 
-    def _count_broken(self, drawn: list[Drawn], log: _Log) -> None:
-        for draw in drawn:
-            for name, reason in draw.broken.items():
+    def _count_broken(self, samples: list[Sample], log: _Log) -> None:
+        for sample in samples:
+            for name, reason in sample.broken.items():
                 if name not in self.progress.broken:
                     self.progress.broken[name] = reason
                     log.say(f"skipped, {len(self.progress.broken)} so far: {list_broken({name: reason})}")
@@ -260,7 +265,7 @@ class _Run:
                 mean, std = measure_latents(self.models, [self.clips[i].clip for i in range(count)], accelerator.device)
                 self.models.vae.register_to_config(latents_mean=mean, latents_std=std)
             saved = save_models(self.out, self.models, config.stage, config.train_adapter, dtype)
-            write_bytes(self.out / SUMMARY, (json.dumps(summarise(self.out), indent=2) + "\n").encode())
+            replace_text(self.out / SUMMARY, json.dumps(summarise(self.out), indent=2) + "\n")
         accelerator.wait_for_everyone()
         accelerator.end_training()
         tail = self.losses[-max(len(self.losses) // 10, 1) :]
@@ -274,7 +279,7 @@ class _Run:
 
 
 def summarise(out: Path) -> dict[str, Any]:
-    """What the lines of a run's metrics.jsonl come to, those of before a stop included.
+    """Summarise the lines of a run's metrics.jsonl, those from before a stop included.
 
     Returns:
         steps; seconds of all steps; loss and, of a VAE, psnr: means of the last tenth of the steps.
@@ -285,28 +290,8 @@ def summarise(out: Path) -> dict[str, Any]:
     return {"steps": len(lines), "seconds": sum(line["seconds"] for line in lines), **means}
 
 
-def _choose_trained(config: TrainConfig, models: Models) -> None:
-    """Marks what the stage trains."""
-    if config.stage == "vae":
-        models.vae.requires_grad_(True)
-        return
-    assert models.transformer is not None
-    if models.latent_depth is not None:
-        models.latent_depth.requires_grad_(True)
-    if config.stage == "backbone":
-        models.transformer.requires_grad_(True)
-    elif config.stage == "lora":
-        add_lora(models.transformer, config.lora, config.models.lora)
-    if models.memory_adapter is not None and (config.stage == "adapter" or config.train_adapter):
-        models.memory_adapter.requires_grad_(True)
-    if config.gradient_checkpointing:
-        for model in (models.transformer, models.memory_adapter):
-            if model is not None:
-                model.enable_gradient_checkpointing()
-
-
 def _rate(config: TrainConfig, step: int) -> float:
-    """Factor of the learning rate at a step, from 0."""
+    """Return the factor of the learning rate at a step, from 0."""
     if step < config.warmup:
         return (step + 1) / config.warmup
     part = min((step - config.warmup) / max(config.steps - config.warmup, 1), 1.0)
@@ -314,50 +299,44 @@ def _rate(config: TrainConfig, step: int) -> float:
 
 
 def _check_record(config: TrainConfig, out: Path) -> None:
-    """That a run which is there was started with the same."""
+    """Check that a run which is there was started with the same configuration."""
     path, now = out / CONFIG, json.loads(json.dumps(asdict(config)))
     if not path.exists():
         return
     before = json.loads(path.read_text(encoding="utf-8"))
     splat = before["objective"].pop("splat", None)  # of runs from before there were other memories
-    before["objective"].setdefault("memory", "nearest" if splat == "nearest" else "ours")
-    # What a run from before there was a choice was started with is the default.
+    memory = before["objective"].setdefault("memory", "nearest" if splat == "nearest" else "aligned")
+    if memory == "ours":  # what "aligned" was called
+        before["objective"]["memory"] = "aligned"
+    # A key that the record lacks had no choice yet: it is the default.
     before = json.loads(json.dumps(asdict(make_config(before))))
-    for settings in (before, now):
+    for values in (before, now):
         for name in _FREE:
-            settings.pop(name, None)
-        settings["data"].pop("workers", None)
+            values.pop(name, None)
+        values["data"].pop("workers", None)
     names = sorted(name for name in {*before, *now} if before.get(name) != now.get(name))
     if names:
         listed = "; ".join(f"{name} was {before.get(name)!r}, got {now.get(name)!r}" for name in names)
-        raise ValueError(f"{path}: a run can go on only with what it was started with: {listed}")
+        raise ValueError(f"{path}: a run can be resumed only with what it was started with: {listed}")
 
 
 def _record(accelerator: Accelerator, config: TrainConfig, out: Path) -> None:
-    """Write down what a run is started with, where it has not been started."""
+    """Record what a run is started with, where it has not been started."""
     if accelerator.is_main_process and not (out / CONFIG).exists():
         out.mkdir(parents=True, exist_ok=True)
-        write_bytes(out / CONFIG, (json.dumps(asdict(config), indent=2) + "\n").encode())
+        replace_text(out / CONFIG, json.dumps(asdict(config), indent=2) + "\n")
     accelerator.wait_for_everyone()
 
 
 def _keep_lines(path: Path, steps: int) -> None:
-    """Forget the lines of steps that are taken again."""
+    """Drop the lines of steps that are taken again."""
     if path.exists():
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True)[:steps]
-        write_bytes(path, "".join(lines).encode())
-
-
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        replace_text(path, "".join(lines))
 
 
 class _Log:
-    """Lines of metrics.jsonl, TensorBoard, a progress bar; of the main process alone."""
+    """Write metrics.jsonl, TensorBoard and a progress bar; in the main process alone."""
 
     def __init__(self, accelerator: Accelerator, config: TrainConfig, out: Path, step: int, progress: bool) -> None:
         self.accelerator, self.config = accelerator, config

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,17 +14,17 @@ from peft import LoraConfig as PeftLoraConfig
 from torch import Tensor, nn
 from transformers import AutoTokenizer, UMT5EncoderModel
 
-from ..commands.generate import TINY_RANDOM
-from ..models.adapter import MirageMemoryAdapter
-from ..models.checkpoints import load_lora, save_lora
-from ..models.latent_depth import LatentDepth
-from ..models.transformer import MirageTransformer3DModel
-from ..pipeline.pipeline import check_models, fingerprint
-from ..zoo import CHANNELS, tiny_random_pipeline
-from .config import LoraConfig, ModelsConfig, TrainConfig
-from .data import mix
+from mirage_kernels.io import replace_folder
 
-LORA = "lora.safetensors"
+from ..models.adapter import MirageMemoryAdapter
+from ..models.components import check_models, fingerprint
+from ..models.latent_depth import LatentDepth
+from ..models.lora import load_lora, save_lora
+from ..models.transformer import MirageTransformer3DModel
+from ..zoo import CHANNELS, LORA, TINY_RANDOM, tiny_random_pipeline
+from .config import LoraConfig, ModelsConfig, TrainConfig
+from .seeds import derive_seed
+
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _SCALE = ("latents_mean", "latents_std")
 _LORA_TARGETS = {
@@ -39,7 +37,7 @@ _LORA_TARGETS = {
 
 
 class PromptEncoder:
-    """Prompts to embeddings as the pipeline makes them; the text encoder is loaded when a prompt is new."""
+    """Embed prompts as the pipeline does; the text encoder is loaded when a prompt is new."""
 
     _get_t5_prompt_embeds = WanImageToVideoPipeline._get_t5_prompt_embeds
 
@@ -62,12 +60,12 @@ class PromptEncoder:
 
     @property
     def length(self) -> int:
-        """Tokens of an embedding: the pipeline's `max_sequence_length`."""
+        """Return the tokens of an embedding: the pipeline's `max_sequence_length`."""
         return min(512, self.tokenizer.model_max_length) if self._length is None else self._length
 
     @torch.no_grad()
     def __call__(self, prompt: str) -> Tensor:
-        """(L, D) in the encoder's dtype, on the CPU; rows of padding are zeros."""
+        """Embed a prompt: (L, D) in the encoder's dtype, on the CPU; rows of padding are zeros."""
         if prompt not in self._known:
             self._known[prompt] = self._get_t5_prompt_embeds(prompt, max_sequence_length=self.length)[0].cpu()
         return self._known[prompt]
@@ -83,14 +81,14 @@ class Models:
     memory_adapter: MirageMemoryAdapter | None = None
     latent_depth: LatentDepth | None = None
 
-    def vae_word(self) -> str:
-        """Changes with the VAE's weights and the scale of its latents."""
+    def vae_fingerprint(self) -> str:
+        """Return a fingerprint of the VAE's weights and of the scale of its latents."""
         scale = [self.vae.config[name] for name in _SCALE]
-        return f"{mix(str(fingerprint(self.vae)), str(scale)):016x}"
+        return f"{derive_seed(str(fingerprint(self.vae)), str(scale)):016x}"
 
 
 def load_models(config: TrainConfig, device: torch.device) -> Models:
-    """The models of a run, on `device`, nothing trainable yet. New ones take their weights from the global generator.
+    """Load the models of a run onto `device`, nothing trainable yet. New ones draw weights from the global generator.
 
     Raises:
         OSError, ValueError: no such model, or models that do not belong together.
@@ -136,7 +134,7 @@ class _Parts:
         return tiny_random_pipeline()
 
     def get(self, name: str, cls: Any, dtype: torch.dtype) -> Any:
-        """One part: named by the configuration, new, or the pipeline's."""
+        """Return one part: named by the configuration, new, or the pipeline's."""
         named = getattr(self.wanted, name)
         if isinstance(named, str):
             try:
@@ -174,7 +172,7 @@ class _Parts:
 
 
 def _new(name: str, cls: Any, options: dict[str, Any]) -> Any:
-    """A new part; a VAE, transformer or depth head has the form of Wan2.2 where its options say nothing else."""
+    """Make a new part; a VAE, transformer or depth head has the form of Wan2.2 where its options say nothing else."""
     defaults: dict[str, dict[str, Any]] = {
         "vae": {
             "z_dim": CHANNELS,
@@ -196,7 +194,7 @@ def _new(name: str, cls: Any, options: dict[str, Any]) -> Any:
 
 
 def add_lora(transformer: MirageTransformer3DModel, config: LoraConfig, source: str | None = None) -> None:
-    """A LoRA to train, float32: a new one whose second matrices are zero, or that of a file."""
+    """Add a LoRA to train, float32: a new one whose second matrices are zero, or that of a file."""
     if source is not None:
         load_lora(transformer, source)
     else:
@@ -210,13 +208,37 @@ def add_lora(transformer: MirageTransformer3DModel, config: LoraConfig, source: 
             parameter.data = parameter.data.float()
 
 
+def mark_trained(config: TrainConfig, models: Models) -> None:
+    """Mark the parameters that the stage trains, a new LoRA included."""
+    if config.stage == "vae":
+        models.vae.requires_grad_(True)
+        return
+    assert models.transformer is not None
+    if models.latent_depth is not None:
+        models.latent_depth.requires_grad_(True)
+    if config.stage == "backbone":
+        models.transformer.requires_grad_(True)
+    elif config.stage == "lora":
+        add_lora(models.transformer, config.lora, config.models.lora)
+    if models.memory_adapter is not None and (config.stage == "adapter" or config.train_adapter):
+        models.memory_adapter.requires_grad_(True)
+    if config.gradient_checkpointing:
+        for model in (models.transformer, models.memory_adapter):
+            if model is not None:
+                model.enable_gradient_checkpointing()
+
+
 def trained(module: nn.Module) -> dict[str, Tensor]:
-    """The parameters that are trained, by name."""
+    """Return the parameters that are trained, by name."""
     return {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
 
 
 def save_models(out: Path, models: Models, stage: str, train_adapter: bool, dtype: torch.dtype) -> list[str]:
-    """Save what a stage has trained, each part whole or not at all; their names in `out`. The models become `dtype`."""
+    """Save what a stage has trained, each part atomically; the models become `dtype`.
+
+    Returns:
+        Their names in `out`.
+    """
     saved: list[str] = []
     parts: dict[str, Sequence[str]] = {
         "vae": ["vae"],
@@ -236,16 +258,3 @@ def save_models(out: Path, models: Models, stage: str, train_adapter: bool, dtyp
         save_lora(models.transformer, out / LORA)
         saved.append(LORA)
     return saved
-
-
-def replace_folder(folder: Path, write: Callable[[str], Any]) -> None:
-    """Write a folder beside `folder` and put it there, in the place of one that is there."""
-    draft, old = (folder.with_name(f".{folder.name}.{word}") for word in ("tmp", "old"))
-    for left in (draft, old):
-        shutil.rmtree(left, ignore_errors=True)
-    draft.mkdir(parents=True)
-    write(str(draft))
-    if folder.exists():
-        os.replace(folder, old)
-    os.replace(draft, folder)
-    shutil.rmtree(old, ignore_errors=True)

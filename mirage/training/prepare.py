@@ -1,4 +1,4 @@
-"""`mirage prepare`: encode clips once, so that training reads latents and neither pictures nor the VAE's time."""
+"""`mirage prepare`: encode clips once, so that training reads latents and needs neither frames nor the VAE."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..models.vae import encode_frames, encode_still
+from ..models.vae import encode_frames, encode_static_frame
 from ..optional import import_extra
 from .config import TrainConfig
-from .data import Clips, read_origin, save_clip
+from .data import ClipDataset, read_origin, save_clip
 from .models import load_models
 
 
@@ -20,8 +20,8 @@ from .models import load_models
 def prepare(config: TrainConfig, out: Path, device: str = "cpu", progress: bool = True) -> dict[str, Any]:
     """Encode every clip of a run's data with its VAE, and its prompt, into `out`, one file each.
 
-    Clips that are there already are left alone, so that a run that was stopped goes on; a folder that holds other clips
-    than these is refused. Point a source of kind "packed" at the folder, or at tar shards of its files.
+    Clips that are there already are left alone, so that a run that was stopped can be resumed; a folder that holds
+    other clips than these is refused. Point a source of kind "packed" at the folder, or at tar shards of its files.
 
     Args:
         config: whose data and models are taken.
@@ -39,16 +39,16 @@ def prepare(config: TrainConfig, out: Path, device: str = "cpu", progress: bool 
     for i, source in enumerate(config.data.sources):
         if source.kind == "packed":
             raise ValueError(f"data.sources[{i}].kind must be one of frames, these clips are packed already")
-    clips = Clips(config.data, config.seed)
+    clips = ClipDataset(config.data, config.seed)
     models = load_models(dataclasses.replace(config, stage="vae"), torch.device(device))
     out.mkdir(parents=True, exist_ok=True)
     report: dict[str, Any] = {"written": 0, "present": 0, "broken": {}}
-    word = models.vae_word()
+    fingerprint = models.vae_fingerprint()
     names = {f"{i:06d}.safetensors": clips.sources[source].name(at) for i, (source, at) in enumerate(clips.where)}
     for path in sorted(out.glob("*.safetensors")):
         vae, held = read_origin(path)
         wanted = f"clip {names[path.name]}" if path.name in names else "no clip of these data"
-        if vae != word:
+        if vae != fingerprint:
             raise ValueError(f"{path}: encoded by another VAE: name another folder, or remove what is in this one")
         if wanted != f"clip {held}":
             raise ValueError(
@@ -71,9 +71,9 @@ def prepare(config: TrainConfig, out: Path, device: str = "cpu", progress: bool 
             clip,
             frames=None,
             latents=encode_frames(models.vae, frames.movedim(0, 1)[None])[0].movedim(1, 0),
-            still=encode_still(models.vae, frames[:1])[0, :, 0],
+            static_latent=encode_static_frame(models.vae, frames[:1])[0, :, 0],
             prompt_embeds=_without_padding(models.text(clip.prompt)),
-            vae=word,
+            vae=fingerprint,
         )
         save_clip(path, packed)
         report["written"] += 1

@@ -293,21 +293,18 @@ def start_session(pipeline: Any, room: dict[str, Any], memory: str, depth: str, 
         options: num_frames, num_inference_steps, guidance_scale, negative_prompt, height, width, run_dir, resume, seed,
             on_step, static_filter.
     """
-    from mirage.pipeline.memory import memory_options
+    from mirage import MemoryConfig
 
-    name, policy = {"bounded": ("ours", "bounded"), "append": ("ours", "append")}.get(memory, (memory, "bounded"))
-    on_step = options.pop("on_step", None)
-    chosen: dict[str, Any] = {"static_filter": options.pop("static_filter", "none")} | memory_options(
-        name, pipeline, policy
-    )
-    return pipeline.start(
+    chosen = {"bounded": MemoryConfig(), "append": MemoryConfig(write_policy="append")}.get(memory, memory)
+    return pipeline.start_session(
         room["image"],
         room["prompt"],
         depth=room["depth"] if depth == "true" else None,
+        memory=chosen,
+        static_filter=options.pop("static_filter", "none"),
         generator=torch.Generator().manual_seed(options.pop("seed")),
-        callback_on_step_end=on_step,
+        callback_on_step_end=options.pop("on_step", None),
         **options,
-        **chosen,
     )
 
 
@@ -330,7 +327,7 @@ def call_pipeline(pipeline: Any, room: dict[str, Any], seed: int, **options: Any
     return pipeline(
         room["image"],
         room["prompt"],
-        room["cameras"],
+        cameras=room["cameras"],
         generator=torch.Generator().manual_seed(seed),
         output_type="latent",
         **options,

@@ -1,4 +1,4 @@
-"""`mirage demo` at its real size, its pictures, and the command line around it."""
+"""`mirage demo` at its real size, its images, and the command line around it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import torch
 import mirage_kernels
 from mirage import LatentCache
 from mirage.commands.cli import main
-from mirage.commands.world_demo import WORLD_REPORT, WORLD_SHEET, WORLD_VIDEO
+from mirage.commands.demo.walk import WORLD_REPORT, WORLD_SHEET, WORLD_VIDEO
 from mirage.media import contact_sheet, heat_map, paint_holes, save_video
 from mirage.scenes.patch_pca import PatchCodec
 from mirage.scenes.rgbd import stereo_motorcycle
@@ -77,16 +77,16 @@ def test_report_figures(report: dict[str, Any]):
 
 
 def test_saved_cache_gives_the_reported_figures(demo: Path, report: dict[str, Any]):
-    """Read-out error and coverage computed again, from the file, with sums of their own."""
+    """Readout error and coverage computed again, from the file, with sums of their own."""
     cache, frames = LatentCache.load(demo / "cache.safetensors"), stereo_motorcycle()
     assert len(cache) == report["tokens"] and cache.nbytes == report["cache_bytes"]
     codec = PatchCodec.fit(frames.images[:1])
     truth = codec.encode(frames.images[1:])[0]
-    view = cache.read(frames.cameras[1], size=(31, 46))
-    seen = view.mask[0]
-    error = (view.latents[0].float() - truth)[:, seen].square().sum() / truth[:, seen].square().sum()
+    readout = cache.read(frames.cameras[1], size=(31, 46))
+    covered = readout.mask[0]
+    error = (readout.latents[0].float() - truth)[:, covered].square().sum() / truth[:, covered].square().sum()
     assert error.item() == pytest.approx(report["readout_error"], rel=1e-4)
-    assert seen.float().mean().item() == pytest.approx(report["coverage"], rel=1e-6)
+    assert covered.float().mean().item() == pytest.approx(report["coverage"], rel=1e-6)
 
     written = LatentCache(channels=48, dtype=torch.bfloat16)
     written.write(codec.encode(frames.images[:1]), frames.depth[:1], frames.cameras[:1])
@@ -105,7 +105,7 @@ def test_loop_video(demo: Path, report: dict[str, Any]):
     assert (frames[0] - shown).abs().mean() < 10  # the loop starts at the view that was written
 
 
-def test_contact_sheet_is_a_picture(demo: Path):
+def test_contact_sheet_is_an_image(demo: Path):
     from PIL import Image
 
     with Image.open(demo / "contact.png") as sheet:
@@ -218,7 +218,7 @@ def test_version_and_usage(capsys: pytest.CaptureFixture[str]):
     assert mirage_kernels.__version__ in capsys.readouterr().out
 
 
-# ------------------------------------------------------------------------------------------------ pictures
+# ------------------------------------------------------------------------------------------------ images
 
 
 def test_holes_are_painted_where_nothing_is_known():

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +20,9 @@ from generation import SIZE
 from mirage.commands import cli, generate
 from mirage.media import join_videos, load_video, save_video
 from mirage.models.adapter import MirageMemoryAdapter
-from mirage.models.checkpoints import save_lora
+from mirage.models.lora import save_lora
 from mirage.scenes.camera_files import load_npz, save_npz
+from mirage.zoo import default_steps, load_pipeline
 from mirage_kernels import LatentCache
 
 FILES = ("video.mp4", "cache.safetensors", "metrics.jsonl", "contact.png")
@@ -31,7 +35,7 @@ def one_thread(threads: Any) -> None:
 
 
 @pytest.fixture
-def picture(tmp_path: Path) -> Path:
+def image_file(tmp_path: Path) -> Path:
     """The room's first frame, in a file."""
     pixels = (generation.texture(generation.cameras(9)[0])[0].permute(1, 2, 0) * 255).byte().numpy()
     path = tmp_path / "room.png"
@@ -76,7 +80,7 @@ def test_tiny_random_generates_without_anything_given(tmp_path: Path, capsys: py
     assert "frames was 17, got 21" in capsys.readouterr().err
 
 
-def test_own_model_adapter_lora_image_depth_and_path(tmp_path: Path, picture: Path) -> None:
+def test_own_model_adapter_lora_image_depth_and_path(tmp_path: Path, image_file: Path) -> None:
     """Everything from files, and the result is that of the pipeline called with the same."""
     views = generation.cameras(9)
     pipe = generation.make_pipeline(with_memory=False, with_depth=False)
@@ -87,7 +91,7 @@ def test_own_model_adapter_lora_image_depth_and_path(tmp_path: Path, picture: Pa
     depth = room.render(views)[0]
     np.save(tmp_path / "depth.npy", depth.numpy())
     save_npz(tmp_path / "path.npz", views)
-    given = ["--model", tmp_path / "model", "--adapter", tmp_path / "adapter", "--lora", lora, "--image", picture]
+    given = ["--model", tmp_path / "model", "--adapter", tmp_path / "adapter", "--lora", lora, "--image", image_file]
     given += ["--depth", tmp_path / "depth.npy", "--trajectory", tmp_path / "path.npz", "--prompt", "a room"]
     given += ["--frames", "9", "--seed", "7", "--static-filter", "none"]
     assert run(*given, "--out", tmp_path / "out", *QUICK) == 0
@@ -95,7 +99,7 @@ def test_own_model_adapter_lora_image_depth_and_path(tmp_path: Path, picture: Pa
     pipe.register_modules(memory_adapter=adapter)
     pipe.load_lora_weights(lora)
     asked = generation.options(9, generator=torch.Generator().manual_seed(7), output_type="latent")
-    asked["image"] = PIL.Image.open(picture).convert("RGB")
+    asked["image"] = PIL.Image.open(image_file).convert("RGB")
     expected = pipe(**asked).cache
     found = LatentCache.load(tmp_path / "out" / "cache.safetensors")
     assert torch.equal(found.features, expected.features) and torch.equal(found.points, expected.points)
@@ -135,12 +139,11 @@ def test_published_files_are_adapters_too(tmp_path: Path) -> None:
             key = key.replace("scale_shift_table", "modulation").replace("norm2", "norm3")
         state[key] = value
     torch.save(state, tmp_path / "vace.pt")
-    options = generate.GenerateOptions(out=tmp_path, model="tiny-random", adapter=str(tmp_path / "vace.pt"))
-    loaded = generate.load_pipeline(options).memory_adapter
+    loaded = load_pipeline("tiny-random", adapter=str(tmp_path / "vace.pt")).memory_adapter
     assert all(torch.equal(value, adapter.state_dict()[name]) for name, value in loaded.state_dict().items())
     torch.save({"nothing": torch.zeros(1)}, tmp_path / "other.pt")
     with pytest.raises(ValueError, match=r"other\.pt"):
-        generate.load_pipeline(generate.GenerateOptions(tmp_path, "tiny-random", str(tmp_path / "other.pt")))
+        load_pipeline("tiny-random", adapter=str(tmp_path / "other.pt"))
 
 
 BAD: list[tuple[list[str], str]] = [
@@ -166,7 +169,7 @@ def test_mistakes_are_named_before_a_model_is_loaded(
     arguments: list[str],
     message: str,
 ) -> None:
-    monkeypatch.setattr(generate, "load_pipeline", lambda options: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(generate, "load_pipeline", lambda *_, **__: pytest.fail("a model was loaded"))
     assert run("--model", "somewhere/else", "--out", tmp_path / "out", *arguments) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
@@ -233,9 +236,44 @@ def test_an_encoder_that_fails_is_an_error(tmp_path: Path, monkeypatch: pytest.M
     assert not (tmp_path / "video.mp4").exists()
 
 
-@pytest.mark.parametrize(
-    ("asked", "steps"), [(["mirage-tiny"], 2), (["folder"], 20), (["mirage-tiny", "--steps=7"], 7)]
-)
-def test_steps_that_are_left_open_are_the_models(asked: list[str], steps: int) -> None:
+@pytest.mark.parametrize(("asked", "steps"), [([], None), (["--steps=7"], 7)])
+def test_steps_that_are_left_open_are_the_models(asked: list[str], steps: int | None) -> None:
     for command in ("generate", "evaluate"):
-        assert cli._given(cli.make_parser().parse_args([command, "--model", *asked]))["steps"] == steps
+        name, options = cli.parse([command, "--model", "mirage-tiny", *asked])
+        assert (name, options.model, options.steps) == (command, "mirage-tiny", steps)
+    assert (default_steps("mirage-tiny"), default_steps("folder")) == (2, 20)
+
+
+def test_options_are_written_as_people_write_them() -> None:
+    given = "--model x --seeds 5:9 --memory none,aligned --size 64x96 --weights none=a --weights pixel=b/c --depth head"
+    _, options = cli.parse(["evaluate", *given.split()])
+    assert options.seeds == range(5, 9) and options.memory == ("none", "aligned") and options.size == (64, 96)
+    assert options.weights == {"none": Path("a"), "pixel": Path("b/c")} and options.depth == ("head",)
+    _, options = cli.parse(["prepare", "file.yaml", "steps=3", "data.size=[64,96]", "--out", "dir"])
+    assert options.config == Path("file.yaml") and options.overrides == ["steps=3", "data.size=[64,96]"]
+    assert options.out == Path("dir") and options.device == "cpu"
+
+
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_every_option_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        cli.parse([command, "--help"])
+    assert stop.value.code == 0
+    options = cli.COMMANDS[command].Options
+    shown, fields = capsys.readouterr().out, [field.name for field in dataclasses.fields(options)]
+    assert options.__doc__.splitlines()[0] in " ".join(shown.split())
+    source = inspect.getsource(options)
+    for name in fields:
+        assert re.search(rf"^    {name}: .*?\n    \"\"\"\w", source, re.DOTALL | re.MULTILINE), name
+
+
+def test_a_memory_is_a_preset_and_its_write_policy(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments, message in (
+        (
+            ["--memory", "ours"],
+            "memory must be one of none, nearest, aligned, pixel, got 'ours', which is now \"aligned\"",
+        ),
+        (["--memory", "pixel", "--write-policy", "bounded"], 'write_policy "append" with kind "pixel"'),
+    ):
+        assert run("--model", "tiny-random", "--out", tmp_path / "out", *arguments) == 2
+        assert message in capsys.readouterr().err

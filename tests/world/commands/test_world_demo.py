@@ -16,11 +16,12 @@ pytest.importorskip("PIL", reason="the extra demo is not installed")
 import generation
 import PIL.Image
 
+from mirage import zoo
 from mirage.commands import cli
-from mirage.commands.world_demo import WORLD_REPORT, WORLD_SHEET, WORLD_VIDEO, format_world, run_world_demo
+from mirage.commands.demo import memory, walk
+from mirage.commands.demo.walk import WORLD_REPORT, WORLD_SHEET, WORLD_VIDEO, format_walk, run_walk
 from mirage.media import load_video
 from mirage.optional import MissingExtraError
-from mirage.pipeline import memory as memories
 
 
 @pytest.fixture(scope="module")
@@ -32,36 +33,33 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_a_walk_is_filmed_with_a_memory_and_without(model: Path, tmp_path: Path, threads: Any) -> None:
+def test_a_walk_is_generated_with_a_memory_and_without(model: Path, tmp_path: Path, threads: Any) -> None:
     threads(1)
-    report = run_world_demo(tmp_path, str(model), frames=89, steps=1, progress=False)
+    report = run_walk(tmp_path, str(model), frames=89, steps=1, progress=False)
     assert json.loads((tmp_path / WORLD_REPORT).read_text()) == report
     assert report["loop"] == "walk-and-back" and report["tokens"] > 60
     assert all(0 < value < 60 for name in ("revisit_psnr", "novel_psnr") for value in report[name].values())
-    assert report["revisit_psnr"]["none"] != report["revisit_psnr"]["ours"]
+    assert report["revisit_psnr"]["none"] != report["revisit_psnr"]["aligned"]
     video = list(load_video(tmp_path / WORLD_VIDEO))
     assert len(video) == 89 and video[0].shape == (3, 28 + 192, 3 * 320)
     true, without, with_ = video[-1][:, 28:].split(320, 2)
     assert min((true - without).abs().mean(), (with_ - without).abs().mean()) > 0.005
     assert PIL.Image.open(tmp_path / WORLD_SHEET).width == 1600
-    text = format_world(report)
-    assert f"{report['revisit_psnr']['ours']:.1f} dB with its memory" in text and "89 generated frames" in text
+    text = format_walk(report)
+    assert f"{report['revisit_psnr']['aligned']:.1f} dB with its memory" in text and "89 generated frames" in text
     # A path that never comes back within reach has no revisits: it says so.
-    assert "not measured" in format_world(report | {"revisit_psnr": {"none": None, "ours": None}})
+    assert "not measured" in format_walk(report | {"revisit_psnr": {"none": None, "aligned": None}})
 
 
 def test_the_command_goes_on_to_it_where_the_model_is(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import mirage.commands.demo
-    import mirage.commands.world_demo
-
-    monkeypatch.setattr(mirage.commands.demo, "run_demo", lambda *_: {"seconds": 1.0})
-    monkeypatch.setattr(mirage.commands.demo, "format_report", lambda _: "")
+    monkeypatch.setattr(memory, "run_demo", lambda *_: {"seconds": 1.0})
+    monkeypatch.setattr("mirage.commands.demo.format_report", lambda _: "")
     made = {"model": "mirage-tiny", "loop": "around", "frames": 5, "tokens": 7, "memory_bytes": 1, "seconds": 1.0}
-    made |= {name: {"none": 1.0, "ours": 2.0} for name in ("revisit_psnr", "novel_psnr")}
-    monkeypatch.setattr(mirage.commands.world_demo, "run_world_demo", lambda *_, **__: made)
-    monkeypatch.setattr(memories, "MIRAGE_TINY_FOLDER", tmp_path)
+    made |= {name: {"none": 1.0, "aligned": 2.0} for name in ("revisit_psnr", "novel_psnr")}
+    monkeypatch.setattr(walk, "run_walk", lambda *_, **__: made)
+    monkeypatch.setattr(zoo, "MIRAGE_TINY_FOLDER", tmp_path)
     assert cli.main(["demo", "--out", str(tmp_path / "out")]) == 0
     assert "`make tiny` and `make tiny-memories` train it" in capsys.readouterr().out
     shutil.copytree(model / "memories", tmp_path / "memories")
@@ -71,7 +69,7 @@ def test_the_command_goes_on_to_it_where_the_model_is(
     def missing(*_: Any, **__: Any) -> None:
         raise MissingExtraError("install it")
 
-    monkeypatch.setattr(mirage.commands.world_demo, "run_world_demo", missing)
+    monkeypatch.setattr(walk, "run_walk", missing)
     assert cli.main(["demo", "--out", str(tmp_path / "out")]) == 0
     assert "to see mirage-tiny generate a walk: install it" in capsys.readouterr().out
     assert torch.is_grad_enabled()

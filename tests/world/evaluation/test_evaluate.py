@@ -131,7 +131,7 @@ def test_a_loop_is_measured_against_the_truth_and_against_itself() -> None:
 def test_goals_tell_what_was_met() -> None:
     ours = {"revisit_psnr": 25.0, "novel_psnr": 20.0, "drift": 1.2, "true_mse_per_chunk": [0.0] * 6}
     others = {"revisit_psnr": 20.0, "novel_psnr": 20.5}
-    told = goals({"ours": ours, "none": others, "pixel": others | {"revisit_psnr": 26.0}})
+    told = goals({"aligned": ours, "none": others, "pixel": others | {"revisit_psnr": 26.0}})
     assert [(goal["value"], goal["met"]) for goal in told] == [
         (5.0, True),
         (-1.0, False),
@@ -140,9 +140,9 @@ def test_goals_tell_what_was_met() -> None:
         (1.2, False),
     ]
     assert told[-1]["goal"] == "squared error of chunk 6 over that of chunk 2"
-    own = {"ours": ours, "none": others | {"weights": OWN}, "pixel": others | {"weights": "of its own"}}
+    own = {"aligned": ours, "none": others | {"weights": OWN}, "pixel": others | {"weights": "of its own"}}
     assert [goal["value"] for goal in goals(own)] == [5.0, -0.5, 1.2]
-    assert goals({"ours": ours})[0]["goal"].startswith("squared error") and not goals({"none": others})
+    assert goals({"aligned": ours})[0]["goal"].startswith("squared error") and not goals({"none": others})
 
 
 def test_a_chart_is_a_picture_with_its_names(tmp_path: Path) -> None:
@@ -212,13 +212,13 @@ def test_the_command_films_measures_reports_and_goes_on(
     before, gone = kept.stat().st_mtime_ns, out / "rooms" / "true" / "none" / "010001.json"
     made = gone.read_bytes()
     gone.unlink()
-    assert run(*asked, "--memory", "none,ours", "--depth", "true,head") == 0
+    assert run(*asked, "--memory", "none,aligned", "--depth", "true,head") == 0
     assert kept.stat().st_mtime_ns == before
     left, right = json.loads(made), json.loads(gone.read_bytes())
     assert left["true"] == right["true"] and left["revisit"] == right["revisit"]  # the same noise again
     report = json.loads((out / "report.json").read_text())
     assert set(report["memory_by_depth"]) == {"true", "head"} and report["memory"] == report["memory_by_depth"]["true"]
-    assert report["memory_by_depth"]["head"]["ours"]["depth"] == "head"
+    assert report["memory_by_depth"]["head"]["aligned"]["depth"] == "head"
     assert report["memory_by_depth"]["head"]["none"] == report["memory_by_depth"]["true"]["none"]
     # Against weights that were not trained for it, a gain tells nothing.
     assert [goal["goal"] for goal in report["goals"]["head"]] == ["squared error of chunk 4 over that of chunk 2"]
@@ -228,11 +228,11 @@ def test_the_command_films_measures_reports_and_goes_on(
     assert all(": met" in line or ": missed" in line for line in told)
     (tmp_path / "training.json").write_text(json.dumps({"stages": [], "torch": "", "threads": 1, "machine": ""}))
     add_evaluation(tmp_path, report)
-    write_card(tmp_path)
+    write_card(tmp_path, tmp_path)
     rows = [line.split(" | ")[:3] for line in (tmp_path / "README.md").read_text().splitlines() if " | " in line]
-    ours = f"{report['memory']['ours']['revisit_psnr']:.2f}"
+    ours = f"{report['memory']['aligned']['revisit_psnr']:.2f}"
     names = [row[:2] for row in rows][-4:-1]
-    assert names == [["| none (not steered)", "unused"], ["| ours", "true"], ["| ours", "head"]]
+    assert names == [["| none (not steered)", "unused"], ["| aligned", "true"], ["| aligned", "head"]]
     assert rows[-3][2].startswith(ours) and rows[-1][0] == "| (the VAE alone)"
 
     # Not with other settings, nor with other weights.
@@ -245,20 +245,25 @@ def test_the_command_films_measures_reports_and_goes_on(
 
 def test_what_the_command_refuses(tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for arguments, message in (
-        (["--memory", "ours,all"], "memory must be different ones of none, nearest, ours, pixel, got ours, all"),
-        (["--memory", "ours,ours"], "memory must be different ones"),
+        (
+            ["--memory", "aligned,all"],
+            "memory must be different ones of none, nearest, aligned, pixel, got aligned, all",
+        ),
+        (["--memory", "aligned,aligned"], "memory must be different ones"),
         (["--depth", "guess"], "depth must be different ones of true, head, got guess"),
         (["--seeds", "5:5"], "seeds must be FIRST:STOP"),
         (["--frames", "96"], "frames must be 4 n + 1"),
         (["--size", "60x96"], "size must be multiples of 32, got 60x96"),
         (["--texture", "2"], "texture must be in [0, 1], got 2"),
-        (["--weights", f"ours={tmp_path}"], "must hold memory_adapter, latent_depth or lora.safetensors"),
+        (["--weights", f"aligned={tmp_path}"], "must hold memory_adapter, latent_depth or lora.safetensors"),
     ):
-        assert run("--model", model / "model", "--out", tmp_path / "out", *QUICK, "--memory", "ours", *arguments) == 2
+        assert (
+            run("--model", model / "model", "--out", tmp_path / "out", *QUICK, "--memory", "aligned", *arguments) == 2
+        )
         assert message in capsys.readouterr().err
     assert not list((tmp_path / "out").glob("report*"))
     with pytest.raises(ValueError, match="write-policy must be one of append, bounded, got 'keep'"):
-        run_evaluate(EvaluateOptions(tmp_path, str(model / "model"), write_policy="keep"))
+        run_evaluate(EvaluateOptions(out=tmp_path, model=str(model / "model"), write_policy="keep"))
     with pytest.raises(SystemExit):
         run("--model", "tiny-random", "--seeds", "7")
     assert "must be FIRST:STOP such as 10000:10032, got '7'" in capsys.readouterr().err

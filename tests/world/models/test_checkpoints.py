@@ -23,8 +23,9 @@ from test_transformer import (
 )
 from torch import Tensor, nn
 
-from mirage.models import checkpoints
-from mirage.models.checkpoints import load_lora, load_published, save_lora
+from mirage.models import lora
+from mirage.models.checkpoints import load_published
+from mirage.models.lora import load_lora, save_lora
 from mirage.models.transformer import MirageTransformer3DModel
 
 State = dict[str, Any]
@@ -544,7 +545,7 @@ def test_a_saved_lora_has_the_same_effect_everywhere(config: LoraConfig, tmp_pat
     loaded = tiny_transformer()
     load_lora(loaded, path, "again")
     assert_same_output(loaded, trained)
-    save_lora(loaded, path, "again")  # and once more, with the settings that loading made of them
+    save_lora(loaded, path, "again")  # and once more, with the config that loading made of them
     loaded = tiny_transformer()
     load_lora(loaded, path)
     assert_same_output(loaded, trained)
@@ -566,18 +567,16 @@ def test_a_saved_lora_has_the_same_effect_everywhere(config: LoraConfig, tmp_pat
 def test_a_saved_lora_is_one_file_as_diffusers_writes_it(tmp_path: Path) -> None:
     save_lora(trained_lora(SAVED[3], "mine"), tmp_path / "lora.safetensors", "mine")
     assert list(tmp_path.iterdir()) == [tmp_path / "lora.safetensors"]
-    weights, settings = WanImageToVideoPipeline.lora_state_dict(
-        tmp_path / "lora.safetensors", return_lora_metadata=True
-    )
+    weights, config = WanImageToVideoPipeline.lora_state_dict(tmp_path / "lora.safetensors", return_lora_metadata=True)
     assert len(weights) == 4 * 5 * 2
     assert weights["transformer.blocks.0.attn1.to_q.lora_A.weight"].shape == (4, 48)
     assert weights["transformer.blocks.1.attn1.to_q.lora_A.weight"].shape == (3, 48)
-    assert settings["transformer.target_modules"] == [
+    assert config["transformer.target_modules"] == [
         "net.0.proj",
         "to_q",
         "to_v",
     ]  # a set, in the same order each time
-    assert (settings["transformer.r"], settings["transformer.lora_alpha"]) == (4, 6)
+    assert (config["transformer.r"], config["transformer.lora_alpha"]) == (4, 6)
 
 
 def test_a_failed_save_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -590,7 +589,7 @@ def test_a_failed_save_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.M
         Path(where).write_bytes(b"half")
         raise OSError("disk full")
 
-    monkeypatch.setattr(checkpoints, "save_file", fail)
+    monkeypatch.setattr(lora, "save_file", fail)
     with pytest.raises(OSError, match="disk full"):
         save_lora(trained, path)
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]

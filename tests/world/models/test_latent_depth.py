@@ -340,7 +340,7 @@ def test_bad_inputs_are_refused():
     for arguments, message in (
         ((latents[:2], cameras, view), r"latents must be \(F, 6, h, w\) with the F of cameras, 3, got \(2, 6, 7, 11\)"),
         ((latents[:, :5], cameras, view), r"latents must be .* got \(3, 5, 7, 11\)"),
-        ((latents, cameras, view_of(depth[:, 1:], mask[:, 1:])), r"view must be .* \(3, 7, 11\), got \(3, 6, 11\)"),
+        ((latents, cameras, view_of(depth[:, 1:], mask[:, 1:])), r"readout must be .* \(3, 7, 11\), got \(3, 6, 11\)"),
     ):
         with pytest.raises(ValueError, match=message):
             model.predict(*arguments)

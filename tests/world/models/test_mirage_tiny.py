@@ -13,9 +13,8 @@ pytest.importorskip("diffusers")
 from mirage.evaluation.closed_loop import generate_loop, load_memory, measure
 from mirage.evaluation.loops import EvaluateOptions, make_loop
 from mirage.evaluation.report import OWN, summarise
-from mirage.pipeline.memory import MIRAGE_TINY, MIRAGE_TINY_FOLDER, MIRAGE_TINY_STEPS
-from mirage.training import release as card
-from mirage.zoo import mirage_tiny_pipeline
+from mirage.training.release import CARD, FACTS, RESULTS, STAGES, format_card, load_evaluations
+from mirage.zoo import MIRAGE_TINY, MIRAGE_TINY_FOLDER, MIRAGE_TINY_STEPS, mirage_tiny_pipeline
 
 
 def test_it_is_small_and_whole() -> None:
@@ -30,28 +29,28 @@ def test_it_is_small_and_whole() -> None:
     assert all(projection.weight.abs().max() > 1e-3 for projection in pipe.memory_adapter.proj_out)
 
 
-def test_its_card_is_made_of_its_files() -> None:
-    facts = json.loads((MIRAGE_TINY_FOLDER / card.FACTS).read_text(encoding="utf-8"))
-    assert set(card.STAGES) <= {stage["run"] for stage in facts["stages"]}
-    paths = sorted(MIRAGE_TINY_FOLDER.glob(card.EVALUATION.format(frames="*")))
-    reports = sorted((json.loads(path.read_text(encoding="utf-8")) for path in paths), key=lambda one: one["frames"])
-    assert (MIRAGE_TINY_FOLDER / card.CARD).read_text(encoding="utf-8") == card.format_card(facts, reports)
+def test_its_card_is_made_of_its_results() -> None:
+    results = Path(__file__).parents[3] / RESULTS
+    facts = json.loads((results / FACTS).read_text(encoding="utf-8"))
+    assert set(STAGES) <= {stage["run"] for stage in facts["stages"]}
+    card = (MIRAGE_TINY_FOLDER / CARD).read_text(encoding="utf-8")
+    assert card == format_card(facts, load_evaluations(results))
 
 
 def test_it_finds_the_room_that_it_left(tmp_path: Path) -> None:
     # The loop of `mirage demo`: out and back. Without a memory it makes up another room.
-    options = EvaluateOptions(tmp_path, MIRAGE_TINY, frames=97, steps=MIRAGE_TINY_STEPS)
+    options = EvaluateOptions(out=tmp_path, model=MIRAGE_TINY, frames=97, steps=MIRAGE_TINY_STEPS)
     room, _, cameras = make_loop(10_000, options.frames, options.size, options.texture)
     true = room.render(cameras)
     figures = {}
-    for name in ("none", "ours"):
+    for name in ("none", "aligned"):
         pipeline, weights = load_memory(options, name)
         assert (weights == OWN, pipeline.memory_adapter.config.control) == (
             (False, "rays") if name == "none" else (True, "memory")
         )
         frames, cost = generate_loop(options, pipeline, name, "head", room, true)
         figures[name] = summarise([measure(frames, true, options.chunk_frames)])
-        assert (cost["tokens"] > 100) == (name == "ours")
+        assert (cost["tokens"] > 100) == (name == "aligned")
         assert frames.std() > 0.05
-    assert figures["ours"]["revisit_psnr"] >= figures["none"]["revisit_psnr"] + 4.0
-    assert figures["ours"]["novel_psnr"] > figures["none"]["novel_psnr"]
+    assert figures["aligned"]["revisit_psnr"] >= figures["none"]["revisit_psnr"] + 4.0
+    assert figures["aligned"]["novel_psnr"] > figures["none"]["novel_psnr"]

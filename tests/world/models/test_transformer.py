@@ -29,8 +29,9 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from mirage.models.adapter import MirageMemoryAdapter
+from mirage.models.blocks import FrameIndex, MirageRotaryPosEmbed, MirageTransformerBlock
 from mirage.models.checkpoints import PublishedModels, load_published
-from mirage.models.transformer import FrameIndex, MirageRotaryPosEmbed, MirageTransformer3DModel, MirageTransformerBlock
+from mirage.models.transformer import MirageTransformer3DModel
 
 TINY = {
     "num_attention_heads": 2,

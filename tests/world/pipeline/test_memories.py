@@ -11,20 +11,20 @@ import pytest
 import torch
 from training_runs import config, draw, models_of
 
-from mirage.commands.generate import GenerateOptions, load_pipeline
 from mirage.models.adapter import MirageMemoryAdapter
 from mirage.models.checkpoints import load_published
+from mirage.models.components import fingerprint
 from mirage.models.latent_depth import pluecker_rays
 from mirage.models.vae import encode_frames
 from mirage.pipeline.conditioning import show_rays
-from mirage.pipeline.memory import MEMORIES, memory_options
-from mirage.pipeline.pipeline import fingerprint
+from mirage.pipeline.memory import MEMORIES
 from mirage.pipeline.pixel_memory import between, make_pixel_cache, read_pixels, refine_depth, write_pixels
 from mirage.scenes.synthetic import SyntheticRoom
+from mirage.training.batches import DiffusionBatchMaker
 from mirage.training.loop import train
-from mirage.training.objective import ChunkMaker
-from mirage.zoo import tiny_random_pipeline
-from mirage_kernels import Cameras
+from mirage.training.readouts import ReadoutMaker
+from mirage.zoo import load_pipeline, tiny_random_pipeline
+from mirage_kernels import Cameras, LatentCache
 from mirage_kernels.geometry import pool_depth
 
 SIZE = (64, 96)
@@ -99,12 +99,12 @@ def test_a_session_runs_on_each_memory(name: str, tmp_path: Path) -> None:
     def run(folder: Path, frames: int, **more: Any) -> Any:
         pipe = generation.make_pipeline(control_channels=49)
         asked = generation.options(17) | {"num_frames": frames, "run_dir": folder} | more
-        return pipe(**asked | memory_options(name, pipe))
+        return pipe(**asked | {"memory": name})
 
     output = run(tmp_path / "whole", 17)
     tokens, channels = len(output.cache), output.cache.channels
     assert channels == (4 if name == "pixel" else 48)
-    counts = {"none": [0], "nearest": [120], "ours": range(1, 121), "pixel": [5 * 64 * 96]}
+    counts = {"none": [0], "nearest": [120], "aligned": range(1, 121), "pixel": [5 * 64 * 96]}
     assert tokens in counts[name]
     metrics = (tmp_path / "whole" / "metrics.jsonl").read_text()
     assert ('"coverage": 0.0' in metrics) == (name == "none")
@@ -122,7 +122,7 @@ def test_no_memory_is_steered_by_rays(monkeypatch: pytest.MonkeyPatch) -> None:
     make_context = pipe.make_memory_context
     monkeypatch.setattr(pipe, "make_memory_context", lambda *given: (shown.append(given), make_context(*given))[1])
     asked = generation.options(17) | {"chunk_frames": 9}
-    pipe(**asked | memory_options("none", pipe))
+    pipe(**asked | {"memory": "none"})
     views = asked["cameras"][::4]
     size = generation.LATENT
     frames = [[0, 1, 2], [2, 3, 4, 0, 1]]  # behind the second chunk's targets, the frames before it
@@ -136,7 +136,7 @@ def test_no_memory_is_steered_by_rays(monkeypatch: pytest.MonkeyPatch) -> None:
     models = {"memory_adapter": {"control_channels": 49}}
     config_ = config("adapter", models=models, objective=objective, data={"frames": 21})
     drawn = draw(config_, 0)
-    chunk = ChunkMaker(config_, models_of(config_), torch.device("cpu"))(drawn)
+    chunk = DiffusionBatchMaker(config_, models_of(config_), torch.device("cpu"))(drawn)
     context, preceding = chunk.memory_context, chunk.clean.preceding.shape[2]
     assert context is not None and preceding > 0 and context.shape[2] == 3 + preceding
     found = []
@@ -159,43 +159,28 @@ def test_weights_for_no_memory_come_with_the_model(tmp_path: Path) -> None:
     MirageMemoryAdapter.from_transformer(pipe.transformer, 49, control="rays").save_pretrained(
         tmp_path / "memories" / "none" / "memory_adapter"
     )
-    loaded = {
-        name: load_pipeline(GenerateOptions(out=tmp_path, model=str(tmp_path), memory=name))
-        for name in ("none", "ours")
-    }
+    loaded = {name: load_pipeline(str(tmp_path), memory=name) for name in ("none", "aligned")}
     adapters = {name: one.memory_adapter for name, one in loaded.items()}
-    assert {name: one.config.control for name, one in adapters.items()} == {"none": "rays", "ours": "memory"}
-    assert memory_options("none", loaded["none"]) and memory_options("none", loaded["ours"])
-    with pytest.raises(ValueError, match="memory must be none with an adapter of control rays, .* got 'ours'"):
-        memory_options("ours", loaded["none"])
-    before = fingerprint(adapters["ours"])
-    adapters["ours"].register_to_config(control="rays")
-    assert fingerprint(adapters["ours"]) != before == fingerprint(pipe.memory_adapter)
+    assert {name: one.config.control for name, one in adapters.items()} == {"none": "rays", "aligned": "memory"}
+    with pytest.raises(ValueError, match="memory must be none with an adapter of control rays, .* got 'aligned'"):
+        loaded["none"](**generation.options(9), memory="aligned")
+    before = fingerprint(adapters["aligned"])
+    adapters["aligned"].register_to_config(control="rays")
+    assert fingerprint(adapters["aligned"]) != before == fingerprint(pipe.memory_adapter)
     with pytest.raises(ValueError, match="adapter must be of control \"memory\" with vace, got 'rays'"):
-        load_published(adapter=adapters["ours"], vace={"vace.before_proj.weight": torch.zeros(1)})
+        load_published(adapter=adapters["aligned"], vace={"vace.before_proj.weight": torch.zeros(1)})
 
 
 def test_what_pixels_refuse() -> None:
     pipe = generation.make_pipeline()
     views = generation.options(9)
     for changes, message in (
-        ({"points": "dots"}, 'points must be "latents" or "pixels", got \'dots\''),
-        ({"points": "pixels", "decode": "end"}, 'decode must be "chunk" with points="pixels"'),
-        ({"points": "pixels", "cache": memory_options("nearest", pipe)["cache"]}, "must have 4 channels like a cloud"),
+        ({"memory": "pixel", "decode": "end"}, 'decode must be "chunk" with a memory of pixels'),
+        ({"memory": "pixel", "cache": LatentCache(48)}, "must have 4 channels like a cloud"),
         ({"cache": make_pixel_cache()}, "must have 48 channels like the VAE, got 4"),
     ):
         with pytest.raises(ValueError, match=message):
             pipe(**views | changes)
-    kept = memory_options("ours", pipe, "append")
-    assert (
-        kept["cache"].write_policy == "append"
-        and kept["splat"] == "aligned"
-        and "cache" not in memory_options("ours", pipe)
-    )
-    with pytest.raises(ValueError, match="write_policy must be one of append, bounded, got 'all'"):
-        memory_options("ours", pipe, "all")
-    with pytest.raises(ValueError, match="memory must be one of none, nearest, ours, pixel, got 'all'"):
-        memory_options("all", pipe)
 
 
 def test_training_reads_the_memory_it_is_asked_for() -> None:
@@ -207,18 +192,18 @@ def test_training_reads_the_memory_it_is_asked_for() -> None:
             models={"memory_adapter": {"control_channels": 49}},
             objective={"memory": name, "drop_memory": 0.0, "drop_references": 0.0},
         )
-        maker = ChunkMaker(asked, models_of(asked), torch.device("cpu"))
+        maker = DiffusionBatchMaker(asked, models_of(asked), torch.device("cpu"))
         chunks = [maker(clips) for clips in drawn]
         contexts[name] = torch.cat([chunk.memory_context for chunk in chunks], 2)  # type: ignore[misc]
         if name == "none":
             assert not contexts[name][:, 6:].any() and not any(chunk.clean.references.shape[2] for chunk in chunks)
     seen = {name: context[:, -1] > 0 for name, context in contexts.items()}
-    assert all(seen[name].float().mean() > 0.3 for name in ("nearest", "ours", "pixel"))
-    assert (seen["pixel"] == seen["ours"]).float().mean() > 0.8
-    assert not torch.equal(contexts["nearest"], contexts["ours"])
+    assert all(seen[name].float().mean() > 0.3 for name in ("nearest", "aligned", "pixel"))
+    assert (seen["pixel"] == seen["aligned"]).float().mean() > 0.8
+    assert not torch.equal(contexts["nearest"], contexts["aligned"])
 
 
-@pytest.mark.parametrize("memory", ["ours", "pixel"])
+@pytest.mark.parametrize("memory", ["aligned", "pixel"])
 def test_pixels_are_encoded_in_the_precision_of_the_run(memory: str) -> None:
     contexts = []
     for precision in ("no", "bf16"):
@@ -228,23 +213,23 @@ def test_pixels_are_encoded_in_the_precision_of_the_run(memory: str) -> None:
             models={"memory_adapter": {"control_channels": 49}},
             objective={"memory": memory, "drop_memory": 0.0},
         )
-        context = ChunkMaker(asked, models_of(asked), torch.device("cpu"))(draw(asked, 0)).memory_context
+        context = DiffusionBatchMaker(asked, models_of(asked), torch.device("cpu"))(draw(asked, 0)).memory_context
         assert context is not None and context.dtype == torch.float32 and context.abs().sum() > 0
         contexts.append(context)
-    assert torch.equal(*contexts) == (memory == "ours")
+    assert torch.equal(*contexts) == (memory == "aligned")
     assert (contexts[0] - contexts[1]).norm() < 0.05 * contexts[0].norm()
 
 
-@pytest.mark.parametrize("memory", ["ours", "pixel"])
+@pytest.mark.parametrize("memory", ["aligned", "pixel"])
 def test_read_outs_that_are_kept(memory: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A few of each clip are made, once; a step's is a function of its number all the same, in any process."""
     objective = {"memory": memory, "readouts": 2, "drop_memory": 0.0, "preceding_frames": 1}
     models = {"memory_adapter": {"control_channels": 49}}
     asked = config("adapter", models=models, objective=objective, data={"frames": 17})
     made: list[Any] = []
-    remember = ChunkMaker._remember
-    monkeypatch.setattr(ChunkMaker, "_remember", lambda *given: (made.append(1), remember(*given))[1])
-    maker = ChunkMaker(asked, models_of(asked), torch.device("cpu"))
+    make = ReadoutMaker.make
+    monkeypatch.setattr(ReadoutMaker, "make", lambda *given: (made.append(1), make(*given))[1])
+    maker = DiffusionBatchMaker(asked, models_of(asked), torch.device("cpu"))
     drawn = [draw(asked, number)[0] for number in range(40)]
     chunks = [maker([one]) for one in drawn]
     assert len({one.clip.name for one in drawn}) == 4 and 8 < len(made) <= 12  # at the first frame, and two others
@@ -256,21 +241,21 @@ def test_read_outs_that_are_kept(memory: str, monkeypatch: pytest.MonkeyPatch) -
     assert {len(found) for found in contexts.values()} <= {2, 3}
     assert len({chunk.clean.references.shape[2] for chunk in chunks}) > 2
     assert {chunk.clean.preceding.shape[2] for chunk in chunks} == {0, 1}
-    fresh = ChunkMaker(asked, models_of(asked), torch.device("cpu"))
+    fresh = DiffusionBatchMaker(asked, models_of(asked), torch.device("cpu"))
     for number in (31, 2):
         again = fresh([drawn[number]])
         for name in ("noisy", "memory_context", "levels"):
             assert torch.equal(getattr(again, name), getattr(chunks[number], name))
         assert torch.equal(again.clean.references, chunks[number].clean.references)
     dropped = config("adapter", models=models, objective=objective | {"drop_memory": 1.0}, data={"frames": 17})
-    context = ChunkMaker(dropped, models_of(dropped), torch.device("cpu"))([drawn[0]]).memory_context
+    context = DiffusionBatchMaker(dropped, models_of(dropped), torch.device("cpu"))([drawn[0]]).memory_context
     assert context is not None and not context.any()
 
 
 def test_a_run_from_before_there_were_other_memories_goes_on(tmp_path: Path) -> None:
     train(config("adapter", tmp_path, steps=1), progress=False)
     record = json.loads((tmp_path / "config.json").read_text())
-    assert record["objective"].pop("memory") == "ours"
+    assert record["objective"].pop("memory") == "aligned"
     del record["objective"]["first_chunks"], record["objective"]["readouts"], record["optimizer"]
     del record["vae"]["shifted"], record["vae"]["steady"]
     for name in ("pace", "texture"):

@@ -27,8 +27,10 @@ from mirage.models.latent_depth import LatentDepth
 from mirage.models.vae import encode_frames
 from mirage.optional import MissingExtraError
 from mirage.perception.depth import GivenDepth
-from mirage.pipeline.pipeline import MiragePipeline, published_sigmas
-from mirage.pipeline.session import MirageChunk
+from mirage.pipeline.denoise import published_sigmas
+from mirage.pipeline.memory import MemoryConfig
+from mirage.pipeline.pipeline import MiragePipeline
+from mirage.pipeline.state import MirageChunk
 from mirage.zoo import tiny_random_pipeline
 from mirage_kernels import Cameras, LatentCache
 from mirage_kernels.cache import CacheMark
@@ -166,8 +168,9 @@ def test_the_memory_is_read_as_asked(pipe: MiragePipeline, policy: str) -> None:
             kept.append(chunk)
             marks.append(cache.checkpoint())
 
-        pipe(**options(13, splat=splat, cache=cache, callback_on_chunk_end=keep))
-        shown[splat] = kept[1].view.latents
+        memory = MemoryConfig(readout=splat, write_policy=policy)
+        pipe(**options(13, memory=memory, cache=cache, callback_on_chunk_end=keep))
+        shown[splat] = kept[1].readout.latents
         cache.rollback(marks[0])  # the first chunk, as the second one saw it
         again = cache.read(kept[1].cameras, LATENT, splat=splat)
         assert torch.equal(again.latents, shown[splat])
@@ -240,9 +243,9 @@ def test_wan_pipelines_with_two_transformers_are_refused(bare: MiragePipeline, t
 def test_output_types(pipe: MiragePipeline) -> None:
     (frames,) = pipe(**options(5, output_type="np", return_dict=False))
     assert frames.shape == (1, 5, *SIZE, 3) and 0 <= frames.min() and frames.max() <= 1
-    pictures = pipe(**options(5, output_type="pil")).frames
-    assert [picture.size for picture in pictures[0]] == [SIZE[::-1]] * 5
-    assert np.array_equal(np.asarray(pictures[0][3]), (frames[0, 3] * 255).round().astype(np.uint8))
+    images = pipe(**options(5, output_type="pil")).frames
+    assert [image.size for image in images[0]] == [SIZE[::-1]] * 5
+    assert np.array_equal(np.asarray(images[0][3]), (frames[0, 3] * 255).round().astype(np.uint8))
     kept: list[MirageChunk] = []
     nothing = pipe(**options(13, output_type=None, callback_on_chunk_end=lambda _, chunk: kept.append(chunk)))
     assert nothing.frames is None and [(chunk.start, chunk.stop) for chunk in kept] == [(0, 9), (9, 13)]
@@ -251,13 +254,13 @@ def test_output_types(pipe: MiragePipeline) -> None:
 
 def test_image_may_be_anything_diffusers_takes(pipe: MiragePipeline) -> None:
     pixels = (options(5)["image"][0] * 255).round()
-    picture = PIL.Image.fromarray(pixels.byte().permute(1, 2, 0).numpy())
-    with_alpha = picture.convert("RGBA")
+    image = PIL.Image.fromarray(pixels.byte().permute(1, 2, 0).numpy())
+    with_alpha = image.convert("RGBA")
     results = [
-        latents(pipe, 5, image=image)
-        for image in (
-            picture,
-            [picture],
+        latents(pipe, 5, image=given)
+        for given in (
+            image,
+            [image],
             with_alpha,
             (pixels[None] / 255).bfloat16().float(),
             pixels[None] / 255,
@@ -443,8 +446,13 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"output_type": "gif"}, "output_type must be"),
     ({"output_type": None}, "output_type None needs a run_dir or a callback_on_chunk_end"),
     ({"generator": [torch.Generator()]}, "generator must be one torch.Generator"),
-    ({"sigmas": "cosine"}, "sigmas must be numbers"),
-    ({"splat": "bilinear"}, "splat must be one of aligned, nearest, got 'bilinear'"),
+    ({"sigmas": "published"}, "sigmas must be numbers, a function such as published_sigmas or None, got 'published'"),
+    ({"memory": "ours"}, "memory must be one of none, nearest, aligned, pixel, got 'ours', which is now \"aligned\""),
+    ({"memory": 3}, "memory must be a MemoryConfig or the name of one, got int"),
+    (
+        {"memory": "nearest", "cache": LatentCache(48, write_policy="bounded")},
+        'cache must have write_policy "append" like memory, got "bounded"',
+    ),
     ({"num_inference_steps": 0}, "num_inference_steps must be an int >= 1, got 0"),
     ({"max_reference_frames": -1}, "max_reference_frames must be an int >= 0"),
     ({"reference_voxel_size": 0.0}, "reference_voxel_size must be finite"),
@@ -491,7 +499,7 @@ def test_models_that_do_not_belong_together_are_refused() -> None:
     assert build(memory_adapter=other.memory_adapter).memory_adapter.conditioning == "mask"
     with pytest.raises(ValueError, match="memory_adapter must be 48 wide like the transformer, got 96"):
         build(memory_adapter=adapter(num_attention_heads=4))
-    with pytest.raises(ValueError, match="memory_adapter must take 48 read-out channels like the VAE, got 16"):
+    with pytest.raises(ValueError, match="memory_adapter must take 48 readout channels like the VAE, got 16"):
         build(memory_adapter=adapter(control_channels=32))
     with pytest.raises(ValueError, match="memory_adapter must name blocks 0 to 3 of the transformer, got 4"):
         build(memory_adapter=adapter(memory_layers=(0, 4)))

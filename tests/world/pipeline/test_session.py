@@ -17,10 +17,15 @@ import torch
 from generation import LATENT, SIZE, Marked, options
 from torch import Tensor
 
+import mirage.pipeline.run_record
 import mirage.pipeline.session
+import mirage.pipeline.steps
 from mirage.media import load_video
+from mirage.models.vae import encode_static_frame
 from mirage.perception.depth import GivenDepth
 from mirage.pipeline import run_store
+from mirage.pipeline.denoise import ChunkDenoiser
+from mirage.pipeline.memory import MemoryConfig
 from mirage.pipeline.pipeline import MiragePipeline
 from mirage.pipeline.session import MirageSession
 from mirage_kernels import Cameras, LatentCache
@@ -41,7 +46,7 @@ def start(pipe: MiragePipeline, num_frames: int, **changes: Any) -> MirageSessio
     asked = options(num_frames, **changes)
     for name in ("cameras", "chunk_frames", "output_type"):
         asked.pop(name)
-    return pipe.start(**asked)
+    return pipe.start_session(**asked)
 
 
 def same_tokens(left: LatentCache, right: LatentCache) -> bool:
@@ -73,7 +78,7 @@ def test_what_was_written_is_read_when_the_camera_returns(pipe: MiragePipeline, 
     assert torch.equal(views[24].cam2world, views[0].cam2world)
     session = start(pipe, 25, cache=LatentCache(48, write_policy=policy))
     cache = session.cache
-    session.seed(views[0])
+    session.write_first_frame(views[0])
     alone = cache.read(views[24], size=LATENT)
     written = [session.step(views[first:last]).metrics["written"] for first, last in ((0, 9), (9, 17))]
     before = cache.read(views[24], size=LATENT)
@@ -83,14 +88,14 @@ def test_what_was_written_is_read_when_the_camera_returns(pipe: MiragePipeline, 
     latents = session.latents()[0].movedim(1, 0)
     rows = latents.permute(0, 2, 3, 1).flatten(1, 2)  # (frames, cells, C)
 
-    # With the image's tokens alone, the camera that returns sees exactly what the memory keeps of an image: the latent
-    # of a video that stands still, not that of a single picture.
-    still = pipe.encode_still(session._image)[0, :, 0]
-    assert torch.equal(alone.latents[0], still) and not torch.allclose(still, latents[0], atol=0.1)
-    rows[0] = still.flatten(1).T
-    # So long as nothing newer was seen from there, most of what it sees is of them; the last step went on from that.
+    # With the image's tokens alone, the camera that returns sees exactly what the memory keeps of an image: the
+    # static-frame latent, not that of a single image.
+    static_frame = encode_static_frame(pipe.vae, session._image)[0, :, 0]
+    assert torch.equal(alone.latents[0], static_frame) and not torch.allclose(static_frame, latents[0], atol=0.1)
+    rows[0] = static_frame.flatten(1).T
+    # So long as nothing newer was seen from there, most of what it sees is of them; the last step continued from that.
     assert before.mask.all() and returning.float().mean() > 0.5
-    assert torch.equal(last.view.latents[-1], before.latents[0])
+    assert torch.equal(last.readout.latents[-1], before.latents[0])
 
     # Every token holds the latent of a cell of its frame, and no cell has two.
     assert cache.num_frames == 7 and sum(map(accepted, written)) == 6 * cells
@@ -156,7 +161,7 @@ def test_memory_is_flat_but_for_the_cache(tmp_path: Path, policy: str) -> None:
 import gc, sys, torch
 sys.path.insert(0, {tests!r})
 import generation
-from mirage.static_filter import AllStatic
+from mirage.perception.static_filter import AllStatic
 from mirage_kernels import LatentCache
 
 torch.set_num_threads(1)
@@ -231,7 +236,7 @@ def test_references_are_the_views_that_overlap_most(pipe: MiragePipeline) -> Non
     assert none.step(views[9:17]).metrics["references"] == []
 
 
-def test_a_cache_with_a_scene_in_it_is_gone_on_with(pipe: MiragePipeline) -> None:
+def test_a_cache_with_a_scene_in_it_is_continued(pipe: MiragePipeline) -> None:
     first = pipe(**options(9)).cache
     before = first.features.clone()
     second = pipe(**options(9, cache=first)).cache
@@ -253,7 +258,7 @@ def test_bad_steps_change_nothing(pipe: MiragePipeline) -> None:
     with pytest.raises(TypeError, match="cameras must be mirage_kernels.Cameras"):
         session.step(views[9:17].cam2world)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="the image is in the memory already"):
-        session.seed(views[0])
+        session.write_first_frame(views[0])
     with pytest.raises(ValueError, match="cameras must be those of the run so far"):
         next(session.run(views[[1, *range(1, 25)]], 9))
     with pytest.raises(ValueError, match="must continue the run's chunks, 0-8, got 0-4"):
@@ -263,8 +268,8 @@ def test_bad_steps_change_nothing(pipe: MiragePipeline) -> None:
     session.step(views[9:17])
     assert torch.equal(session.latents(), pipe(**options(17)).frames)
     other = start(pipe, 25)
-    other.seed(views[0])
-    with pytest.raises(ValueError, match=r"cameras\[0\] must be the camera that seed\(\) was given"):
+    other.write_first_frame(views[0])
+    with pytest.raises(ValueError, match=r"cameras\[0\] must be the camera that write_first_frame\(\) was given"):
         other.step(views[1:10])
 
 
@@ -335,7 +340,7 @@ def test_the_memory_is_copied_when_it_is_written_and_no_sooner(
     pipe: MiragePipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A mark of a bounded memory is a copy of it, which must not lie about while a chunk is denoised."""
-    events, checkpoint, denoise = [], LatentCache.checkpoint, MiragePipeline.denoise
+    events, checkpoint, denoise = [], LatentCache.checkpoint, ChunkDenoiser.__call__
     views, session = generation.cameras(17), start(pipe, 17)
 
     def marked(cache: LatentCache) -> Any:
@@ -347,7 +352,7 @@ def test_the_memory_is_copied_when_it_is_written_and_no_sooner(
         return denoise(*args, **kwargs)
 
     monkeypatch.setattr(LatentCache, "checkpoint", marked)
-    monkeypatch.setattr(MiragePipeline, "denoise", denoised)
+    monkeypatch.setattr(ChunkDenoiser, "__call__", denoised)
     session.step(views[:9])
     held = len(session.cache)
     session.step(views[9:])
@@ -398,7 +403,7 @@ def test_run_holds_video_metrics_and_cache(pipe: MiragePipeline, tmp_path: Path)
     assert [line["frames"] for line in lines] == [[0, 9], [9, 17], [17, 21]]
     assert set(lines[0]["seconds"]) == {"read", "denoise", "decode", "depth", "filter", "write", "save"}
     assert same_tokens(LatentCache.load(tmp_path / "cache.safetensors"), output.cache)
-    # Only the newest chunk holds what the next would go on from.
+    # Only the newest chunk holds what the next would continue from.
     kept = {path.parent.name for path in (tmp_path / "chunks").glob("*/cache.safetensors")}
     assert kept == {"0002"} == {path.parent.name for path in (tmp_path / "chunks").glob("*/decoder.safetensors")}
 
@@ -516,6 +521,43 @@ def test_a_run_is_resumed_only_as_what_it_was(pipe: MiragePipeline, tmp_path: Pa
     assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
 
 
+@pytest.mark.parametrize("name", ["none", "nearest", "aligned", "pixel"])
+def test_a_run_from_before_memory_configs_is_resumed(pipe: MiragePipeline, tmp_path: Path, name: str) -> None:
+    """What was `splat`, `points` and a filter that keeps nothing is read as the config that it was."""
+    made = pipe(**options(5, memory=name, run_dir=tmp_path))
+    path = tmp_path / "run.json"
+    content = json.loads(path.read_text())
+    settings = content["settings"]
+    memory = settings.pop("memory")
+    del settings["attention_kwargs"], settings["latents"]
+    settings |= {"splat": memory["readout"], "points": "pixels" if name == "pixel" else "latents"}
+    if name == "none":
+        settings["static_filter"] = "KeepNothing"
+    path.write_text(json.dumps(content))
+    assert torch.equal(pipe(**options(5, memory=name, run_dir=tmp_path, resume=True)).frames, made.frames)
+    other = {"none": "aligned", "nearest": "aligned", "aligned": "nearest", "pixel": "none"}[name]
+    with pytest.raises(ValueError, match="a run can be resumed only with what it was started with: memory was"):
+        pipe(**options(5, memory=other, run_dir=tmp_path, resume=True))
+    if name == "aligned":  # such a run did not record how its memory is written, but its cache does
+        append = MemoryConfig(write_policy="append")
+        with pytest.raises(ValueError, match='memory must have write_policy "bounded" like the run, got "append"'):
+            pipe(**options(5, memory=append, run_dir=tmp_path, resume=True))
+
+
+def test_weights_are_fingerprinted_for_runs_on_disk_alone(
+    pipe: MiragePipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Any] = []
+    fingerprint = mirage.pipeline.run_record.fingerprint
+    monkeypatch.setattr(
+        mirage.pipeline.run_record, "fingerprint", lambda part: (seen.append(part), fingerprint(part))[1]
+    )
+    start(pipe, 5).close()
+    assert not seen
+    start(pipe, 5, run_dir=tmp_path).close()
+    assert len(seen) == len(pipe.components)
+
+
 @pytest.mark.parametrize("where", ["rename", "bookkeeping"])
 @pytest.mark.parametrize("chunk", [0, 1])
 def test_an_interrupt_after_the_rename_leaves_the_chunk_counted(
@@ -558,7 +600,7 @@ def test_a_folder_is_held_by_one_session(pipe: MiragePipeline, tmp_path: Path) -
     assert start(pipe, 9, run_dir=tmp_path, resume=True).num_chunks == 1
 
 
-def test_a_start_that_came_to_nothing_is_in_nobodys_way(pipe: MiragePipeline, tmp_path: Path) -> None:
+def test_a_session_that_made_no_chunk_blocks_nobody(pipe: MiragePipeline, tmp_path: Path) -> None:
     session = start(pipe, 9, run_dir=tmp_path, static_filter=Wrong())
     with pytest.raises(ValueError, match=r"mask from Wrong must be \(1, 64, 96\) bool like depth"):
         session.step(generation.cameras(9))
@@ -615,14 +657,15 @@ def test_nothing_is_decoded_before_the_end(
 ) -> None:
     """With the depth head, generation runs on latents alone, and ends in the same kind of run."""
     decodes = 0
-    original = MirageSession._decode
+    original = mirage.pipeline.steps.decode_frames
 
-    def count(self: MirageSession, *args: Any) -> Tensor:
+    def count(*args: Any) -> Tensor:
         nonlocal decodes
         decodes += 1
-        return original(self, *args)
+        return original(*args)
 
-    monkeypatch.setattr(MirageSession, "_decode", count)
+    monkeypatch.setattr(mirage.pipeline.steps, "decode_frames", count)
+    monkeypatch.setattr(mirage.pipeline.session, "decode_frames", count)
     seen: list[int] = []
     output = pipe(
         **options(

@@ -1,4 +1,4 @@
-"""Training: every stage takes its steps, goes on after a kill as if nothing had been, and trains what is generated."""
+"""Training: every stage takes its steps, resumes exactly after a kill, and trains what generation runs."""
 
 from __future__ import annotations
 
@@ -28,15 +28,19 @@ from training_runs import TOKENS, config, draw, models_of, values
 import mirage.training.loop as loop
 from mirage import LatentDepth, MirageMemoryAdapter, MirageTransformer3DModel
 from mirage.commands.cli import main
-from mirage.models.checkpoints import load_lora
-from mirage.models.vae import encode_still
+from mirage.models.components import check_models
+from mirage.models.lora import load_lora
+from mirage.models.vae import encode_static_frame
 from mirage.pipeline.conditioning import CleanFrames
-from mirage.pipeline.pipeline import check_models
-from mirage.pipeline.session import Prompt, Settings
+from mirage.pipeline.denoise import ChunkDenoiser
+from mirage.pipeline.memory import MemoryConfig
+from mirage.pipeline.state import Prompt, SessionConfig
+from mirage.training.batches import DiffusionBatchMaker
 from mirage.training.loop import METRICS, train
 from mirage.training.models import trained
-from mirage.training.objective import ChunkMaker, DiffusionObjective
-from mirage.zoo import assemble_mirage_tiny, mirage_tiny_pipeline, tiny_random_pipeline
+from mirage.training.objective import DiffusionObjective
+from mirage.training.release import assemble_mirage_tiny
+from mirage.zoo import mirage_tiny_pipeline, tiny_random_pipeline
 
 
 @pytest.fixture(autouse=True)
@@ -100,12 +104,12 @@ def test_three_steps_of_every_stage_chained(tmp_path: Path) -> None:
         ("lora-nearest", "lora"),
     ):
         (tmp_path / name).symlink_to(tmp_path / run)
-    assert 0 < assemble_mirage_tiny(tmp_path, tmp_path / "model") < 40e6
+    assert 0 < assemble_mirage_tiny(tmp_path, tmp_path / "model", tmp_path / "results") < 40e6
     written = {str(path.relative_to(tmp_path / "model" / "memories")) for path in tmp_path.glob("model/memories/*/*")}
     assert written == {f"none/{name}" for name in expected["lora"]}  # of nearest there is the card's line
     card = (tmp_path / "model" / "README.md").read_text()
     assert "| lora-none | as lora, the cameras' rays instead of a memory | 3 | 1 | adamw, 0.001 | 0 |" in card
-    assert "| lora-nearest | lora goes on, memory: nearest | 3 |" in card and "Not measured yet" in card
+    assert "| lora-nearest | lora continued, memory: nearest | 3 |" in card and "Not measured yet" in card
     pipe = mirage_tiny_pipeline(folder=tmp_path / "model")
     assert pipe.text_length == 96 and pipe.dtype == torch.float32
     assert torch.allclose(pipe.memory_adapter.proj_out[0].weight, adapter.proj_out[0].weight, rtol=0.01, atol=1e-4)
@@ -124,7 +128,7 @@ def test_a_stage_trains_its_part_alone(stage: str) -> None:
     assert names and all(name.startswith((belongs, "latent_depth.")) for name in names)
     if stage == "lora":
         assert all(".lora_" in name for name in names if name.startswith("transformer."))
-    objective(ChunkMaker(asked, models, torch.device("cpu"))(draw(asked, 0, 1)))["loss"].backward()
+    objective(DiffusionBatchMaker(asked, models, torch.device("cpu"))(draw(asked, 0, 1)))["loss"].backward()
     assert all(parameter.grad is not None for name, parameter in names.items() if "lora_A" not in name)
     for model in (models.vae, models.transformer, models.memory_adapter):
         for parameter in () if model is None else model.parameters():
@@ -150,7 +154,7 @@ def test_mirage_tiny_is_trained_first(tmp_path: Path) -> None:
 # The same curve after a stop.
 
 
-def test_a_run_that_stops_anywhere_goes_on_exactly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_that_stops_anywhere_resumes_exactly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     changes: dict[str, Any] = {
         "steps": 7,
         "save_every": 2,
@@ -185,7 +189,7 @@ def test_a_run_that_stops_anywhere_goes_on_exactly(tmp_path: Path, monkeypatch: 
             patch.setattr(owner, name, counted({"save_state": "save"}.get(name, name), call, stop))
             with pytest.raises(KeyboardInterrupt):
                 train(config("lora", out, **changes), progress=False)
-        torch.manual_seed(12345)  # what else the process has drawn is no matter
+        torch.manual_seed(12345)  # the process's other draws do not matter
     assert 0 < len(lines(out)) < 7
     train(config("lora", out, **changes), progress=False)
     curves = [[line["loss"] for line in lines(folder)] for folder in (tmp_path / "whole", out)]
@@ -196,7 +200,7 @@ def test_a_run_that_stops_anywhere_goes_on_exactly(tmp_path: Path, monkeypatch: 
     assert [path.name for path in (out / "checkpoints").iterdir()] == ["00000007"]
 
 
-def test_a_killed_process_goes_on_exactly(tmp_path: Path) -> None:
+def test_a_killed_process_resumes_exactly(tmp_path: Path) -> None:
     files = {}
     for name in ("whole", "killed"):
         changes = {"steps": 8, "save_every": 2, "data": {"frames": 9, "sources": [{"kind": "synthetic", "rooms": 2}]}}
@@ -241,21 +245,24 @@ def test_two_processes_train_one_model(tmp_path: Path) -> None:
     # The first step's loss is the mean of what each process makes of its own clip.
     asked = config("adapter", tmp_path / "out", save_every=3)
     models = models_of(asked)
-    objective, maker = DiffusionObjective(asked, models), ChunkMaker(asked, models, torch.device("cpu"))
+    objective, maker = DiffusionObjective(asked, models), DiffusionBatchMaker(asked, models, torch.device("cpu"))
     with torch.no_grad():
         alone = [float(objective(maker(draw(asked, number)))["loss"]) for number in (0, 1)]
     assert lines(tmp_path / "out")[0]["loss"] == pytest.approx(sum(alone) / 2, rel=1e-5)
 
 
-def test_what_a_run_goes_on_with(tmp_path: Path) -> None:
+def test_what_a_run_may_be_resumed_with(tmp_path: Path) -> None:
     train(config("adapter", tmp_path, steps=2), progress=False)
     with pytest.raises(FileExistsError, match="holds a run already"):
         train(config("adapter", tmp_path, resume=False), progress=False)
     with pytest.raises(
-        ValueError, match=r"can go on only with what it was started with: learning_rate was 0.001, got 0.5"
+        ValueError, match=r"can be resumed only with what it was started with: learning_rate was 0.001, got 0.5"
     ):
         train(config("adapter", tmp_path, learning_rate=0.5), progress=False)
     assert len(lines(tmp_path)) == 2
+    record = (tmp_path / "config.json").read_text()
+    assert '"memory": "aligned"' in record
+    (tmp_path / "config.json").write_text(record.replace('"memory": "aligned"', '"memory": "ours"'))  # its old name
     assert train(config("adapter", tmp_path, steps=3), progress=False)["steps"] == 3
     assert len(lines(tmp_path)) == 3
     done = train(config("adapter", tmp_path, steps=3), progress=False)  # there is nothing left to do
@@ -281,7 +288,7 @@ def test_an_adapter_to_train_leaves_the_backbone_as_it_is(channels: int) -> None
     models = models_of(asked)
     objective = DiffusionObjective(asked, models).train()
     for numbers in ((0,), (1, 2)):
-        chunk = ChunkMaker(asked, models, torch.device("cpu"))(draw(asked, *numbers))
+        chunk = DiffusionBatchMaker(asked, models, torch.device("cpu"))(draw(asked, *numbers))
         assert chunk.memory_context is not None and chunk.memory_context.shape[1] == channels
         assert torch.equal(objective.predict(chunk), objective.predict(chunk, with_memory=False))
         assert models.memory_adapter is not None
@@ -296,7 +303,7 @@ def test_the_transformer_gets_in_training_what_it_gets_in_generation(monkeypatch
         objective={"drop_references": 0.0, "drop_preceding": 0.0, "drop_memory": 0.0, "independent_noise": 0.0},
     )
     models = models_of(asked)
-    maker = ChunkMaker(asked, models, torch.device("cpu"))
+    maker = DiffusionBatchMaker(asked, models, torch.device("cpu"))
     number = next(
         n for n in range(20) if (c := maker(draw(asked, n)).clean).references.shape[2] and c.preceding.shape[2]
     )
@@ -321,25 +328,28 @@ def test_the_transformer_gets_in_training_what_it_gets_in_generation(monkeypatch
     def rows(video: Tensor) -> Tensor:
         return video[0].movedim(1, 0)
 
-    pipe.denoise(
+    settings = SessionConfig(
+        64, 96, 1, (0.999,), 1.0, 1.0, MemoryConfig(mode="adapter"), 4, 0.04, 0.1, 2, "chunk", 24.0
+    )
+    denoise = ChunkDenoiser(pipe, Prompt(chunk.prompt_embeds, None), settings, torch.Generator().manual_seed(0))
+    denoise(
         first_latent=rows(chunk.clean.first),
         num_latents=frames,
-        prompt=Prompt(chunk.prompt_embeds, None),
         references=rows(chunk.clean.references),
         preceding=rows(chunk.clean.preceding),
         readout=rows(context[:, :48]),
         visible=rows(context[:, 48:]).any(1),
-        settings=Settings(64, 96, 1, (0.999,), 1.0, 1.0, "aligned", 4, 0.04, 0.1, 2, "chunk", 24.0),
-        generator=torch.Generator().manual_seed(0),
     )
-    ours, theirs = given
-    assert ours["num_reference_frames"] == theirs["num_reference_frames"] == chunk.clean.references.shape[2]
-    assert torch.equal(ours["memory_context"], theirs["memory_context"])
-    clean = theirs["timestep"][0] == 0
-    assert torch.equal(ours["timestep"][0] == 0, clean) and clean.sum() == clean.numel() - (frames - 1)
-    assert torch.equal(ours["hidden_states"][:, :, clean], theirs["hidden_states"][:, :, clean])
-    assert ours["hidden_states"].shape == theirs["hidden_states"].shape
-    assert len(set(ours["timestep"][0][~clean].tolist())) == 1  # one level for all, as in generation
+    in_training, in_generation = given
+    assert (
+        in_training["num_reference_frames"] == in_generation["num_reference_frames"] == chunk.clean.references.shape[2]
+    )
+    assert torch.equal(in_training["memory_context"], in_generation["memory_context"])
+    clean = in_generation["timestep"][0] == 0
+    assert torch.equal(in_training["timestep"][0] == 0, clean) and clean.sum() == clean.numel() - (frames - 1)
+    assert torch.equal(in_training["hidden_states"][:, :, clean], in_generation["hidden_states"][:, :, clean])
+    assert in_training["hidden_states"].shape == in_generation["hidden_states"].shape
+    assert len(set(in_training["timestep"][0][~clean].tolist())) == 1  # one level for all, as in generation
 
 
 def test_clean_frames_are_laid_out_as_the_transformer_wants() -> None:
@@ -355,7 +365,7 @@ def test_clean_frames_are_laid_out_as_the_transformer_wants() -> None:
 
 
 def quiet(**changes: Any) -> dict[str, Any]:
-    """An objective without chance in the memory."""
+    """Return an objective that draws nothing in the memory."""
     return {
         "drop_references": 0.0,
         "drop_preceding": 0.0,
@@ -369,7 +379,7 @@ def quiet(**changes: Any) -> dict[str, Any]:
 
 def make(numbers: tuple[int, ...] = (0, 1), **changes: Any) -> Any:
     asked = config("adapter", data={"frames": 33}, objective=changes)
-    return ChunkMaker(asked, models_of(asked), torch.device("cpu"))(draw(asked, *numbers))
+    return DiffusionBatchMaker(asked, models_of(asked), torch.device("cpu"))(draw(asked, *numbers))
 
 
 def test_a_chunk_is_a_function_of_its_number() -> None:
@@ -381,8 +391,8 @@ def test_a_chunk_is_a_function_of_its_number() -> None:
 
 def test_noise_is_between_latents_and_noise() -> None:
     chunk = make((3, 4), independent_noise=1.0)
-    share = chunk.levels[:, None, :, None, None]
-    latents, noise = chunk.noisy - share * chunk.flow, chunk.noisy + (1 - share) * chunk.flow
+    weight = chunk.levels[:, None, :, None, None]
+    latents, noise = chunk.noisy - weight * chunk.flow, chunk.noisy + (1 - weight) * chunk.flow
     assert torch.allclose(latents[:, :, :1], chunk.clean.first, atol=1e-5)
     assert abs(noise.mean()) < 0.05 and abs(noise.std() - 1) < 0.05
     assert all(len(set(row.tolist())) == row.numel() for row in chunk.levels)
@@ -391,7 +401,7 @@ def test_noise_is_between_latents_and_noise() -> None:
 
 
 def test_the_memory_shows_what_was_written() -> None:
-    seen = 0
+    with_references = 0
     for number in range(4):
         chunk = make((number,), **quiet())
         context = chunk.memory_context
@@ -402,8 +412,8 @@ def test_the_memory_shows_what_was_written() -> None:
         error = (context[:, :48, 0] - target[:, :, 0]).square().sum(1)[at_first].mean()
         assert error < 0.5 * target[:, :, 0].square().sum(1)[at_first].mean()
         assert (context[:, :48].abs().sum(1) == 0).any() or visible.all()
-        seen += int(chunk.clean.references.shape[2] > 0)
-    assert seen
+        with_references += int(chunk.clean.references.shape[2] > 0)
+    assert with_references
 
 
 def test_how_often_a_chunk_is_the_first() -> None:
@@ -423,20 +433,22 @@ def test_what_is_dropped_is_not_there() -> None:
         assert chunk.clean.references.shape[2] == chunk.clean.preceding.shape[2] == 0
     asked = config("adapter", objective={"drop_prompt": 1.0})
     models = models_of(asked)
-    dropped = ChunkMaker(asked, models, torch.device("cpu"))(draw(asked, 0)).prompt_embeds
+    dropped = DiffusionBatchMaker(asked, models, torch.device("cpu"))(draw(asked, 0)).prompt_embeds
     assert torch.equal(dropped[0], models.text("").float()) and not torch.equal(dropped, make((0,)).prompt_embeds)
     fewer = [
-        make((n,), **quiet(drop_tokens=share)).memory_context[:, :48].any(1).sum() for n in (1, 2) for share in (0, 1)
+        make((n,), **quiet(drop_tokens=fraction)).memory_context[:, :48].any(1).sum()
+        for n in (1, 2)
+        for fraction in (0, 1)
     ]
     assert fewer[1] < fewer[0] or fewer[3] < fewer[2]
 
 
 def test_what_moves_is_not_remembered() -> None:
     asked = config("adapter", objective=quiet())
-    maker = ChunkMaker(asked, models_of(asked), torch.device("cpu"))
-    (drawn,) = draw(asked, 0)
-    drawn.clip.static[:] = False
-    chunk = maker([drawn])
+    maker = DiffusionBatchMaker(asked, models_of(asked), torch.device("cpu"))
+    (sample,) = draw(asked, 0)
+    sample.clip.static[:] = False
+    chunk = maker([sample])
     assert chunk.memory_context is not None and not chunk.memory_context[:, :48].any()
 
 
@@ -445,7 +457,7 @@ def test_depth_is_asked_for_as_in_generation() -> None:
     for number in range(6):
         for frames in (9, 33):
             asked = config("adapter", data={"frames": frames})
-            depth = ChunkMaker(asked, models_of(asked), torch.device("cpu"))(draw(asked, number)).depth
+            depth = DiffusionBatchMaker(asked, models_of(asked), torch.device("cpu"))(draw(asked, number)).depth
             assert depth is not None
             count = depth.true.shape[1]
             assert depth.latents.shape[2] == depth.rays.shape[2] == depth.memory_depth.shape[1] == count
@@ -462,7 +474,7 @@ def test_clips_of_a_batch_are_of_one_shape() -> None:
     asked = config("adapter")
     one, other = draw(asked, 0), draw(config("adapter", data={"frames": 33}), 0)
     with pytest.raises(ValueError, match=r"clips of a batch must be of one shape, got latents \[\(5, 48, 4, 6\)"):
-        ChunkMaker(asked, models_of(asked), torch.device("cpu"))([*one, *other])
+        DiffusionBatchMaker(asked, models_of(asked), torch.device("cpu"))([*one, *other])
 
 
 # The command.
@@ -482,22 +494,22 @@ def test_prepare_then_train_on_what_it_packed(tmp_path: Path, capsys: pytest.Cap
     assert main(["train", str(tmp_path / "none.yaml")]) == 2
 
 
-def test_a_memory_keeps_a_still_of_a_clips_first_frame(tmp_path: Path) -> None:
+def test_a_memory_keeps_the_static_latent_of_a_clips_first_frame(tmp_path: Path) -> None:
     from mirage.training.prepare import prepare
 
     asked = config("adapter")
     prepare(asked, tmp_path / "packed", progress=False)
     data = {"sources": [{"kind": "packed", "path": str(tmp_path / "packed")}]}
     models = models_of(asked)
-    maker = ChunkMaker(asked, models, torch.device("cpu"))
+    maker = DiffusionBatchMaker(asked, models, torch.device("cpu"))
     (clip,), packed = ([one.clip for one in draw(a, 0)] for a in (asked, config("adapter", data=data)))
     assert clip.frames is not None
-    still = encode_still(models.vae, clip.frames[:1] * 2.0 - 1.0)[0, :, 0]
+    static_latent = encode_static_frame(models.vae, clip.frames[:1] * 2.0 - 1.0)[0, :, 0]
     for one in (clip, *packed):
         latents = maker.latents(one)
-        memory = maker._new_memory(one, latents)
+        memory = maker.readouts.new_memory(one, latents)
         memory.write([0, 1], one.depth[:2], one.cameras[:2], one.static[:2])
-        rows = still, latents[1]
+        rows = static_latent, latents[1]
         for frame, row in enumerate(rows):
             held = memory.cache.features[memory.cache.frame_ids == frame]
             assert len(held) > 5

@@ -63,7 +63,7 @@ def test_defaults_and_overrides(tmp_path: Path) -> None:
         ("objective.first_chunks", -0.5, r"objective.first_chunks must be in \[0, 1\], got -0.5"),
         ("objective.chunk_frames", 32, "objective.chunk_frames must be 4 n . 1 .*, got 32; nearest: 29 or 33"),
         ("objective.chunk_frames", 97, "objective.chunk_frames must be at most data.frames, 65, got 97"),
-        ("objective.memory", "soft", "objective.memory must be one of none, nearest, ours, pixel, got 'soft'"),
+        ("objective.memory", "soft", "objective.memory must be one of none, nearest, aligned, pixel, got 'soft'"),
         ("objective.depth_noise", -1, "objective.depth_noise must be at least 0, got -1.0"),
         ("lora.targets", ["q", "z"], "lora.targets must be one of q, k, v, o, ffn, got 'z'"),
         ("lora.rank", 0, "lora.rank must be positive and finite, got 0"),
@@ -80,6 +80,10 @@ def test_defaults_and_overrides(tmp_path: Path) -> None:
         ("data.sources.0.paths", [], r"data.sources\[0\].paths must name one kind of camera path or more, got none"),
         ("data.sources.0.moving", -1, r"data.sources\[0\].moving must be at least 0, got -1"),
         ("models.vae", 3, "models.vae must be str or a mapping or null, got 3"),
+        ("models.text_length", "x", "models.text_length must be int or null, got 'x'"),
+        ("vae.kl_weight", True, "vae.kl_weight must be float, got True"),
+        ("data.max_broken", float("nan"), r"data.max_broken must be in \[0, 1\], got nan"),
+        ("objective.memory", "ours", 'got .ours., which is now "aligned"'),
         ("vae.frames", 4, None),
     ],
 )
@@ -109,7 +113,9 @@ def test_files_of_the_repository(file: Path) -> None:
                 assert path.split("/")[:2] == ["runs", "tiny"]
                 before, own = path.split("/")[2], file.stem
                 stage, _, memory = own.partition("-")
-                if memory in MEMORIES:  # behind its own adapter, what all have in common, or the stage of ours
+                if (
+                    memory in MEMORIES
+                ):  # behind its own adapter, what all have in common, or that stage of the aligned memory
                     assert config.objective.memory == memory
                     assert before != "adapter"
                     if before == stage and memory != "none":  # which goes its own way from the adapter on

@@ -16,14 +16,15 @@ from mirage.scenes.camera_files import save_realestate10k
 from mirage.scenes.rgbd import load_rgbd_folder
 from mirage.scenes.synthetic import SyntheticFrames, SyntheticRoom
 from mirage.training.config import DataConfig, SourceConfig
-from mirage.training.data import Clip, Clips, Numbers, load_clip, make_clip, mix, save_clip
+from mirage.training.data import BatchSampler, Clip, ClipDataset, load_clip, make_clip, save_clip
+from mirage.training.seeds import derive_seed
 from mirage_kernels import Cameras, LatentCache
 from mirage_kernels.geometry import pool_depth
 
 SIZE, FRAMES = [64, 96], 9
 
 
-def film(seed: int = 3, frames: int = FRAMES, size: tuple[int, int] = (64, 96)) -> SyntheticFrames:
+def render_room(seed: int = 3, frames: int = FRAMES, size: tuple[int, int] = (64, 96)) -> SyntheticFrames:
     room = SyntheticRoom(seed, moving=1)
     return room.render(room.path("walk", frames, size))
 
@@ -33,11 +34,11 @@ def data(*sources: SourceConfig, frames: int = FRAMES, size: list[int] = SIZE) -
 
 
 def packed(name: str = "clip", channels: int = 48, seed: int = 0) -> Clip:
-    made = film(seed)
+    made = render_room(seed)
     clip = make_clip(name, "a room", made.images, made.depth, made.static, made.cameras, SIZE)
     latents = torch.randn(3, channels, 4, 6, generator=torch.Generator().manual_seed(seed)).half().float()
-    still, embeds = (latents[1] + 1.0).half().float(), torch.randn(7, 16)
-    return Clip(name, "a room", clip.depth, clip.static, clip.cameras, None, latents, still, embeds, "some vae")
+    static_latent, embeds = (latents[1] + 1.0).half().float(), torch.randn(7, 16)
+    return Clip(name, "a room", clip.depth, clip.static, clip.cameras, None, latents, static_latent, embeds, "some vae")
 
 
 def save_png(path: Path, values: Tensor, mode: str) -> None:
@@ -76,7 +77,7 @@ def write_realestate(root: Path, name: str, made: SyntheticFrames, depth: str = 
             np.save(root / "depth" / name / f"{time}.npy", made.depth[i].numpy())
 
 
-def assert_films(clip: Clip, made: SyntheticFrames, colour: float = 0.003, depth: float = 0.002) -> None:
+def assert_shows(clip: Clip, made: SyntheticFrames, colour: float = 0.003, depth: float = 0.002) -> None:
     """The clip is of these frames, at their size."""
     assert clip.frames is not None and clip.frames.dtype == torch.float32
     assert (clip.frames - made.images).abs().max() < colour
@@ -89,17 +90,17 @@ def assert_films(clip: Clip, made: SyntheticFrames, colour: float = 0.003, depth
 
 
 def test_rooms_are_clips_of_their_seed() -> None:
-    clips = Clips(data(SourceConfig("synthetic", rooms=3, first_seed=5, paths=["walk"])))
+    clips = ClipDataset(data(SourceConfig("synthetic", rooms=3, first_seed=5, paths=["walk"])))
     names = {clips[i].clip.name: clips[i].clip for i in range(3)}
     assert sorted(names) == ["room 5", "room 6", "room 7"]
     room = SyntheticRoom(6)
-    assert_films(names["room 6"], room.render(room.path("walk", FRAMES, (64, 96))))
+    assert_shows(names["room 6"], room.render(room.path("walk", FRAMES, (64, 96))))
     assert names["room 6"].prompt == room.prompt
 
 
 def test_a_clip_writes_the_memory_as_its_frames_would() -> None:
     """Depth and masks of tokens are what the write makes of pixels anyway."""
-    made = film()
+    made = render_room()
     clip = make_clip("clip", "", made.images, made.depth, made.static, made.cameras, SIZE)
     latents = torch.randn(3, 8, 4, 6)
     tokens, pixels = (LatentCache(8, write_policy="append") for _ in range(2))
@@ -111,7 +112,7 @@ def test_a_clip_writes_the_memory_as_its_frames_would() -> None:
 
 
 def test_resizing_and_cropping_move_the_cameras_along() -> None:
-    made = film(size=(96, 224))
+    made = render_room(size=(96, 224))
     clip = make_clip("clip", "", made.images, made.depth, made.static, made.cameras, SIZE)
     assert clip.frames is not None and clip.frames.shape == (FRAMES, 3, 64, 96)
     room = SyntheticRoom(3, moving=1)
@@ -124,23 +125,23 @@ def test_resizing_and_cropping_move_the_cameras_along() -> None:
 
 
 def test_rgbd_folders(tmp_path: Path) -> None:
-    made = film(frames=20)
+    made = render_room(frames=20)
     write_rgbd(tmp_path / "scenes" / "one", made)
-    clips = Clips(data(SourceConfig("rgbd", str(tmp_path / "scenes"))))
+    clips = ClipDataset(data(SourceConfig("rgbd", str(tmp_path / "scenes"))))
     assert len(clips) == 2
     first = next(clips[i].clip for i in range(2) if clips[i].clip.name.endswith("000000"))
     assert first.prompt == "a made-up room"
     part = slice(0, FRAMES)
-    assert_films(
+    assert_shows(
         first,
         SyntheticFrames(made.images[part], made.depth[part], made.static[part], made.sky[part], made.cameras[part]),
     )
-    assert len(Clips(data(SourceConfig("rgbd", str(tmp_path / "scenes" / "one"), stride=4)))) == 3
+    assert len(ClipDataset(data(SourceConfig("rgbd", str(tmp_path / "scenes" / "one"), stride=4)))) == 3
 
 
 def test_the_real_room(shared_dir: Path) -> None:
     path = shared_dir / "rgbd-room" if (shared_dir / "rgbd-room").exists() else shared_dir / "data" / "rgbd-room"
-    clips = Clips(data(SourceConfig("rgbd", str(path)), frames=17, size=[96, 128]))
+    clips = ClipDataset(data(SourceConfig("rgbd", str(path)), frames=17, size=[96, 128]))
     assert len(clips) == 7
     clip = clips[0].clip
     assert clip.frames is not None and clip.frames.shape == (17, 3, 96, 128) and clip.static.all()
@@ -153,20 +154,20 @@ def test_the_real_room(shared_dir: Path) -> None:
 
 @pytest.mark.parametrize("depth", [".npy", ".png"])
 def test_realestate10k_with_depth(tmp_path: Path, depth: str) -> None:
-    made = film()
+    made = render_room()
     write_realestate(tmp_path, "abc", made, depth)
     (tmp_path / "prompts").mkdir()
     (tmp_path / "prompts" / "abc.txt").write_text("a kitchen")
-    clips = Clips(data(SourceConfig("realestate10k", str(tmp_path))))
+    clips = ClipDataset(data(SourceConfig("realestate10k", str(tmp_path))))
     assert len(clips) == 1 and clips[0].clip.prompt == "a kitchen"
-    assert_films(clips[0].clip, made)
+    assert_shows(clips[0].clip, made)
 
 
 def test_packed_clips_round_trip(tmp_path: Path) -> None:
     clip = packed()
     save_clip(tmp_path / "clip.safetensors", clip)
-    (got,) = (Clips(data(SourceConfig("packed", str(tmp_path))))[0].clip,)
-    for name in ("latents", "still", "depth", "static", "prompt_embeds"):
+    (got,) = (ClipDataset(data(SourceConfig("packed", str(tmp_path))))[0].clip,)
+    for name in ("latents", "static_latent", "depth", "static", "prompt_embeds"):
         assert torch.equal(getattr(got, name), getattr(clip, name)), name
     assert torch.equal(got.cameras.cam2world, clip.cameras.cam2world) and got.cameras.image_size == (64, 96)
     assert (got.prompt, got.vae, got.frames) == ("a room", "some vae", None)
@@ -180,30 +181,30 @@ def test_shards_that_webdataset_writes(tmp_path: Path) -> None:
                 save_clip(tmp_path / "one", packed(seed=3 * shard + i))
                 sample = {"__key__": f"clip{3 * shard + i}", "safetensors": (tmp_path / "one").read_bytes()}
                 writer.write(sample | ({"txt": f"prompt {i}"} if i else {}))
-    clips = Clips(data(SourceConfig("packed", str(tmp_path))))
+    clips = ClipDataset(data(SourceConfig("packed", str(tmp_path))))
     assert len(clips) == 6
     for i, name in ((0, "clip0"), (4, "clip4")):
         source, index = clips.where[i]
         got = clips.sources[source].load(index)
         assert got.latents is not None and torch.equal(got.latents, packed(seed=i).latents)
         assert got.name.endswith(name) and got.prompt == ("prompt 1" if i else "a room")
-    assert len(Clips(data(SourceConfig("packed", str(tmp_path / "000001.tar"))))) == 3
+    assert len(ClipDataset(data(SourceConfig("packed", str(tmp_path / "000001.tar"))))) == 3
 
 
 def test_order_is_a_function_of_the_seed() -> None:
     def order(seed: int) -> list[str]:
-        clips = Clips(data(SourceConfig("synthetic", rooms=40)), seed)
+        clips = ClipDataset(data(SourceConfig("synthetic", rooms=40)), seed)
         return [clips.sources[0].name(clips.where[clips._position(i, 0)][1]) for i in range(80)]
 
     first = order(0)
     assert first == order(0) != order(1)
     assert sorted(first[:40]) == sorted(first[40:]) and first[:40] != first[40:]
-    assert mix(1, "a") == mix(1, "a") != mix(1, "b") and 0 <= mix("x") < 2**63
+    assert derive_seed(1, "a") == derive_seed(1, "a") != derive_seed(1, "b") and 0 <= derive_seed("x") < 2**63
 
 
 def test_clips_are_kept_where_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     plain, keeping = (
-        Clips(DataConfig([SourceConfig("synthetic", rooms=2)], frames=FRAMES, size=SIZE, cache=cache))
+        ClipDataset(DataConfig([SourceConfig("synthetic", rooms=2)], frames=FRAMES, size=SIZE, cache=cache))
         for cache in (False, True)
     )
     first = keeping[0].clip
@@ -217,26 +218,26 @@ def test_clips_are_kept_where_asked(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_processes_share_the_numbers() -> None:
-    drawn = [list(Numbers(2, 5, 2, rank, 3)) for rank in range(3)]
-    assert sorted(n for batches in drawn for batch in batches for n in batch) == list(range(12, 30))
-    assert all(len(batches) == 3 for batches in drawn)
-    assert list(Numbers(0, 5, 2, 1, 3))[2:] == drawn[1]
+    batches_of = [list(BatchSampler(2, 5, 2, rank, 3)) for rank in range(3)]
+    assert sorted(n for batches in batches_of for batch in batches for n in batch) == list(range(12, 30))
+    assert all(len(batches) == 3 for batches in batches_of)
+    assert list(BatchSampler(0, 5, 2, 1, 3))[2:] == batches_of[1]
 
 
 def test_broken_clips_are_named_and_the_next_one_is_taken(tmp_path: Path) -> None:
-    made = film(frames=18)
+    made = render_room(frames=18)
     write_realestate(tmp_path, "abc", made)
     source = SourceConfig("realestate10k", str(tmp_path))
-    whole = Clips(data(source))
+    whole = ClipDataset(data(source))
     second = next(i for i in range(2) if whole[i].clip.name.endswith("frame 9"))
 
     def broken_by(change: Any) -> str:
         change()
-        drawn = Clips(data(source))[second]
-        assert drawn.clip.name.endswith("frame 0") and drawn.number == second
-        (name,) = drawn.broken
+        sample = ClipDataset(data(source))[second]
+        assert sample.clip.name.endswith("frame 0") and sample.number == second
+        (name,) = sample.broken
         assert name.endswith("abc.txt, frame 9")
-        return drawn.broken[name]
+        return sample.broken[name]
 
     frame, depth = tmp_path / "frames" / "abc" / "1330.png", tmp_path / "depth" / "abc" / "1330.npy"
     content = frame.read_bytes()
@@ -249,7 +250,7 @@ def test_broken_clips_are_named_and_the_next_one_is_taken(tmp_path: Path) -> Non
     depth.unlink()
     (tmp_path / "frames" / "abc" / "1000.png").unlink()
     with pytest.raises(ValueError, match=r"all 2 clips are broken: .*1330.*; .*1000"):
-        Clips(data(source))[0]
+        ClipDataset(data(source))[0]
 
 
 @pytest.mark.parametrize(
@@ -271,8 +272,8 @@ def test_packed_values_are_checked(tmp_path: Path) -> None:
     assert clip.latents is not None
     for change, message in (
         ({"latents": clip.latents * float("nan")}, "latents and still must be finite"),
-        ({"still": clip.latents[0] * float("inf")}, "latents and still must be finite"),
-        ({"still": clip.latents}, r"still must be a latent frame \(48, 4, 6\), got \(3, 48, 4, 6\)"),
+        ({"static_latent": clip.latents[0] * float("inf")}, "latents and still must be finite"),
+        ({"static_latent": clip.latents}, r"still must be a latent frame \(48, 4, 6\), got \(3, 48, 4, 6\)"),
         ({"depth": clip.depth[:2]}, r"must be of the same tokens, got \(3, 48, 4, 6\), \(2, 4, 6\)"),
     ):
         save_clip(tmp_path / "clip", Clip(**{**vars(clip), **change}))
@@ -280,7 +281,7 @@ def test_packed_values_are_checked(tmp_path: Path) -> None:
             load_clip("one", (tmp_path / "clip").read_bytes())
     save_clip(tmp_path / "clip.safetensors", clip)
     with pytest.raises(ValueError, match="must have 9 latent frames or more for data.frames, got 3"):
-        Clips(data(SourceConfig("packed", str(tmp_path)), frames=33))[0]
+        ClipDataset(data(SourceConfig("packed", str(tmp_path)), frames=33))[0]
 
 
 def test_sources_that_are_not_there(tmp_path: Path) -> None:
@@ -290,17 +291,17 @@ def test_sources_that_are_not_there(tmp_path: Path) -> None:
         ("packed", FileNotFoundError, "no such file or folder"),
     ):
         with pytest.raises(error, match=message):
-            Clips(data(SourceConfig(kind, str(tmp_path / "none"))))
+            ClipDataset(data(SourceConfig(kind, str(tmp_path / "none"))))
     for kind in ("rgbd", "packed"):
         with pytest.raises(ValueError, match=f"expected clips of 9 frames of kind '{kind}', found none"):
-            Clips(data(SourceConfig(kind, str(tmp_path))))
+            ClipDataset(data(SourceConfig(kind, str(tmp_path))))
     (tmp_path / "x.tar").write_bytes(io.BytesIO(b"no tar at all" * 100).getvalue())
     with pytest.raises(ValueError, match=r"x.tar: must be a plain .tar shard"):
-        Clips(data(SourceConfig("packed", str(tmp_path))))
+        ClipDataset(data(SourceConfig("packed", str(tmp_path))))
 
 
 def test_frames_that_are_no_clip() -> None:
-    made = film()
+    made = render_room()
     with pytest.raises(
         ValueError, match=r"x: frames, depth, static and cameras must be 4 n \+ 1 .*, got 8, 9, 9 and 9"
     ):

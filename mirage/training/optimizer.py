@@ -1,4 +1,4 @@
-"""The optimisers of `mirage train`: torch's AdamW, or its Muon for matrices with AdamW for the rest."""
+"""The optimizers of `mirage train`: torch's AdamW, or its Muon for matrices with AdamW for the rest."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from .config import TrainConfig
 
 
-def make_optimiser(config: TrainConfig, parameters: Iterable[Tensor]) -> torch.optim.Optimizer:
-    """The optimiser that a run asks for."""
+def make_optimizer(config: TrainConfig, parameters: Iterable[Tensor]) -> torch.optim.Optimizer:
+    """Make the optimizer that a run asks for."""
     kinds = {"adamw": torch.optim.AdamW, "muon": MuonAdamW}
     return kinds[config.optimizer](list(parameters), lr=config.learning_rate, weight_decay=config.weight_decay)
 
@@ -42,7 +42,7 @@ class MuonAdamW(torch.optim.Optimizer):
             self._parts.append(torch.optim.AdamW(vectors, lr=lr, weight_decay=weight_decay))
 
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """One step of both, with the learning rate that the first group has now."""
+        """Take one step of both, with the learning rate that the first group has now."""
         for weight, matrix in zip(self._weights, self._matrices, strict=True):
             matrix.grad = None if weight.grad is None else weight.grad.view_as(matrix)
         for part in self._parts:
@@ -50,11 +50,11 @@ class MuonAdamW(torch.optim.Optimizer):
             part.step()
 
     def state_dict(self) -> dict[str, Any]:
-        """That of both, and the groups."""
+        """Return the state of both, and the groups."""
         return super().state_dict() | {"parts": [part.state_dict() for part in self._parts]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Of :meth:`state_dict`, of as many parameters."""
+        """Load what :meth:`state_dict` returns, of as many parameters."""
         for part, state in zip(self._parts, state_dict["parts"], strict=True):
             part.load_state_dict(state)
         super().load_state_dict({name: state_dict[name] for name in ("state", "param_groups")})

@@ -1,8 +1,8 @@
 """The second part of `mirage demo`: mirage-tiny generates a walk through a room and back, with its memory and without.
 
-Both videos have the same first picture, cameras and noise; depth is that of the depth head, so that nothing but the
-first picture is known of the room. "Without" is the same backbone, trained as long without a memory: it is shown the
-cameras' rays instead.
+Both videos have the same first frame, cameras and noise; depth is that of the depth head, so that nothing but the first
+frame is known of the room. "Without" is the same backbone, trained as long without a memory: it is shown the cameras'
+rays instead.
 """
 
 from __future__ import annotations
@@ -10,36 +10,36 @@ from __future__ import annotations
 import json
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
-from mirage_kernels.io import replace_file
+from mirage_kernels.io import replace_file, replace_text
 
-from ..evaluation.closed_loop import generate_loop, load_memory, measure, write_text
-from ..evaluation.loops import EvaluateOptions, make_loop
-from ..evaluation.report import OWN, summarise
-from ..media import Panel, contact_sheet, label, save_video
-from ..optional import import_extra
-from ..pipeline.memory import MIRAGE_TINY, default_steps
+from ...evaluation.closed_loop import generate_loop, load_memory, measure
+from ...evaluation.loops import EvaluateOptions, make_loop
+from ...evaluation.report import OWN, summarise
+from ...media import Panel, contact_sheet, label, save_video
+from ...optional import import_extra
+from ...zoo import MIRAGE_TINY, default_steps
 
 WORLD_VIDEO, WORLD_SHEET, WORLD_REPORT = "world.mp4", "world.png", "world.json"
 SEED = 10_000  # the first room of `mirage evaluate`, never trained on
-CAPTIONS = {"none": "without a memory", "ours": "with its memory"}
+CAPTIONS = {"none": "without a memory", "aligned": "with its memory"}
 
 _FPS = 24.0
 
 
-def run_world_demo(
+def run_walk(
     out: Path,
     model: str = MIRAGE_TINY,
-    device: str = "cpu",
+    device: Literal["cpu", "cuda"] = "cpu",
     frames: int = 97,
     seed: int = SEED,
     steps: int | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Film one loop twice, and put both beside the true pictures.
+    """Generate one loop twice, and put both beside the true frames.
 
     Args:
         out: folder for world.mp4 (the truth, without and with the memory), world.png and world.json.
@@ -51,7 +51,7 @@ def run_world_demo(
         progress: show a progress bar, on stderr.
 
     Returns:
-        The content of world.json: model, seed, loop, frames, revisit_psnr and novel_psnr {none, ours} in dB (see
+        The content of world.json: model, seed, loop, frames, revisit_psnr and novel_psnr {none, aligned} in dB (see
         `mirage evaluate`), tokens and memory_bytes of the memory, seconds.
 
     Raises:
@@ -62,7 +62,7 @@ def run_world_demo(
         import_extra(module, "generate")
     began = time.perf_counter()
     steps = default_steps(model) if steps is None else steps
-    options = EvaluateOptions(out, model, frames=frames, steps=steps, device=device)
+    options = EvaluateOptions(out=out, model=model, frames=frames, steps=steps, device=device)
     room, kind, cameras = make_loop(seed, frames, options.size, options.texture)
     true = room.render(cameras)
     videos, measured, costs = {}, {}, {}
@@ -81,8 +81,8 @@ def run_world_demo(
         "loop": kind,
         "frames": frames,
         **{metric: {name: one[metric] for name, one in figures.items()} for metric in ("revisit_psnr", "novel_psnr")},
-        "tokens": costs["ours"]["tokens"],
-        "memory_bytes": costs["ours"]["memory_bytes"],
+        "tokens": costs["aligned"]["tokens"],
+        "memory_bytes": costs["aligned"]["memory_bytes"],
     }
     columns = {"the true room": true.images, **{CAPTIONS[name]: made for name, made in videos.items()}}
     out.mkdir(parents=True, exist_ok=True)
@@ -100,18 +100,18 @@ def run_world_demo(
     sheet = contact_sheet("A walk out and back", _lines(report), rows)
     replace_file(out / WORLD_SHEET, lambda draft: sheet.save(draft, "PNG"))
     report["seconds"] = time.perf_counter() - began
-    write_text(out / WORLD_REPORT, json.dumps(report, indent=2) + "\n")
+    replace_text(out / WORLD_REPORT, json.dumps(report, indent=2) + "\n")
     return report
 
 
-def format_world(report: dict[str, Any]) -> str:
-    """The report of :func:`run_world_demo` for a terminal."""
+def format_walk(report: dict[str, Any]) -> str:
+    """Format the report of :func:`run_walk` for a terminal."""
     return "\n".join([f"{report['model']} in a room it has never seen", *(f"  {line}" for line in _lines(report))])
 
 
 def _lines(report: dict[str, Any]) -> list[str]:
     def pair(name: str) -> str:
-        without, with_ = (report[name][key] for key in ("none", "ours"))
+        without, with_ = (report[name][key] for key in ("none", "aligned"))
         return "not measured" if with_ is None else f"{with_:.1f} dB with its memory, {without:.1f} dB without"
 
     return [

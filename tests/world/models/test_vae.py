@@ -19,7 +19,13 @@ from safetensors.torch import save_file
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mirage.models.vae import StreamingDecoder, denormalise_latents, encode_frames, encode_still, normalise_latents
+from mirage.models.vae import (
+    StreamingDecoder,
+    denormalise_latents,
+    encode_frames,
+    encode_static_frame,
+    normalise_latents,
+)
 
 FORMS: dict[str, dict[str, Any]] = {
     "2.1": {},
@@ -109,7 +115,7 @@ def test_every_split_is_the_whole(vae):
 
 
 def test_pieces_decoded_by_themselves_differ(vae):
-    """What the feature cache is for: without it the later pieces are other pictures, and too short."""
+    """What the feature cache is for: without it the later pieces are other images, and too short."""
     latents = make_latents(vae)
     whole = stock_decode(vae, latents)
     alone = StreamingDecoder(vae).decode(latents[:, :, 2:])
@@ -477,10 +483,10 @@ def test_scale_is_the_pipelines(dtype):
 
 def test_a_still_is_of_a_video_that_stands_still(wan22):
     image = noise(1, 3, 32, 48).clamp(-1, 1)
-    still = encode_still(wan22, image)
-    assert still.shape == (1, 48, 1, 2, 3) and still.dtype == torch.float32
-    assert torch.equal(still, encode_frames(wan22, torch.stack([image] * 5, 2))[:, :, 1:])
-    assert not torch.allclose(still, encode_frames(wan22, image[:, :, None]), atol=0.1)
+    static_frame = encode_static_frame(wan22, image)
+    assert static_frame.shape == (1, 48, 1, 2, 3) and static_frame.dtype == torch.float32
+    assert torch.equal(static_frame, encode_frames(wan22, torch.stack([image] * 5, 2))[:, :, 1:])
+    assert not torch.allclose(static_frame, encode_frames(wan22, image[:, :, None]), atol=0.1)
 
 
 def test_bad_frames_are_refused(wan22):

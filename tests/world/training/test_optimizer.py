@@ -1,4 +1,4 @@
-"""Muon for matrices and AdamW for vectors, as one optimiser that goes on exactly; and what a run leaves behind."""
+"""Muon for matrices and AdamW for vectors, as one optimizer that resumes exactly; and what a run leaves behind."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from safetensors.torch import load_file
 from training_runs import config, models_of
 
 from mirage.training.loop import METRICS, train
-from mirage.training.objective import VaeObjective, between_tokens
-from mirage.training.optimiser import MuonAdamW
+from mirage.training.optimizer import MuonAdamW
+from mirage.training.vae_objective import VaeObjective, between_tokens
 
 
 @pytest.fixture(autouse=True)
@@ -34,18 +34,18 @@ def parameters(seed: int = 0) -> list[nn.Parameter]:
     return [nn.Parameter(torch.randn(shape, generator=generator)) for shape in ((6, 3, 1, 3, 3), (4, 7), (5,), ())]
 
 
-def take_steps(optimiser: torch.optim.Optimizer, weights: list[nn.Parameter], first: int, last: int) -> None:
+def take_steps(optimizer: torch.optim.Optimizer, weights: list[nn.Parameter], first: int, last: int) -> None:
     for step in range(first, last):
         for k, weight in enumerate(weights):
             generator = torch.Generator().manual_seed(100 * step + k)
             weight.grad = torch.randn(weight.shape, generator=generator)
-        for group in optimiser.param_groups:
+        for group in optimizer.param_groups:
             group["lr"] = 1e-2 / (step + 1)
-        optimiser.step()
-        optimiser.zero_grad()
+        optimizer.step()
+        optimizer.zero_grad()
 
 
-def test_each_kind_takes_the_steps_of_its_optimiser() -> None:
+def test_each_kind_takes_the_steps_of_its_optimizer() -> None:
     together, apart = parameters(), parameters()
     take_steps(MuonAdamW(together, lr=1.0, weight_decay=0.1), together, 0, 4)
     matrix = nn.Parameter(apart[0].detach().flatten(1))
@@ -57,9 +57,9 @@ def test_each_kind_takes_the_steps_of_its_optimiser() -> None:
             shape = before[k].shape
             generator = torch.Generator().manual_seed(100 * step + k)
             weight.grad = torch.randn(shape, generator=generator).view_as(weight)
-        for optimiser in (muon, adamw):
-            optimiser.param_groups[0]["lr"] = 1e-2 / (step + 1)
-            optimiser.step()
+        for optimizer in (muon, adamw):
+            optimizer.param_groups[0]["lr"] = 1e-2 / (step + 1)
+            optimizer.step()
     assert torch.equal(together[0].flatten(1), matrix)
     for ours, theirs, start in zip(together[1:], apart[1:], before[1:], strict=True):
         assert torch.equal(ours, theirs) and not torch.equal(ours, start)
@@ -79,15 +79,15 @@ def test_state_is_saved_whole(kept: slice) -> None:
 
 def test_weights_without_a_gradient_stay() -> None:
     weights = parameters()
-    optimiser = MuonAdamW(weights, lr=1e-2, weight_decay=0.5)
+    optimizer = MuonAdamW(weights, lr=1e-2, weight_decay=0.5)
     weights[1].grad, weights[2].grad = torch.ones(4, 7), torch.ones(5)
-    optimiser.step()
+    optimizer.step()
     changed = [not torch.equal(now, then) for now, then in zip(weights, parameters(), strict=True)]
     assert changed == [False, True, True, False]
 
 
 @pytest.mark.parametrize("stage", ["vae", "backbone"])
-def test_a_run_goes_on_exactly(tmp_path: Path, stage: str) -> None:
+def test_a_run_resumes_exactly(tmp_path: Path, stage: str) -> None:
     changes = {"optimizer": "muon", "save_every": 2, "vae": {"frames": 1}}
     curves = []
     for name, stops in (("whole", [4]), ("stopped", [2, 4])):
@@ -115,12 +115,12 @@ def test_models_are_left_in_the_precision_that_is_asked_for(tmp_path: Path) -> N
         assert {value.dtype for value in load_file(tmp_path / "lora" / part).values()} == {torch.bfloat16}
 
 
-def test_pictures_are_encoded_without_the_zeros_before_them() -> None:
+def test_single_frames_are_encoded_without_the_zeros_before_them() -> None:
     asked = config("vae", vae={"frames": 5})
     models = models_of(asked)
     generator = torch.Generator().manual_seed(0)
-    picture, video = (torch.rand(2, 3, frames, 64, 96, generator=generator) * 2 - 1 for frames in (1, 5))
-    stock = [VaeObjective(asked, models)((x, 0))["loss"].item() for x in (picture, video)]
+    single, video = (torch.rand(2, 3, frames, 64, 96, generator=generator) * 2 - 1 for frames in (1, 5))
+    stock = [VaeObjective(asked, models)((x, 0))["loss"].item() for x in (single, video)]
     quick, first = VaeObjective(config("vae", vae={"frames": 1}), models), models.vae.encoder.conv_in
     calls, convolve = [], first._conv_forward  # what a stock convolution ends in
 
@@ -129,7 +129,7 @@ def test_pictures_are_encoded_without_the_zeros_before_them() -> None:
         return convolve(*arguments)
 
     first._conv_forward = counted
-    for x, expected, number in zip((picture, video), stock, (0, 1), strict=True):
+    for x, expected, number in zip((single, video), stock, (0, 1), strict=True):
         assert quick((x, 0))["loss"].item() == pytest.approx(expected, rel=1e-5)
         assert len(calls) == number  # of five frames the first comes alone
 
@@ -147,7 +147,7 @@ class Blocks:
         return SimpleNamespace(sample=drawn + 0.01 * right + 0.02 * down[:, None])
 
 
-def test_latents_between_the_tokens_are_held_to_the_pictures_there() -> None:
+def test_latents_between_the_tokens_are_held_to_the_frames_there() -> None:
     rows, columns = torch.meshgrid(torch.arange(64.0), torch.arange(96.0), indexing="ij")
     video = (0.02 * rows + 0.01 * columns).expand(1, 3, 5, 64, 96)
     asked = config("vae", vae={"shifted": 1.0})
@@ -165,19 +165,19 @@ def test_latents_between_the_tokens_are_held_to_the_pictures_there() -> None:
     assert torch.equal(places, torch.tensor([[1.5, 2.5, 3.5], [5.5, 6.5, 7.5]]))
 
 
-def test_steady_latents_are_those_of_a_camera_that_stands_still() -> None:
+def test_motion_invariant_latents_are_those_of_a_static_camera() -> None:
     asked = config("vae", vae={"frames": 5, "steady": 2.0})
     models = models_of(asked)
     objective, plain = VaeObjective(asked, models), VaeObjective(config("vae", vae={"frames": 5}), models)
     generator = torch.Generator().manual_seed(0)
     moving = torch.rand(2, 3, 5, 64, 96, generator=generator) * 2 - 1
-    still = moving[:, :, :1].expand_as(moving)
-    assert objective((still, 0))["unsteady"].item() == pytest.approx(0.0, abs=1e-9)
+    static = moving[:, :, :1].expand_as(moving)
+    assert objective((static, 0))["unsteady"].item() == pytest.approx(0.0, abs=1e-9)
     losses = objective((moving, 0))
-    latents, stills = (
+    latents, static_latents = (
         models.vae.encode(x).latent_dist.mean[:, :, 1] for x in (moving, moving[:, :, 4:].expand_as(moving))
     )
-    expected = ((latents - stills).square().mean() / stills.var()).item()
+    expected = ((latents - static_latents).square().mean() / static_latents.var()).item()
     assert losses["unsteady"].item() == pytest.approx(expected, rel=1e-4) and expected > 0.01
     assert losses["loss"].item() == pytest.approx(plain((moving, 0))["loss"].item() + 2.0 * expected, rel=1e-4)
     losses["unsteady"].backward()

@@ -1,0 +1,191 @@
+"""Checks of what a session is started with, all before any heavy work, each naming the argument."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import torch
+from torch import Tensor
+
+from mirage_kernels import Cameras
+
+from ..models.latent_depth import LatentDepth
+from ..optional import import_extra
+from ..perception.static_filter import StaticFilter
+from .state import DepthSources, SessionConfig
+
+OUTPUT_TYPES = ("np", "pt", "pil", "latent", None)
+
+_ASPECT_TOLERANCE = 0.01
+
+
+def check_image(image: Any) -> Any:
+    """Return one image in three colours, out of all that diffusers takes as one.
+
+    Raises:
+        TypeError, ValueError: it is none, or more than one.
+    """
+    if isinstance(image, (list, tuple)):
+        if len(image) != 1:
+            raise ValueError(f"image must be one image: a session has one scene, got {len(image)}")
+        image = image[0]
+    if isinstance(image, PIL.Image.Image):
+        return image.convert("RGB")
+    if not isinstance(image, (Tensor, np.ndarray)):
+        raise TypeError(f"image must be a PIL image, an array or a tensor, got {type(image).__name__}")
+    shape, colours = tuple(image.shape), -3 if isinstance(image, Tensor) else -1
+    if len(shape) not in (3, 4) or (len(shape) == 4 and shape[0] != 1) or shape[colours] != 3:
+        expected = "(3, H, W) or (1, 3, H, W)" if isinstance(image, Tensor) else "(H, W, 3) or (1, H, W, 3)"
+        raise ValueError(f"image must be {expected} as one {type(image).__name__}, got {shape}")
+    return image
+
+
+def measure_image(image: Any) -> tuple[int, int]:
+    """Return (height, width) of one image, see :func:`check_image`."""
+    image = check_image(image)
+    if isinstance(image, PIL.Image.Image):
+        return image.height, image.width
+    rows, columns = image.shape[-2:] if isinstance(image, Tensor) else image.shape[-3:-1]
+    return int(rows), int(columns)
+
+
+def check_cameras(cameras: Cameras, image_size: tuple[int, int]) -> None:
+    """Check that cameras are of the aspect of an image of `image_size` (height, width).
+
+    Raises:
+        TypeError, ValueError: they are not.
+    """
+    if not isinstance(cameras, Cameras):
+        raise TypeError(f"cameras must be mirage_kernels.Cameras, got {type(cameras).__name__}")
+    rows, columns = cameras.image_size
+    ratio = (columns / rows) / (image_size[1] / image_size[0])
+    if abs(ratio - 1.0) > _ASPECT_TOLERANCE:
+        raise ValueError(
+            f"cameras must have the aspect of the image, {image_size[0]}x{image_size[1]}, got image_size"
+            f" {rows}x{columns}: crop the image, and move the principal point along"
+        )
+
+
+def check_prompts(
+    prompt: str | None,
+    negative_prompt: str | None,
+    prompt_embeds: Tensor | None,
+    negative_prompt_embeds: Tensor | None,
+    width: int,
+) -> None:
+    """Check that there is one prompt, as text or as embeddings (1, L, `width`).
+
+    Raises:
+        TypeError, ValueError: there is none, or two, or of another shape.
+        MissingExtraError: a package that text needs is not installed.
+    """
+    for name, text, embeds in (
+        ("prompt", prompt, prompt_embeds),
+        ("negative_prompt", negative_prompt, negative_prompt_embeds),
+    ):
+        if text is not None and embeds is not None:
+            raise ValueError(f"{name} and {name}_embeds must not both be given")
+        if text is not None and not isinstance(text, str):
+            raise TypeError(f"{name} must be one str: a session has one scene, got {type(text).__name__}")
+        if embeds is not None and (embeds.ndim != 3 or embeds.shape[0] != 1 or embeds.shape[2] != width):
+            raise ValueError(f"{name}_embeds must be (1, L, {width}), got {tuple(embeds.shape)}")
+    if prompt is None and prompt_embeds is None:
+        raise ValueError("prompt or prompt_embeds must be given, got neither")
+    if prompt_embeds is None or negative_prompt_embeds is None:
+        import_extra("ftfy", "generate")  # with which diffusers cleans prompts
+
+
+def check_config(config: SessionConfig) -> None:
+    """Check the values of a session.
+
+    Raises:
+        ValueError: one is out of range.
+    """
+    if config.decode not in ("chunk", "end"):
+        raise ValueError(f'decode must be "chunk" or "end", got {config.decode!r}')
+    if config.memory.kind == "pixel" and config.decode != "chunk":
+        raise ValueError(f'decode must be "chunk" with a memory of pixels, which are of frames, got {config.decode!r}')
+    for name, least in (("num_inference_steps", 1), ("max_reference_frames", 0), ("preceding_frames", 0)):
+        value = getattr(config, name)
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ValueError(f"{name} must be an int >= {least}, got {value!r}")
+    for name in ("guidance_scale", "memory_scale", "reference_threshold", "reference_voxel_size", "fps"):
+        value = getattr(config, name)
+        if not np.isfinite(value) or (name in ("reference_voxel_size", "fps") and value <= 0):
+            raise ValueError(f"{name} must be finite, sizes and rates positive, got {value!r}")
+    if not isinstance(config.attention_kwargs, (dict, type(None))):
+        got = type(config.attention_kwargs).__name__
+        raise TypeError(f'attention_kwargs must be a dict such as {{"scale": 0.5}} or None, got {got}')
+
+
+def check_noise_levels(
+    sigmas: Sequence[float] | Callable[[int], Sequence[float]] | None, num_inference_steps: int, scheduler: Any
+) -> tuple[float, ...] | None:
+    """Return the noise levels that are asked for; None are the scheduler's own.
+
+    Raises:
+        ValueError: not numbers, or the scheduler takes none.
+    """
+    if sigmas is None:
+        return None
+    if isinstance(sigmas, str):
+        raise ValueError(f"sigmas must be numbers, a function such as published_sigmas or None, got {sigmas!r}")
+    levels = tuple(float(level) for level in (sigmas(num_inference_steps) if callable(sigmas) else sigmas))
+    if "sigmas" not in inspect.signature(scheduler.set_timesteps).parameters:
+        raise ValueError(f"sigmas must be None with {type(scheduler).__name__}, which takes none")
+    if not scheduler.config.get("use_flow_sigmas", True):
+        raise ValueError("sigmas must be None: the scheduler has use_flow_sigmas=False and takes none")
+    return levels
+
+
+def check_latents(latents: Tensor | None, channels: int, num_latents: int | None, size: tuple[int, int]) -> None:
+    """Check noise that is given: (1, `channels`, F, h, w), F at least `num_latents` where that is known.
+
+    Raises:
+        TypeError, ValueError: it is none, or of another shape.
+    """
+    if latents is None:
+        return
+    frames = "F" if num_latents is None else str(num_latents)
+    expected = f"(1, {channels}, {frames}, {size[0]}, {size[1]}) float"
+    if not isinstance(latents, Tensor) or not latents.is_floating_point():
+        raise TypeError(f"latents must be {expected}, got {type(latents).__name__}")
+    shape = tuple(latents.shape)
+    if latents.ndim != 5 or shape[:2] != (1, channels) or shape[3:] != size or num_latents not in (None, shape[2]):
+        raise ValueError(f"latents must be {expected}, got {shape}")
+
+
+def check_undecoded(decode: str, depth: DepthSources, static_filter: StaticFilter) -> None:
+    """Check that nothing needs the frames that `decode="end"` does not give.
+
+    Raises:
+        ValueError: an estimator or a filter does.
+    """
+    if decode == "chunk":
+        return
+    estimator = depth.estimator
+    if estimator is not None and not isinstance(estimator, LatentDepth) and estimator.needs_frames:
+        raise ValueError(
+            f'decode must be "chunk" with {type(estimator).__name__}, which looks at frames; "end" needs latent_depth'
+            " or depth given for every frame"
+        )
+    if static_filter.needs_frames:
+        raise ValueError(
+            f'decode must be "chunk" with {type(static_filter).__name__}, which looks at frames; "end" goes with'
+            ' static_filter "geometric", "confidence" or "none"'
+        )
+
+
+def check_given_depth(depth: DepthSources, image_size: tuple[int, int]) -> Tensor | None:
+    """Return the given depth of frame 0, (1, H, W), which is of the image's aspect; None where none is given.
+
+    Raises:
+        ValueError: it is of another aspect.
+    """
+    if depth.given is None:
+        return None
+    return depth.given(None, Cameras(torch.eye(3), torch.eye(4)[None], image_size), [0])
