@@ -1,8 +1,8 @@
-"""The published release's loop around its memory, with ours in its place: ``python -m benchmarks.drop_in --help``.
+"""Run the published release's loop around its memory or ``compat``'s: ``python -m benchmarks.drop_in --help``.
 
 Runs in a process of its own, as a user's program would after changing one import: build from the first frame; then, a
 chunk at a time, project view by view for the denoiser, and update with the chunk's frames. Prints JSON: the seconds
-that each chunk spent in `project` and in `update`, the tokens held, and a check sum.
+that each chunk spent in `project` and in `update`, the tokens held, and a checksum.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from .timing import synchronize
 
 
 class _Reference:
-    """ReferenceMemory behind the two calls of the loop."""
+    """Put ReferenceMemory behind the two calls of the loop."""
 
     def __init__(self, depth: Tensor, k: Tensor, pose: Tensor, latent: Tensor) -> None:
         self._memory = ReferenceMemory(latent.shape[0], depth.device)
@@ -47,7 +47,7 @@ class _Reference:
 
 
 def run(memory: str, device: torch.device, size: Size, chunks: int) -> dict[str, Any]:
-    """``size.frames`` frames a chunk, walked along one lap in so many chunks."""
+    """Walk one lap in so many chunks of ``size.frames`` frames."""
     cameras = scenes.camera_path(chunks * size.frames + 1).resized(size.image)
     depth = scenes.render_depth(cameras).to(device)
     latents = scenes.latents(size.frames, size.grid).to(device)

@@ -1,7 +1,7 @@
-"""How true a read-out is: `python -m benchmarks.fidelity --rgbd FOLDER` (the layout of the 7-Scenes data set).
+"""Measure how true a readout is: `python -m benchmarks.fidelity --rgbd FOLDER` (the layout of the 7-Scenes data set).
 
 Every frame whose number is a multiple of 10 is written; the memory is read at 12 held-out poses (5, 55, ..) and at 12
-written ones (0, 50, ..), and compared with the latents of the pictures taken there. Latents are those of `PatchCodec`:
+written ones (0, 50, ..), and compared with the latents of the images taken there. Latents are those of `PatchCodec`:
 48 PCA coefficients of 16x16 patches, fitted on the written frames.
 
 - error: |read - true|^2 / |true|^2 over the covered cells: 0 is perfect, 1 is what zeros would give.
@@ -9,7 +9,7 @@ written ones (0, 50, ..), and compared with the latents of the pictures taken th
 - energy: |read|^2 / |true|^2 over those channels: 1 is as much texture as there is, 0 is a blur.
 - coverage: part of the cells that are no holes.
 
-Side by side: the published memory, its algorithm in our words, and ours under every write policy and way to read it.
+Side by side: the published memory, its algorithm in our words, and `LatentCache` under every policy and way to read.
 Then what bounded writes promise: ten laps with noise, an object that is taken away, the time of a read. `--out FOLDER`
 writes fidelity.json, report.md and plots.
 """
@@ -46,7 +46,7 @@ Reader: TypeAlias = Callable[[Cameras], tuple[Tensor, Tensor]]
 
 
 class Room(NamedTuple):
-    """The written frames, their latents, and the true latents and cameras of both sets of poses."""
+    """Hold the written frames, their latents, and the true latents and cameras of both sets of poses."""
 
     written: RGBDFrames
     latents: Tensor
@@ -61,7 +61,7 @@ class Score(NamedTuple):
 
 
 def load_room(folder: str | Path) -> Room:
-    """Frames of a folder, dealt by their numbers as the protocol says.
+    """Load the frames of a folder, dealt by their numbers as the protocol says.
 
     Raises:
         OSError, ValueError: as :func:`mirage.scenes.rgbd.load_rgbd_folder`; or the folder lacks frames the protocol
@@ -85,7 +85,7 @@ def load_room(folder: str | Path) -> Room:
 
 
 def score(read: Tensor, mask: Tensor, true: Tensor) -> Score:
-    """Latents (T, C, h, w) read, where they are no holes (T, h, w), against the true ones."""
+    """Compare the latents (T, C, h, w) read, where they are no holes (T, h, w), with the true ones."""
     seen = mask[:, None]
 
     def energy(values: Tensor) -> float:
@@ -123,7 +123,7 @@ def _baseline(latents: Tensor, depth: Tensor, cameras: Cameras) -> ReferenceMemo
 def _read_baseline(
     memory: ReferenceMemory, cameras: Cameras, size: tuple[int, int], threads: int
 ) -> tuple[Tensor, Tensor]:
-    """On more than one thread, cells keep a farther surface by chance: right only on one, fast only on all."""
+    """Read on so many threads: on one it is right; on all it is fast, but cells keep a farther surface by chance."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -151,7 +151,7 @@ _EVERY_READ = ("append", "bounded", "mean, 1 a voxel")  # of other policies, the
 
 
 def measure(room: Room, rounds: int = 5) -> list[dict[str, Any]]:
-    """A row for the published memory (`mirage_kernels.compat`), the baseline, and every policy and way to read it.
+    """Measure a row for the published memory (`mirage_kernels.compat`), the baseline, and each policy and way to read.
 
     Milliseconds are those of 9 held-out views.
     """
@@ -209,8 +209,10 @@ def measure(room: Room, rounds: int = 5) -> list[dict[str, Any]]:
 def laps(
     room: Room, number: int = 10, noise: float = 0.01, jitter: float = 0.005, seed: int = 0
 ) -> list[dict[str, Any]]:
-    """Lap after lap over every second written frame, each pixel's depth off by `noise` of it and each pose by `jitter`
-    metres (standard deviations): tokens, and the error at all the poses written, after each."""
+    """Write lap after lap over every second written frame, and score each: tokens, and the error at the poses written.
+
+    Each pixel's depth is off by `noise` of it and each pose by `jitter` metres (standard deviations).
+    """
     size = (room.latents.shape[2], room.latents.shape[3])
     every = range(0, len(room.written), 2)
     latents, depth, cameras = _frames(room, list(every))
@@ -227,7 +229,7 @@ def laps(
 
 
 def add_box(depth: Tensor, cameras: Cameras, low: Tensor, high: Tensor, step: int = 1) -> Tensor:
-    """Depth maps (T, h, w), of every `step`-th row and column, with an opaque box in the scene: two corners (3,)."""
+    """Put an opaque box, two corners (3,), into depth maps (T, h, w) of every `step`-th row and column."""
     row, column = (torch.arange(size) * step + 0.5 for size in depth.shape[1:])
     row = row[:, None]
     k, pose = cameras.intrinsics.float(), cameras.cam2world.float()
@@ -246,8 +248,11 @@ def add_box(depth: Tensor, cameras: Cameras, low: Tensor, high: Tensor, step: in
 def removal(
     room: Room, objects: int = 8, edge: float = 0.35, gap: float = 0.1, tries: int = 2000, seed: int = 0
 ) -> list[dict[str, Any]]:
-    """A box of this edge (metres) hangs in views of the room, at least `gap` of their depth before all that is behind
-    it; then the last three of these views are written again without it. How many of its tokens are left."""
+    """Count the tokens that are left of a box of this edge (metres) after it is gone.
+
+    It hangs in views of the room, at least `gap` of their depth before all that is behind it; then the last three of
+    these views are written again without it.
+    """
     latents, depth, cameras = _frames(room, slice(None))
     projections = make_projection(cameras.intrinsics, cameras.cam2world, torch.float32)
     generator, rows = torch.Generator().manual_seed(seed), list[dict[str, Any]]()
@@ -299,13 +304,13 @@ def removal(
 
 
 def static_loss(room: Room) -> dict[str, Any]:
-    """What is carved of the room itself, in which nothing moves, while all its frames are written."""
+    """Count what is carved of the room itself, in which nothing moves, while all its frames are written."""
     written = LatentCache(CHANNELS).write(*_frames(room, slice(None)))
     return {"written": written.written, "carved": written.carved}
 
 
 def speed(folder: str | Path, rounds: int = 9) -> list[dict[str, Any]]:
-    """Milliseconds of 9 views of every frame of the folder: the reference algorithm on its own cache, and ours.
+    """Measure the milliseconds of 9 views of every frame of the folder: the reference algorithm, and `LatentCache`.
 
     The reference runs on one thread, where it is right, and on all, where it is not; rounds take turns.
     """
@@ -334,7 +339,7 @@ def speed(folder: str | Path, rounds: int = 9) -> list[dict[str, Any]]:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """The rows of :func:`measure` in Markdown."""
+    """Format the rows of :func:`measure` in Markdown."""
     head = "| memory | read | tokens | x baseline | MiB | bytes a token | held-out error | detail | energy | coverage |"
     lines = [f"{head} written-pose error | detail | energy | coverage | 9 views, ms |", "|---|---|" + "---:|" * 13]
     base = next(row["tokens"] for row in rows if row["memory"] == "baseline")
@@ -352,12 +357,12 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def find(rows: list[dict[str, Any]], memory: str, read: str = "aligned") -> dict[str, Any]:
-    """The row of :func:`measure` of this memory, read this way."""
+    """Return the row of :func:`measure` of this memory, read this way."""
     return next(row for row in rows if (row["memory"], row["read"]) == (memory, read))
 
 
 def why(rows: list[dict[str, Any]], removed: float, static: float) -> str:
-    """What the defaults of `LatentCache` are chosen by, in Markdown."""
+    """Say what the defaults of `LatentCache` are chosen by, in Markdown."""
     four, append = find(rows, "bounded"), find(rows, "append")
 
     def between(memory: str, read: str = "aligned") -> str:
@@ -397,7 +402,7 @@ def why(rows: list[dict[str, Any]], removed: float, static: float) -> str:
 
 
 def report(results: dict[str, list[dict[str, Any]]]) -> str:
-    """All that was measured, in Markdown."""
+    """Format all that was measured, in Markdown."""
     first, fifth, tenth = (results["laps"][k] for k in (0, len(results["laps"]) // 2 - 1, -1))
     static = results["static"][0]
     gone = [1 - row["left"] / row["held"] for row in results["removal"]]
@@ -423,7 +428,7 @@ def report(results: dict[str, list[dict[str, Any]]]) -> str:
         f" written-pose error {first['error']:.3f} after the first, {tenth['error']:.3f} after the last.",
         "",
         f"**Removal.** {len(gone)} boxes taken away, three views of each place later: of all their tokens {removed:.1%}"
-        f" are gone, of each box's {', '.join(f'{share:.1%}' for share in gone)}. Of the room itself, {lost:.2%}.",
+        f" are gone, of each box's {', '.join(f'{part:.1%}' for part in gone)}. Of the room itself, {lost:.2%}.",
         "",
         "**Time** of 9 views, every frame of the folder written:",
         "",

@@ -1,4 +1,4 @@
-"""The goals, each with the figure that a run gives for it, or "not measured yet"."""
+"""Hold the goals against what a run measured, or say "not measured yet"."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _RASTERISERS = ("pixel, plain", "pixel, kernels bilinear", "pixel, kernels neare
 
 
 class Outcome(NamedTuple):
-    """``met`` is None where nothing was measured."""
+    """Say of one goal what was measured; ``met`` is None where nothing was."""
 
     goal: str
     figure: str
@@ -55,7 +55,7 @@ def _bytes_goal(rows: list[Row]) -> Outcome:
 
 
 def growth(rows: list[Row], walk: str, variant: str = "latent, bf16") -> tuple[float, float] | None:
-    """How many times the read's time and the bytes in view grew from the first to the last sampled chunk, full size."""
+    """Return how many times a read's time and the bytes in view grew, from the first to the last chunk, full size."""
     reads = [row for row in rows if row["name"] == f"{walk}: read" and row["variant"] == variant]
     reads = [row for row in reads if row["size"].endswith(f"of {scenes.PATH_SIZE[0]}x{scenes.PATH_SIZE[1]}")]
     if len(reads) < 2:
@@ -80,11 +80,11 @@ def _growth_goal(rows: list[Row], walk: str, policy: str = "append") -> Outcome:
 
 
 def cpu_goals(rows: list[Row]) -> list[Outcome]:
-    """For 20 frames stored and one chunk of 33 pictures at 352x640, on 2 cores."""
+    """List those for 20 frames stored and one chunk of 33 images at 352x640, on 2 cores."""
     latent = ["latent, bf16", "latent, f32"]
     read = _least(rows, "read", "9 latent views", latent, _GOAL)
     cold = _least(rows, "read", "9 latent views", ["latent, bf16, cold caches"], _GOAL)
-    raster = _least(rows, "read", "33 pictures", list(_RASTERISERS), _GOAL)
+    raster = _least(rows, "read", "33 images", list(_RASTERISERS), _GOAL)
     whole = _least(rows, "condition", "one chunk", [f"{name}, {_ENCODER}" for name in _RASTERISERS], _GOAL)
     return [
         _ratio("read: at least 300x less time than the fastest rasterising alone", raster, read, 300),
@@ -100,13 +100,13 @@ def cpu_goals(rows: list[Row]) -> list[Outcome]:
 
 
 def gpu_goals(rows: list[Row]) -> list[Outcome]:
-    """For an H200: 704x1280, 9 views of 44x80x48, bf16."""
+    """List those for an H200: 704x1280, 9 views of 44x80x48, bf16."""
 
     def latent(group: str, name: str, how: str, size: str, variant: str = "latent, bf16") -> float | None:
         return _least(rows, group, name, [f"{variant}, {how}"], size)
 
     many = find_row(rows, "read", "9 latent views", "latent, bf16, graph, cold", _GPU_MANY)
-    share = None if many is None or not many["floor_s"] else many["floor_s"] / many["median_s"]
+    part = None if many is None or not many["floor_s"] else many["floor_s"] / many["median_s"]
     goal = f"read of {scenes.GPU_SIZES[-1].tokens / 1e6:.1f} M tokens: at least 40 % of the copy bandwidth's floor"
     condition = latent("condition", "one chunk", "eager, warm", _GPU_READ)
     reference = _least(rows, "condition", "one chunk", ["reference, eager, warm"], _GPU_READ)
@@ -117,7 +117,7 @@ def gpu_goals(rows: list[Row]) -> list[Outcome]:
     return [
         _at_most(read, latent("read", "9 latent views", "graph, warm", _GPU_READ), 25e-6),
         _at_most(eager, latent("read", "9 latent views", "eager, warm", _GPU_READ), 60e-6),
-        Outcome(goal, NOT_MEASURED, None) if share is None else Outcome(goal, f"{100 * share:.0f} %", share >= 0.4),
+        Outcome(goal, NOT_MEASURED, None) if part is None else Outcome(goal, f"{100 * part:.0f} %", part >= 0.4),
         _at_most("write of 8 frames: at most 60 us", latent("write", "8 frames", "graph, warm", _GPU_READ), 60e-6),
         _ratio("condition: at least 100x the reference algorithm", reference, condition, 100),
         _ratio("condition: at least 1,000x the fastest pixel memory", pixel, condition, 1000),
@@ -126,7 +126,7 @@ def gpu_goals(rows: list[Row]) -> list[Outcome]:
 
 
 def outcomes(results: list[dict[str, Any]]) -> tuple[list[Outcome], list[Outcome], str | None, str | None]:
-    """CPU and GPU outcomes, and the machines they come from."""
+    """Return CPU and GPU outcomes, and the machines they come from."""
     cpu = next((one for one in results if one["gpu"] is None), None)
     gpu = next((one for one in results if one["gpu"] is not None), None)
     return (

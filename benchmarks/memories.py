@@ -1,4 +1,4 @@
-"""The memories side by side, filled with the same frames of the same room; the last size built is kept."""
+"""Fill the memories side by side with the same frames of the same room; the last size built is kept."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _VIEWED_AT_ONCE = 1 << 20
 
 
 class Tokens(NamedTuple):
-    """``points`` (N, 4) and ``features`` (N, C) float32 of the stored frames."""
+    """Hold ``points`` (N, 4) and ``features`` (N, C) float32 of the stored frames."""
 
     points: Tensor
     features: Tensor
@@ -48,7 +48,7 @@ def tokens(size: Size, device: torch.device) -> Tokens:
 
 
 def latent_cache(size: Size, device: torch.device, dtype: torch.dtype, room: int = 0) -> LatentCache:
-    """A cache that holds the scene's tokens, with room for so many more."""
+    """Make a cache that holds the scene's tokens, with room for so many more."""
     points, features = tokens(size, device)
     cache = LatentCache(scenes.CHANNELS, dtype=dtype, device=device, capacity=size.tokens + room, write_policy="append")
     ids = torch.arange(size.frames, dtype=torch.int32, device=device).repeat_interleave(size.grid[0] * size.grid[1])
@@ -70,19 +70,19 @@ def pixels_fit(size: Size, device: torch.device) -> bool:
 
 @functools.lru_cache(maxsize=1)
 def pixel_memory(variant: str, size: Size, device: torch.device) -> Any:
-    """One of PIXELS, holding every pixel of the stored frames."""
+    """Make one of PIXELS that holds every pixel of the stored frames."""
     gc.collect()
     memory = PIXELS[variant](device=device)
     cameras = scenes.stored_cameras(size)
     for start in range(0, size.frames, _FRAMES_AT_ONCE):
         part = cameras[start : start + _FRAMES_AT_ONCE]
         depth = scenes.render_depth(part)
-        memory.write(scenes.pictures(part, depth).to(device), depth.to(device), part)
+        memory.write(scenes.images(part, depth).to(device), depth.to(device), part)
     return memory
 
 
 def count_in_view(points: Tensor, cameras: Cameras, size: tuple[int, int]) -> int:
-    """How many of the points (N, >= 3) at least one camera has in its frustum, occluded or not."""
+    """Count the points (N, >= 3) that at least one camera has in its frustum, occluded or not."""
     grid = cameras.to(points.device).resized(size)
     projections = make_projection(grid.intrinsics, grid.cam2world, torch.float32)
     total = 0
@@ -101,13 +101,13 @@ def tokens_in_view(size: Size, device: torch.device) -> int:
 
 
 def read_bytes(size: Size, device: torch.device, seen: int, dtype: torch.dtype) -> int:
-    """The least a latent read moves: points in view, a row per seen cell, and latents, mask, depth and index out."""
+    """Count the least bytes of a read: points in view, a row per seen cell, and latents, mask, depth and index out."""
     row, cells = scenes.CHANNELS * dtype.itemsize, scenes.READ_VIEWS * size.grid[0] * size.grid[1]
     return 16 * tokens_in_view(size, device) + seen * row + cells * (row + 1 + 4 + 8)
 
 
 def render_bytes(size: Size, device: torch.device, seen: int, variant: str) -> int:
-    """The least a rasterisation moves: points in view, a colour per seen pixel, and the float32 picture and mask out.
+    """Count the least bytes of a rasterisation: points in view, a colour per seen pixel, float32 image and mask out.
 
     Points in view are counted with the tokens, whose every cell stands for 256 pixels.
     """

@@ -1,10 +1,10 @@
-"""The other side of the comparison: a memory of RGB points, rasterised and encoded for every chunk.
+"""Hold RGB points, rasterise and encode them for every chunk: the other side of the comparison.
 
-Every pixel of every stored frame is lifted to a coloured point. For each of a chunk's pictures (33, not the 9 of the
+Every pixel of every stored frame is lifted to a coloured point. For each of a chunk's images (33, not the 9 of the
 latent side) the points are rasterised at full resolution with a z-buffer and bilinear weights; what no point reaches is
-a hole; the VAE encoder turns the pictures into the latent grid that the latent memory reads directly.
+a hole; the VAE encoder turns the images into the latent grid that the latent memory reads directly.
 
-The bilinear picture is defined once. A point lies between four pixel centres and is a candidate at each, except where
+The bilinear image is defined once. A point lies between four pixel centres and is a candidate at each, except where
 its weight along a row or column is under MARGIN (or the noise of a camera that comes back exactly would make holes). In
 each quadrant of a pixel the nearest candidate wins, quadrants reaching MARGIN past the centre lines. The pixel blends
 its at most four winners that lie within DEPTH_TOLERANCE of the nearest of them, by their bilinear weights. Published
@@ -39,15 +39,15 @@ _CORNERS = ((0, 0), (0, 1), (1, 0), (1, 1))  # down, right: which of the four pi
 _FRAMES_AT_ONCE = 4
 
 
-class Pictures(NamedTuple):
-    """Rendered frames: ``rgb`` (F, 3, H, W) float32 in [0, 1], 0 in holes; ``seen`` (F, H, W) bool, False in holes."""
+class Images(NamedTuple):
+    """Hold rendered frames: ``rgb`` (F, 3, H, W) float32 in [0, 1], ``seen`` (F, H, W) bool; 0 and False in holes."""
 
     rgb: Tensor
     seen: Tensor
 
 
-def _shares(du: Tensor, dv: Tensor, depth: Tensor) -> tuple[Tensor, Tensor]:
-    """The share of each of a pixel's four winners in its colour, and which pixels have any: (4, H, W) and bool (H, W).
+def _blend_weights(du: Tensor, dv: Tensor, depth: Tensor) -> tuple[Tensor, Tensor]:
+    """Weigh each of a pixel's four winners, and say which pixels have any: (4, H, W) and bool (H, W).
 
     ``du`` and ``dv`` (4, H, W) are distances to the pixel's centre along rows and columns, signed, overwritten;
     ``depth`` (4, H, W) is infinite where a quadrant is empty.
@@ -60,7 +60,7 @@ def _shares(du: Tensor, dv: Tensor, depth: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class PlainPixelMemory:
-    """Points and colours in plain PyTorch, on any device.
+    """Keep points and colours in plain PyTorch, on any device.
 
     Kept in buffers that grow by half, coordinates one row each (a matrix product with (3, N) is a third faster than
     with (N, 3)), and projected into a buffer that all frames share.
@@ -76,8 +76,18 @@ class PlainPixelMemory:
         return self._count
 
     @property
+    def points(self) -> Tensor:
+        """Return the positions (N, 3)."""
+        return self._positions[:, : self._count].T
+
+    @property
     def nbytes(self) -> int:
+        """Return the bytes of positions and colours."""
         return self._count * BYTES_PER_POINT
+
+    def clear(self) -> None:
+        """Forget every point and keep the buffers."""
+        self._count = 0
 
     def write(self, rgb: Tensor, depth: Tensor, cameras: Cameras) -> None:
         """Lift and append every pixel of known depth: rgb (T, 3, H, W) in [0, 1], depth (T, H, W)."""
@@ -86,14 +96,14 @@ class PlainPixelMemory:
         columns = torch.arange(width, device=depth.device) + 0.5
         rows = torch.arange(height, device=depth.device)[:, None] + 0.5
         self._reserve(depth.numel())
-        for picture, z, k, pose in zip(rgb, depth, cameras.intrinsics.float(), cameras.cam2world.float(), strict=True):
+        for image, z, k, pose in zip(rgb, depth, cameras.intrinsics.float(), cameras.cam2world.float(), strict=True):
             x = (columns - k[0, 2]) / k[0, 0] * z
             y = (rows - k[1, 2]) / k[1, 1] * z
             known = ((z > 0) & torch.isfinite(z)).flatten().nonzero()[:, 0]
             camera = torch.stack([x, y, z]).flatten(1).index_select(1, known)
             end = self._count + known.numel()
             self._positions[:, self._count : end] = torch.addmm(pose[:3, 3:], pose[:3, :3], camera)
-            self._colours[self._count : end] = picture.flatten(1).index_select(1, known).T
+            self._colours[self._count : end] = image.flatten(1).index_select(1, known).T
             self._count = end
 
     def _reserve(self, points: int) -> None:
@@ -105,8 +115,8 @@ class PlainPixelMemory:
             colours[: self._count] = self._colours[: self._count]
             self._positions, self._colours = positions, colours
 
-    def render(self, cameras: Cameras, size: tuple[int, int]) -> Pictures:
-        """F pictures of ``size`` = (height, width)."""
+    def render(self, cameras: Cameras, size: tuple[int, int]) -> Images:
+        """Render F images of ``size`` = (height, width)."""
         cameras = cameras.to(self._positions.device).resized(size)
         projections = make_projection(cameras.intrinsics, cameras.cam2world, torch.float32)
         rgb = self._colours.new_empty(len(cameras), 3, *size)
@@ -116,7 +126,7 @@ class PlainPixelMemory:
         for t, projection in enumerate(projections):
             colour, seen[t] = self._render_one(projection, size)
             rgb[t] = colour.permute(2, 0, 1)
-        return Pictures(rgb, seen)
+        return Images(rgb, seen)
 
     def _render_one(self, projection: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
         height, width = size
@@ -141,19 +151,19 @@ class PlainPixelMemory:
         depth = (keys >> 32).int().view(torch.float32)
         du = u.index_select(0, winner).view(depth.shape).sub_(torch.arange(width, device=z.device))
         dv = v.index_select(0, winner).view(depth.shape).sub_(torch.arange(height, device=z.device)[:, None])
-        share, seen = _shares(du, dv, depth)
+        weights, seen = _blend_weights(du, dv, depth)
         colour = self._colours.index_select(0, index.index_select(0, winner)).view(*depth.shape, 3)
-        return (share[..., None] * colour).sum(0), seen
+        return (weights[..., None] * colour).sum(0), seen
 
 
 class KernelPixelMemory:
-    """The same memory on this project's kernels: a ``LatentCache`` whose tokens are pixels and whose latents are RGB.
+    """Keep the same memory on this project's kernels: a ``LatentCache`` of pixels, whose latents are RGB.
 
     Colours are rows of four float32, the last unused: a row is then one 16-byte load, and none has to be converted.
     Of rows of 3, 4 and 8 float32 or float16 this was the fastest, by up to half.
 
     Args:
-        splat: ``"bilinear"``, the definition: four splats a picture, each shifted by half a pixel, in one call.
+        splat: ``"bilinear"``, the definition: four splats an image, each shifted by half a pixel, in one call.
             ``"nearest"``: one splat, the nearest point of each pixel.
     """
 
@@ -166,8 +176,18 @@ class KernelPixelMemory:
         return len(self.cache)
 
     @property
+    def points(self) -> Tensor:
+        """Return positions and footprints (N, 4)."""
+        return self.cache.points
+
+    @property
     def nbytes(self) -> int:
+        """Return the bytes that the cache holds."""
         return self.cache.nbytes
+
+    def clear(self) -> None:
+        """Forget every point and keep the buffers."""
+        self.cache.clear()
 
     def write(self, rgb: Tensor, depth: Tensor, cameras: Cameras) -> None:
         """Lift and append every pixel of known depth: rgb (T, 3, H, W) in [0, 1], depth (T, H, W)."""
@@ -179,11 +199,11 @@ class KernelPixelMemory:
         depth = depth.nan_to_num(0.0, 0.0, 0.0)
         self.cache.write(self._rows, depth, cameras, depth_sampling="bilinear")
 
-    def render(self, cameras: Cameras, size: tuple[int, int]) -> Pictures:
-        """F pictures of ``size`` = (height, width)."""
+    def render(self, cameras: Cameras, size: tuple[int, int]) -> Images:
+        """Render F images of ``size`` = (height, width)."""
         if self.splat == "nearest":
             view = self.cache.read(cameras, size, splat="nearest", near=NEAR)
-            return Pictures(view.latents[:, :3], view.mask)
+            return Images(view.latents[:, :3], view.mask)
         cameras = cameras.to(self.cache.device).resized(size)
         rgb = torch.zeros(len(cameras), 3, *size, device=self.cache.device)
         seen = torch.zeros(len(cameras), *size, dtype=torch.bool, device=self.cache.device)
@@ -191,7 +211,7 @@ class KernelPixelMemory:
             for t in range(0, len(cameras), _FRAMES_AT_ONCE):
                 part = slice(t, t + _FRAMES_AT_ONCE)
                 self._render_bilinear(cameras[part], size, rgb[part], seen[part])
-        return Pictures(rgb, seen)
+        return Images(rgb, seen)
 
     def _render_bilinear(self, cameras: Cameras, size: tuple[int, int], rgb: Tensor, seen: Tensor) -> None:
         buffers, frames = self.cache.buffers, len(cameras)
@@ -210,8 +230,8 @@ class KernelPixelMemory:
             depth = view.depth[t::frames].masked_fill(~view.mask[t::frames], math.inf)
             winner = points.index_select(0, view.index[t::frames].clamp(min=0).flatten())
             a, b = torch.addmm(projection[:2, 3:], projection[:2, :3], winner[:, :3].T).view(2, *depth.shape)
-            share, seen[t] = _shares(a.div_(depth).sub_(columns), b.div_(depth).sub_(rows), depth)
-            torch.sum(view.latents[t::frames, :3] * share[:, None], 0, out=rgb[t])
+            weights, seen[t] = _blend_weights(a.div_(depth).sub_(columns), b.div_(depth).sub_(rows), depth)
+            torch.sum(view.latents[t::frames, :3] * weights[:, None], 0, out=rgb[t])
 
 
 def make_encoder(
@@ -220,7 +240,7 @@ def make_encoder(
     dtype: torch.dtype = torch.float32,
     decoder_base_dim: int = 16,
 ) -> Any:
-    """diffusers' ``AutoencoderKLWan`` in Wan2.2's configuration; random weights take as long as trained ones.
+    """Make diffusers' ``AutoencoderKLWan`` in Wan2.2's configuration; random weights take as long as trained ones.
 
     ``base_dim`` below FULL_WIDTH is a smaller encoder, for runs that must be quick; rows name it. ``decoder_base_dim``
     is 256 in Wan2.2; the pixel memory never decodes.
@@ -252,13 +272,13 @@ def make_encoder(
 
 
 @torch.inference_mode()
-def encode(vae: Any, pictures: Pictures) -> tuple[Tensor, Tensor]:
-    """Pictures of 1 + 4n frames to what the latent memory reads: latents (n + 1, 48, h, w), mask (n + 1, h, w).
+def encode(vae: Any, images: Images) -> tuple[Tensor, Tensor]:
+    """Encode 1 + 4n images to what the latent memory reads: latents (n + 1, 48, h, w), mask (n + 1, h, w).
 
-    A latent cell is seen where at least half of its pixels are, over the up to four pictures it stands for.
+    A latent cell is seen where at least half of its pixels are, over the up to four images it stands for.
     """
-    video = pictures.rgb.mul(2).sub_(1).permute(1, 0, 2, 3)[None].to(vae.dtype)
+    video = images.rgb.mul(2).sub_(1).permute(1, 0, 2, 3)[None].to(vae.dtype)
     latents = vae.encode(video).latent_dist.mode()[0].permute(1, 0, 2, 3)
-    seen = F.avg_pool2d(pictures.seen[:, None].float(), 16)[:, 0]
+    seen = F.avg_pool2d(images.seen[:, None].float(), 16)[:, 0]
     seen = torch.cat([seen[:1], seen[1:].unflatten(0, (-1, 4)).mean(1)])
     return latents, seen >= 0.5

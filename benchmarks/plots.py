@@ -1,4 +1,4 @@
-"""Plots of one machine's results beside them: ``python -m benchmarks.plots benchmarks/results/<machine>``.
+"""Plot one machine's results beside them: ``python -m benchmarks.plots benchmarks/results/<machine>``.
 
 ``time.svg``: read times over stored tokens, both axes logarithmic. ``growth.svg``: time and bytes over chunks.
 ``roofline.svg``: the rate at which each timed row moves its least bytes, over those bytes, under the copy bandwidth.
@@ -47,7 +47,7 @@ def _save(figure: Any, path: Path) -> None:
 
 
 def fidelity_over_tokens(rows: list[dict[str, Any]], folder: Path) -> None:
-    """``fidelity.svg``: errors, energy, coverage and time of each memory of `benchmarks.fidelity`, over its tokens."""
+    """Draw ``fidelity.svg``: errors, energy, coverage and time of `benchmarks.fidelity`'s memories, by tokens."""
     pyplot = _pyplot()
     figure, panels = pyplot.subplots(2, 4, figsize=(15, 7))
     shown = [
@@ -83,6 +83,7 @@ def fidelity_over_tokens(rows: list[dict[str, Any]], folder: Path) -> None:
 
 
 def time_over_tokens(rows: list[Row], folder: Path) -> None:
+    """Draw ``time.svg``: read times over stored tokens."""
     pyplot = _pyplot()
     series: dict[str, list[tuple[float, float]]] = {}
     for row in rows:
@@ -92,12 +93,13 @@ def time_over_tokens(rows: list[Row], folder: Path) -> None:
     figure, axes = pyplot.subplots(figsize=(6, 4))
     _plot(axes, series)
     axes.set(xscale="log", yscale="log", xlabel="stored tokens (or the pixels they stand for)", ylabel="seconds")
-    axes.set_title("one chunk's read: 9 latent views, or 33 pictures", fontsize=9)
+    axes.set_title("one chunk's read: 9 latent views, or 33 images", fontsize=9)
     axes.legend(fontsize=7)
     _save(figure, folder / "time.svg")
 
 
 def growth(rows: list[Row], folder: Path) -> None:
+    """Draw ``growth.svg``: time and bytes over chunks."""
     pyplot = _pyplot()
     found = [row for row in rows if row["group"] == "growth"]
     places = list(dict.fromkeys(row["size"].split(" of ")[1] for row in found))
@@ -122,6 +124,7 @@ def growth(rows: list[Row], folder: Path) -> None:
 
 
 def roofline(rows: list[Row], folder: Path) -> None:
+    """Draw ``roofline.svg``: rates under the copy bandwidth."""
     pyplot = _pyplot()
     timed = [row for row in rows if row["floor_s"]]
     if not timed:

@@ -1,4 +1,4 @@
-"""The published latent memory's algorithm in PyTorch, in our own words: what "reference" means in every table.
+"""Run the published latent memory's algorithm, in our own words: what "reference" means in every table.
 
 Lift: depth resized bilinearly, one frame at a time, appended by concatenation. Read: one view at a time, tokens in view
 sorted by descending depth, then stored by index so that the nearest is meant to land last. PyTorch leaves the order of
@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 class ReferenceMemory:
-    """Points (N, 3), features (N, C) float32, grown with ``torch.cat``."""
+    """Keep points (N, 3) and features (N, C) float32, grown with ``torch.cat``."""
 
     def __init__(self, channels: int, device: torch.device | str = "cpu") -> None:
         self.points = torch.empty(0, 3, device=device)
@@ -38,12 +38,12 @@ class ReferenceMemory:
         self.features = torch.cat([self.features, *features])
 
     def read(self, intrinsics: Tensor, cam2world: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        """Latents (T, C, h, w) and mask (T, h, w); intrinsics in cells of the grid."""
+        """Read latents (T, C, h, w) and mask (T, h, w); intrinsics in cells of the grid."""
         views = [self._read_one(k, pose, size) for k, pose in zip(intrinsics.float(), cam2world.float(), strict=True)]
         return torch.stack([latents for latents, _ in views]), torch.stack([near < torch.inf for _, near in views])
 
     def _project(self, k: Tensor, pose: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
-        """Depth, cell and rows of the tokens in view."""
+        """Project the tokens; return depth, cell and features of those in view."""
         height, width = size
         world2cam = torch.linalg.inv(pose)
         camera = self.points @ world2cam[:3, :3].T + world2cam[:3, 3]
@@ -65,7 +65,7 @@ class ReferenceMemory:
     def read_exactness(
         self, intrinsics: Tensor, cam2world: Tensor, size: tuple[int, int], repeats: int = 5
     ) -> tuple[float, float]:
-        """Of the seen cells, the fraction whose latents are a farther token's, and that changes from run to run.
+        """Measure the fractions of seen cells whose latents are a farther token's, and that change from run to run.
 
         Wrong: not the latents of any token at the least depth that falls into the cell, by this class's own
         projection; the mean over ``repeats`` reads. Changing: different bits in at least two of them.
@@ -94,7 +94,7 @@ class ReferenceMemory:
         size: tuple[int, int],
         voxel_size: float = 0.1,
     ) -> Tensor:
-        """(V,) overlap of earlier views with the targets together: IoU of the sets of voxels in view."""
+        """Compute the overlap (V,) of earlier views with the targets together: IoU of the sets of voxels in view."""
 
         def voxels(k: Tensor, pose: Tensor) -> Tensor:
             world2cam = torch.linalg.inv(pose)

@@ -1,4 +1,4 @@
-"""The scenes of the benchmarks: a furnished box room, exact depth, one seed, and the sizes to measure at."""
+"""Make the scenes of the benchmarks: a furnished box room, exact depth, one seed, and the sizes to measure at."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mirage_kernels import Cameras
 PATH_SIZE = (704, 1280)  # the image size that the intrinsics of `camera_path` refer to
 CHANNELS = 48
 CELL = 16  # pixels of a latent cell, either way
-CHUNK_FRAMES = 33  # pictures of one chunk: what the VAE encodes to READ_VIEWS latent frames
+CHUNK_FRAMES = 33  # images of one chunk: what the VAE encodes to READ_VIEWS latent frames
 READ_VIEWS = 9
 WRITE_VIEWS = 8
 
@@ -31,7 +31,7 @@ _ROOM_LENGTH = 8.5  # from one room to the next of the row of rooms, in world un
 
 
 class Size(NamedTuple):
-    """How much is stored: so many frames of one image size."""
+    """Say how much is stored: so many frames of one image size."""
 
     frames: int
     height: int
@@ -55,12 +55,12 @@ class Size(NamedTuple):
 
     @property
     def label(self) -> str:
-        """As rows of results name it, ``20 frames of 352x640``."""
+        """Return the name in rows of results, ``20 frames of 352x640``."""
         return f"{self.frames} frames of {self.height}x{self.width}"
 
     @classmethod
     def parse(cls, label: str) -> Size | None:
-        """The size a row's label begins with, if it names one."""
+        """Return the size that a row's label begins with, or None."""
         found = re.match(r"(\d+) frames of (\d+)x(\d+)", label)
         return cls(*map(int, found.groups())) if found else None
 
@@ -72,7 +72,7 @@ GPU_SIZES = (*SIZES, Size(3001, 704, 1280))  # the last holds 10.6 million token
 
 
 def camera_path(views: int, laps: float = 1.0, phase: float = 0.0) -> Cameras:
-    """T cameras of PATH_SIZE on an ellipse through the room, walked while looking around."""
+    """Make T cameras of PATH_SIZE on an ellipse through the room, walked while looking around."""
     height, width = PATH_SIZE
     t = (torch.arange(views, dtype=torch.float64) + phase) / max(views, 1) * 2 * math.pi * laps
     yaw = 2.0 * t
@@ -86,7 +86,7 @@ def camera_path(views: int, laps: float = 1.0, phase: float = 0.0) -> Cameras:
 
 
 def stored_cameras(size: Size) -> Cameras:
-    """The cameras of the stored frames: a lap through the room; very many frames share a row of four rooms."""
+    """Make the cameras of the stored frames: a lap through the room; very many frames share a row of four rooms."""
     if size.frames <= 1000:
         return camera_path(size.frames).resized(size.image)
     parts = [size.frames * (k + 1) // 4 - size.frames * k // 4 for k in range(4)]
@@ -94,24 +94,24 @@ def stored_cameras(size: Size) -> Cameras:
 
 
 def chunk_cameras(size: Size) -> Cameras:
-    """The cameras of one chunk's CHUNK_FRAMES pictures, along a part of the lap; every fourth is a latent frame's."""
+    """Make the cameras of one chunk's CHUNK_FRAMES images, along a part of the lap; each fourth is a latent frame's."""
     return camera_path(CHUNK_FRAMES, laps=0.15, phase=0.5).resized(size.image)
 
 
 def latent_views(cameras: Cameras) -> Cameras:
-    """The cameras of a chunk's latent frames: latent frame t stands for pictures 4t-3..4t and has the pose of 4t."""
+    """Take the cameras of a chunk's latent frames: latent frame t stands for images 4t-3..4t and has the pose of 4t."""
     return cameras[::4]
 
 
 def moved_room(cameras: Cameras, rooms: int) -> Cameras:
-    """The same cameras, so many rooms further along the row of rooms."""
+    """Move the cameras so many rooms further along the row of rooms."""
     pose = cameras.cam2world.clone()
     pose[:, 0, 3] += rooms * _ROOM_LENGTH
     return Cameras(cameras.intrinsics, pose, cameras.image_size)
 
 
 def render_depth(cameras: Cameras) -> Tensor:
-    """Exact z depth (T, H, W) float32 of the room, at the cameras' image size; on the CPU."""
+    """Render exact z depth (T, H, W) float32 of the room, at the cameras' image size; on the CPU."""
     height, width = cameras.image_size
     depths = []
     for k, pose in zip(cameras.intrinsics.cpu().float(), cameras.cam2world.cpu().float(), strict=True):
@@ -130,13 +130,13 @@ def render_depth(cameras: Cameras) -> Tensor:
 
 
 def latents(views: int, grid: tuple[int, int], seed: int = 0) -> Tensor:
-    """(T, CHANNELS, h, w) float32: normal noise, which costs what real latents cost."""
+    """Draw (T, CHANNELS, h, w) float32: normal noise, which costs what real latents cost."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(views, CHANNELS, *grid, generator=generator)
 
 
-def pictures(cameras: Cameras, depth: Tensor) -> Tensor:
-    """(T, 3, H, W) float32 in [0, 1]: a smooth texture painted on the world, so that a true render shows it again."""
+def images(cameras: Cameras, depth: Tensor) -> Tensor:
+    """Paint (T, 3, H, W) float32 in [0, 1]: a smooth texture on the world, so that a true render shows it again."""
     height, width = cameras.image_size
     frames = []
     for k, pose, z in zip(cameras.intrinsics.float(), cameras.cam2world.float(), depth, strict=True):

@@ -94,8 +94,8 @@ def read(results: Results) -> str:
             _median(rows, "read", "9 latent views", "latent, f32", size),
             _median(rows, "read", "9 latent views", "latent, bf16, aligned", size),
             _median(rows, "read", "9 latent views", "reference", size),
-            _median(rows, "read", "33 pictures", "pixel, kernels nearest", size),
-            _median(rows, "read", "33 pictures", "pixel, plain", size),
+            _median(rows, "read", "33 images", "pixel, kernels nearest", size),
+            _median(rows, "read", "33 images", "pixel, plain", size),
         ]
         lines.append([_tokens(size), seconds_text(best), *[_against(other, best) for other in others]])
     return _table(head, lines) if lines else NOT_MEASURED
@@ -146,9 +146,9 @@ def memory(results: Results) -> str:
             row = find_row(rows, "memory", "held", variant, size)
             if row is None or base is None:
                 continue
-            reads = [find_row(rows, "memory", f"peak of one chunk's {x}", variant, size) for x in ("read", "pictures")]
+            reads = [find_row(rows, "memory", f"peak of one chunk's {x}", variant, size) for x in ("read", "images")]
             if variant == "pixel, kernels":
-                reads = [find_row(rows, "memory", "peak of one chunk's pictures", f"{variant} nearest", size)]
+                reads = [find_row(rows, "memory", "peak of one chunk's images", f"{variant} nearest", size)]
             peak = next((bytes_text(r["bytes"]) for r in reads if r is not None), "")
             held = f"{bytes_text(row['bytes'])}, {ratio_text(row['bytes'] / base['bytes'])}"
             lines.append([_tokens(size), variant, held, peak])

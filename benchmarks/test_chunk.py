@@ -1,4 +1,4 @@
-"""A whole chunk with the memory in its loop: read, denoise, decode, depth, write. Real architecture, random weights.
+"""Measure a whole chunk with the memory in its loop: read, denoise, decode, depth, write. Weights are random.
 
 On a GPU at Wan2.2-TI2V-5B's widths and 704x1280; on a CPU with ``tiny_random_pipeline``'s, which the rows name. Depth
 is a ``LatentDepth``'s, the static filter is "geometric", the default, and nothing is saved.
@@ -21,7 +21,7 @@ PARTS = ("read", "denoise", "decode", "depth", "filter", "write")
 
 
 def _full_size_pipeline(device: torch.device) -> Any:
-    """The 5 B transformer, its adapter and the VAE in bfloat16, made on the device; a text encoder nobody runs."""
+    """Make the 5 B transformer, its adapter and the VAE in bfloat16 on the device; the text encoder is small."""
     from diffusers import UniPCMultistepScheduler
     from transformers import UMT5Config, UMT5EncoderModel
 
@@ -29,7 +29,7 @@ def _full_size_pipeline(device: torch.device) -> Any:
     from mirage.models.latent_depth import LatentDepth
     from mirage.models.transformer import MirageTransformer3DModel
     from mirage.pipeline.pipeline import MiragePipeline
-    from mirage.zoo import make_byte_tokenizer
+    from mirage.zoo import tiny_random_pipeline
 
     from .pixel_memory import make_encoder
 
@@ -51,7 +51,7 @@ def _full_size_pipeline(device: torch.device) -> Any:
         torch.set_default_dtype(torch.float32)
     config = UMT5Config(vocab_size=259, d_model=4096, d_kv=8, d_ff=64, num_layers=1, num_heads=2)
     return MiragePipeline(
-        tokenizer=make_byte_tokenizer(),
+        tokenizer=tiny_random_pipeline(with_memory=False, with_depth=False).tokenizer,
         text_encoder=UMT5EncoderModel(config).to(device, torch.bfloat16).eval(),
         vae=make_encoder(device=device, dtype=torch.bfloat16, decoder_base_dim=256),
         scheduler=UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=5.0),
@@ -75,10 +75,8 @@ def test_chunk(bench: Any) -> None:
     steps, chunks = (2, 2) if bench.quick else (STEPS, CHUNKS)
     new = scenes.CHUNK_FRAMES - 1  # each chunk's first frame is the last of the chunk before
     cameras = scenes.camera_path(1 + chunks * new, laps=0.15 * chunks).resized(size.image)
-    picture = scenes.pictures(cameras[0], scenes.render_depth(cameras[0]))
-    session = pipeline.start_session(
-        picture, "a room", num_inference_steps=steps, generator=torch.Generator().manual_seed(0)
-    )
+    image = scenes.images(cameras[0], scenes.render_depth(cameras[0]))
+    session = pipeline.start(image, "a room", num_inference_steps=steps, generator=torch.Generator().manual_seed(0))
     made: list[dict[str, float]] = []
     peak: list[int] = []
 

@@ -1,4 +1,4 @@
-"""``mirage_kernels.compat.LatentPointCloud`` in a loop of the published release's shape, in a process of its own."""
+"""Measure ``mirage_kernels.compat.LatentPointCloud`` in a loop of the release's shape, in a process of its own."""
 
 from __future__ import annotations
 

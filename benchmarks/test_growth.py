@@ -1,4 +1,4 @@
-"""Time and bytes as a memory grows: 50 chunks of new rooms, and 50 laps of one closed loop, 8 frames written in each.
+"""Measure time and bytes as a memory grows: 50 chunks of new rooms, and 50 laps of one loop, 8 frames each.
 
 At sampled chunks the next chunk is read and 8 frames are written, both timed on the memory as it is then. ``in view``
 are the bytes of the tokens (or points) in the read views' frustums, occluded or not: what a read cannot do without.
@@ -37,7 +37,7 @@ CASES = [(side, size) for size in (LARGE, SMALL) for side in SIDES + PIXELS]
 
 
 class _Side:
-    """One memory behind the same three calls."""
+    """Put one memory behind the same three calls."""
 
     def __init__(self, variant: str, device: torch.device, size: Size) -> None:
         self.size, self.pixel = size, variant.startswith("pixel")
@@ -64,9 +64,7 @@ class _Side:
         return self.memory.read(views, self.size.grid, splat="nearest")
 
     def points(self) -> torch.Tensor:
-        if isinstance(self.memory, memories.PlainPixelMemory):
-            return self.memory._positions[:, : len(self.memory)].T
-        return self.memory.cache.points if self.pixel else self.memory.points
+        return self.memory.points
 
     @property
     def nbytes(self) -> int:
@@ -89,13 +87,13 @@ def test_growth(walk: str, variant: str, stored: Size, bench: Any) -> None:
     sampled = SAMPLED[:3] if bench.quick else FEW if variant in SLOW else SAMPLED
     # One lap of 8 frames, the same in every room; the chunk read next begins where it ends.
     path = scenes.camera_path(scenes.WRITE_VIEWS).resized(size.image)
-    look = scenes.camera_path(scenes.CHUNK_FRAMES, laps=0.15, phase=0.5).resized(size.image)
+    ahead = scenes.camera_path(scenes.CHUNK_FRAMES, laps=0.15, phase=0.5).resized(size.image)
     if looking_back:
-        look = scenes.camera_path(scenes.CHUNK_FRAMES, laps=0.05, phase=0.85 / 0.05 * scenes.CHUNK_FRAMES)
-        look = look.resized(size.image)
+        ahead = scenes.camera_path(scenes.CHUNK_FRAMES, laps=0.05, phase=0.85 / 0.05 * scenes.CHUNK_FRAMES)
+        ahead = ahead.resized(size.image)
     depth = scenes.render_depth(path).to(bench.device)
     side = _Side(variant, bench.device, size)
-    frames = scenes.pictures(path, depth.cpu()) if side.pixel else scenes.latents(scenes.WRITE_VIEWS, size.grid)
+    frames = scenes.images(path, depth.cpu()) if side.pixel else scenes.latents(scenes.WRITE_VIEWS, size.grid)
     frames = frames.to(bench.device)
     slow = side.pixel or variant == "reference"
     first = None if slow else _Side(variant, bench.device, size)
@@ -109,7 +107,7 @@ def test_growth(walk: str, variant: str, stored: Size, bench: Any) -> None:
             continue
         label = f"chunk {chunk} of {size.height}x{size.width}"
         written = bench.once(functools.partial(side.write, frames, depth, cameras))
-        views = scenes.moved_room(look, room).to(bench.device)
+        views = scenes.moved_room(ahead, room).to(bench.device)
         rounds = (1 if variant == "pixel, plain" else 3) if slow else 21
         read = bench.seconds(functools.partial(side.read, views), rounds, warmup=0 if slow else 2)
         bench.file("growth", f"{walk}: write", variant, label, None, [written])
@@ -117,10 +115,10 @@ def test_growth(walk: str, variant: str, stored: Size, bench: Any) -> None:
         bench.record("growth", f"{walk}: held", variant, label, nbytes=side.nbytes)
         if not slow:
             seen = memories.count_in_view(side.points(), scenes.latent_views(views), size.grid)
-            share = side.nbytes * seen // max(len(side.memory), 1)
-            bench.record("growth", f"{walk}: in view", variant, label, nbytes=share)
+            in_view = side.nbytes * seen // max(len(side.memory), 1)
+            bench.record("growth", f"{walk}: in view", variant, label, nbytes=in_view)
         if first is not None and chunk == sampled[-1]:
-            alone = functools.partial(first.read, scenes.moved_room(look, 0).to(bench.device))
+            alone = functools.partial(first.read, scenes.moved_room(ahead, 0).to(bench.device))
             beside = bench.seconds_of_both(functools.partial(side.read, views), alone, 101, warmup=5)
             for name, taken in zip(BESIDE, beside, strict=True):
                 bench.file("growth", f"{walk}: {name}", variant, label, None, taken)

@@ -1,4 +1,4 @@
-"""Bytes: what a memory holds of the same stored frames, and the most that one chunk's read or write takes on top."""
+"""Measure bytes: what a memory holds of the same frames, and the most that one chunk's read takes on top."""
 
 from __future__ import annotations
 
@@ -52,4 +52,4 @@ def test_pixel(size: Size, variant: str, bench: Any) -> None:
     if variant == "pixel, plain":
         nbytes = len(memory) * BYTES_PER_POINT_UINT8
         bench.record("memory", "held", "pixel, plain, 8-bit colours", size.label, nbytes=nbytes)
-    _peak(bench, "peak of one chunk's pictures", variant, size, lambda: memory.render(cameras, size.image))
+    _peak(bench, "peak of one chunk's images", variant, size, lambda: memory.render(cameras, size.image))

@@ -1,4 +1,4 @@
-"""What one chunk's cameras see of a memory: 9 latent views, or the 33 pictures that a pixel memory must render."""
+"""Measure a read of what one chunk's cameras see: 9 latent views, or the 33 images that a pixel memory renders."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_latent(size: Size, variant: str, dtype: torch.dtype, splat: str, bench:
 
 
 def test_latent_with_cold_caches(size: Size, bench: Any) -> None:
-    """After a denoiser has run, nothing of the memory is left in the processor's caches."""
+    """Read as after a denoiser, when nothing of the memory is left in the processor's caches."""
     if bench.device.type == "cuda":
         pytest.skip("on a GPU every variant is measured warm and cold")
     cache = memories.latent_cache(size, bench.device, torch.bfloat16)
@@ -60,7 +60,7 @@ def test_reference(size: Size, bench: Any) -> None:
 
 
 def test_reference_is_not_exact(size: Size, bench: Any) -> None:
-    """Fractions of seen cells that hold a farther token's latents, and that change from run to run."""
+    """Record the fractions of seen cells that hold a farther token's latents, and that change from run to run."""
     memory = memories.reference_memory(size, bench.device)
     views = scenes.latent_views(scenes.chunk_cameras(size)).to(bench.device).resized(size.grid)
     wrong, changed = memory.read_exactness(views.intrinsics, views.cam2world, size.grid)
@@ -75,7 +75,7 @@ def test_reference_is_not_exact(size: Size, bench: Any) -> None:
 
 @pytest.mark.parametrize("variant", memories.PIXELS)
 def test_pixel(size: Size, variant: str, bench: Any) -> None:
-    """Rasterising alone; encoding is in `condition`."""
+    """Measure rasterising alone; encoding is in `condition`."""
     if not memories.pixels_fit(size, bench.device):
         pytest.skip(f"{size.pixels / 1e6:.0f} million points are too many for a run on this device")
     memory = memories.pixel_memory(variant, size, bench.device)
@@ -84,6 +84,6 @@ def test_pixel(size: Size, variant: str, bench: Any) -> None:
     assert seen > 0.3 * scenes.CHUNK_FRAMES * size.height * size.width
     nbytes = memories.render_bytes(size, bench.device, seen, variant)
     bench.measure(
-        "read", "33 pictures", variant, size.label, nbytes, lambda: memory.render(cameras, size.image),
+        "read", "33 images", variant, size.label, nbytes, lambda: memory.render(cameras, size.image),
         rounds=7 if "nearest" in variant else 3, warmup=0,
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Writing 8 frames with depth at the image's size into a memory that holds so much already."""
+"""Measure a write of 8 frames, with depth at the image's size, into a memory that holds so much already."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def _frames(size: Size, device: torch.device, noise: float = 0.0) -> tuple[Camer
 
 
 def _bytes(size: Size, depth: Tensor, dtype: torch.dtype) -> int:
-    """The least a latent write moves: depth and latents in, a point, a row and a frame id a token out."""
+    """Count the least bytes of a latent write: depth and latents in, a point, a row and a frame id a token out."""
     row = scenes.CHANNELS * dtype.itemsize
     return depth.nbytes + scenes.WRITE_VIEWS * size.grid[0] * size.grid[1] * (2 * row + 16 + 4)
 
@@ -73,24 +73,18 @@ def test_reference(size: Size, bench: Any) -> None:
 
 @pytest.mark.parametrize("variant", [name for name in memories.PIXELS if "bilinear" not in name])
 def test_pixel(size: Size, variant: str, bench: Any) -> None:
-    """Buffers have room: what lies in a pixel memory already costs a write nothing, so it is empty here."""
+    """Write where buffers have room: what lies in a pixel memory already costs a write nothing, so it is empty here."""
     if not memories.pixels_fit(Size(scenes.WRITE_VIEWS, size.height, size.width), bench.device):
         pytest.skip("too many points for a run on this device")
     cameras, depth = _frames(size, bench.device)
-    rgb = scenes.pictures(cameras.to("cpu"), depth.cpu()).to(bench.device)
+    rgb = scenes.images(cameras.to("cpu"), depth.cpu()).to(bench.device)
     memory: Any = memories.PIXELS[variant](device=bench.device)
     memory.write(rgb, depth, cameras)
     point = 24 if variant == "pixel, plain" else 16 + 16 + 4
 
-    def forget() -> None:
-        if variant == "pixel, plain":
-            memory._count = 0
-        else:
-            memory.cache.clear()
-
     name = "pixel, kernels" if variant != "pixel, plain" else variant
     bench.measure(
         "write", NAME, name, size.label, depth.nbytes + rgb.nbytes + depth.numel() * point,
-        lambda: memory.write(rgb, depth, cameras), rounds=9, setup=forget,
+        lambda: memory.write(rgb, depth, cameras), rounds=9, setup=memory.clear,
     )  # fmt: skip
     assert len(memory) == depth.numel()

@@ -1,4 +1,4 @@
-"""How things are measured: bandwidth, times on CPU and GPU, and the most memory a call takes.
+"""Measure bandwidth, times on CPU and GPU, and the most memory that a call takes.
 
 On a GPU an eager time runs from an idle device to the end of the last kernel, with what the host needs for launching in
 it; a CUDA graph's time is the device's alone (the device sleeps while the host enqueues). Warm: the same call has
@@ -21,7 +21,7 @@ _SLEEP_CYCLES = 1_000_000
 
 
 class Times(NamedTuple):
-    """Seconds: median, and the 20th and 80th percentile."""
+    """Hold seconds: the median, and the 20th and 80th percentile."""
 
     median: float
     p20: float
@@ -41,7 +41,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def copy_bandwidth(device: torch.device) -> float:
-    """Bytes a second of a large copy, read and written bytes both counted; the median of a dozen."""
+    """Measure the bytes a second of a large copy, read and written bytes both counted; the median of a dozen."""
     source = torch.randn(64 << 20 if device.type == "cuda" else 16 << 20, device=device)
     target = torch.empty_like(source)
     if device.type == "cuda":
@@ -54,7 +54,7 @@ def copy_bandwidth(device: torch.device) -> float:
 def time_cpu(
     function: Callable[[], Any], rounds: int, *, warmup: int = 1, setup: Callable[[], Any] | None = None
 ) -> list[float]:
-    """Seconds of each round."""
+    """Measure the seconds of each round."""
     seconds = []
     for k in range(warmup + rounds):
         if setup is not None:
@@ -71,7 +71,8 @@ _probe = torch.zeros(1 << 18)
 
 
 def wait_for_quiet(limit_s: float = 10.0) -> bool:
-    """Wait until all threads of this process get their cores at once, but not for ever; was it so?
+    """Wait until all threads of this process get their cores at once, at most ``limit_s``; return
+    whether they did.
 
     On a machine that others use too, a call of microseconds on two threads may otherwise take two time slices. Probes
     with a small multi-threaded operation, against the best that this process has seen.
@@ -93,7 +94,7 @@ def wait_for_quiet(limit_s: float = 10.0) -> bool:
 
 
 def time_once(function: Callable[[], Any], device: torch.device) -> float:
-    """Seconds of one call that cannot be repeated, by the host's clock."""
+    """Measure the seconds of one call that cannot be repeated, by the host's clock."""
     synchronize(device)
     start = time.perf_counter()
     function()
@@ -110,7 +111,7 @@ def time_cuda(
     warmup: int = 3,
     setup: Callable[[], Any] | None = None,
 ) -> list[float]:
-    """Seconds of each round by device events, see the head of this file; ``setup`` runs before each, untimed."""
+    """Measure the seconds of each round by device events, see the module; ``setup`` runs before each, untimed."""
     prepare = setup or (lambda: None)
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -177,7 +178,7 @@ def _process_bytes(field: str) -> int:
 
 
 def peak_bytes(function: Callable[[], Any], device: torch.device) -> int | None:
-    """The most memory that ``function`` takes beyond what was held before it, its results included.
+    """Measure the most memory that ``function`` takes beyond what was held before it, its results included.
 
     On a GPU what torch's allocator handed out; on the CPU the process's resident memory, None where the system cannot
     reset that high-water mark.

@@ -66,8 +66,8 @@ def test_goals_take_the_faster_pixel_memory_and_the_right_rows() -> None:
     size = rooms.GOAL.label
     rows = [
         row("read", "9 latent views", "latent, bf16", size, 1e-4, nbytes=10**6),
-        row("read", "33 pictures", "pixel, plain", size, 9.0),
-        row("read", "33 pictures", "pixel, kernels nearest", size, 0.029),
+        row("read", "33 images", "pixel, plain", size, 9.0),
+        row("read", "33 images", "pixel, kernels nearest", size, 0.029),
         row("condition", "one chunk", "pixel, plain, encoder of width 160", size, 609.0),
         row("condition", "one chunk", "pixel, kernels nearest, encoder of width 160", size, 600.0),
         row("condition", "one chunk", "pixel, plain, encoder of width 16", size, 1.0),

@@ -101,7 +101,7 @@ def test_two_versions_agree_on_a_room() -> None:
     depth = rooms.render_depth(cameras)
     plain, kernels = memories()
     for memory in (plain, kernels):
-        memory.write(rooms.pictures(cameras, depth), depth, cameras)
+        memory.write(rooms.images(cameras, depth), depth, cameras)
         assert len(memory) == size.pixels
     first, second = (memory.render(rooms.chunk_cameras(size)[::8], size.image) for memory in (plain, kernels))
     assert float(first.seen.float().mean()) > 0.3
@@ -115,7 +115,7 @@ def test_the_camera_that_stored_a_picture_sees_it_again(splat: str) -> None:
     size = rooms.Size(1, 48, 80)
     cameras = rooms.stored_cameras(size)
     depth = rooms.render_depth(cameras)
-    picture = rooms.pictures(cameras, depth)
+    picture = rooms.images(cameras, depth)
     memory: Any = PlainPixelMemory() if splat == "plain" else KernelPixelMemory(splat)
     memory.write(picture, depth, cameras)
     rendered = memory.render(cameras, size.image)
@@ -146,9 +146,9 @@ def test_another_camera_sees_the_painted_world() -> None:
     cameras = rooms.stored_cameras(size)
     depth = rooms.render_depth(cameras)
     read = rooms.chunk_cameras(size)[16]
-    truth = rooms.pictures(read, rooms.render_depth(read))
+    truth = rooms.images(read, rooms.render_depth(read))
     for memory in (*memories(), KernelPixelMemory("nearest")):
-        memory.write(rooms.pictures(cameras, depth), depth, cameras)
+        memory.write(rooms.images(cameras, depth), depth, cameras)
         rendered = memory.render(read, size.image)
         error = (rendered.rgb - truth).abs().amax(1)[rendered.seen]
         assert float(rendered.seen.float().mean()) > 0.9
@@ -182,7 +182,7 @@ def test_encoder_gives_the_latent_grid() -> None:
     cameras = rooms.stored_cameras(size)
     depth = rooms.render_depth(cameras)
     memory = KernelPixelMemory("nearest")
-    memory.write(rooms.pictures(cameras, depth), depth, cameras)
+    memory.write(rooms.images(cameras, depth), depth, cameras)
     latents, mask = encode(make_encoder(8), memory.render(rooms.chunk_cameras(size), size.image))
     assert latents.shape == (rooms.READ_VIEWS, 48, 2, 3) and mask.shape == (rooms.READ_VIEWS, 2, 3)
     assert bool(torch.isfinite(latents).all()) and mask.dtype == torch.bool
