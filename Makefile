@@ -25,9 +25,9 @@ test-fast: $(READY)
 test-slow: $(READY)
 	$(PYTEST) -m slow
 
-# Half an hour on two CPU cores: the full-width VAE encoder takes most of it.
+# Half an hour on two CPU cores, growth and the full-width VAE encoder most of it; `pytest benchmarks` takes minutes.
 bench: $(READY)
-	$(BIN)/python -m pytest benchmarks --save $(BENCH_ARGS)
+	$(BIN)/python -m pytest benchmarks --full --save $(BENCH_ARGS)
 	$(BIN)/python -m benchmarks.plots $(dir $(wildcard benchmarks/results/*/results.json))
 	$(BIN)/python -m benchmarks.tables --write
 

@@ -68,6 +68,7 @@ class Size(NamedTuple):
 QUICK = Size(5, 96, 160)
 GOAL = Size(20, 352, 640)  # the size the CPU goals are stated at
 SIZES = (GOAL, Size(9, 704, 1280), Size(81, 704, 1280), Size(401, 704, 1280))
+SHORT_SIZES = SIZES[:2]  # those that two cores measure within minutes, pixels included
 GPU_SIZES = (*SIZES, Size(3001, 704, 1280))  # the last holds 10.6 million tokens
 
 

@@ -15,6 +15,8 @@ from . import scenes
 from .scenes import QUICK, Size
 from .timing import summarise
 
+pytestmark = pytest.mark.full
+
 STEPS = 20
 CHUNKS = 4  # the first is warm-up, and sees nothing
 PARTS = ("read", "denoise", "decode", "depth", "filter", "write")

@@ -1,4 +1,4 @@
-"""All that one chunk needs before denoising: the latent grid of what the memory holds, its mask, reference frames.
+"""Measure all that one chunk needs before denoising: the latent grid of what is remembered, mask, reference frames.
 
 The latent side is measured with and without choosing reference frames (``view_overlap`` over the stored views): the
 pixel side chooses none here, which is in its favour. Its time is rasterising plus encoding.
@@ -16,6 +16,7 @@ from torch import Tensor
 from mirage_kernels import Cameras
 
 from . import memories, scenes
+from .comparison import ENCODER_NEEDS
 from .memories import pixels_fit
 from .pixel_memory import FULL_WIDTH, encode, make_encoder
 from .scenes import GOAL, QUICK, Size
@@ -25,10 +26,11 @@ NAME = "one chunk"
 CANDIDATES = 20  # stored views that reference frames are chosen from
 REFERENCES = 4
 QUICK_WIDTH = 16
+PART = 5  # images of a chunk that are encoded where all of them would take minutes
 
 
 def _control(latents: Tensor, mask: Tensor) -> Tensor:
-    """What the denoiser takes: 48 channels of latents and 48 of scores, both 0 in holes; (9, 96, h, w)."""
+    """Make what the denoiser takes: 48 channels of latents and 48 of scores, both 0 in holes; (9, 96, h, w)."""
     return torch.cat([latents, mask[:, None].to(latents.dtype).expand_as(latents)], dim=1)
 
 
@@ -82,7 +84,7 @@ def test_reference(size: Size, references: bool, bench: Any) -> None:
 
 @pytest.mark.parametrize("side", ["latent, bf16", "reference"])
 def test_choosing_reference_frames(size: Size, side: str, bench: Any) -> None:
-    """Overlap of the stored views with the chunk's, alone."""
+    """Measure the overlap of the stored views with the chunk's, alone."""
     views = scenes.latent_views(scenes.chunk_cameras(size)).to(bench.device).resized(size.grid)
     candidates = _candidates(size, bench.device)
     # The least: every token's position once.
@@ -104,19 +106,30 @@ def test_choosing_reference_frames(size: Size, side: str, bench: Any) -> None:
 
 
 def test_pixel(size: Size, bench: Any) -> None:
-    """On a CPU encoding takes minutes: it runs once, at one size, and its time is added to each rasteriser's."""
+    """Rasterise and encode. On a CPU encoding takes minutes: it runs once, at one size.
+
+    With --full its time is added to each rasteriser's. Without, it encodes the chunk's first PART images at full width:
+    no more than a lower bound of what a chunk takes, and nothing is concluded from it about the rest.
+    """
     if not pixels_fit(size, bench.device):
         pytest.skip(f"{size.pixels / 1e6:.0f} million points are too many for a run on this device")
     gpu = bench.device.type == "cuda"
     if not gpu and size not in (GOAL, QUICK):
         pytest.skip(f"encoding at {size.height}x{size.width} takes too long on a CPU")
-    pytest.importorskip("diffusers", reason="the VAE encoder needs diffusers: pip install 'mirage-world[bench]'")
+    pytest.importorskip("diffusers", reason=ENCODER_NEEDS)
     width, dtype = (
         (QUICK_WIDTH, torch.float32) if bench.quick else (FULL_WIDTH, torch.bfloat16 if gpu else torch.float32)
     )
     vae = make_encoder(width, bench.device, dtype)
     cameras = scenes.chunk_cameras(size).to(bench.device)
     encoder = f"encoder of width {width}"
+    if not (bench.full or bench.quick):
+        memory = memories.pixel_memory("pixel, kernels nearest", size, bench.device)
+        rendered = memory.render(cameras[:PART], size.image)
+        seconds = bench.seconds(lambda: encode(vae, rendered), 1, warmup=0)
+        name = f"encoding {PART} of {scenes.CHUNK_FRAMES} images"
+        bench.file("condition", name, f"pixel, {encoder}", size.label, None, seconds)
+        return
     medians = {}
     for variant in memories.PIXELS:
         memory = memories.pixel_memory(variant, size, bench.device)

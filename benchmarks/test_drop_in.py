@@ -14,6 +14,8 @@ from . import report, scenes
 from .scenes import Size
 from .timing import summarise
 
+pytestmark = pytest.mark.full
+
 VARIANTS = {"compat": "latent, f32", "reference": "reference"}
 
 

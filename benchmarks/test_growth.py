@@ -24,6 +24,8 @@ from .reference_memory import ReferenceMemory
 from .report import BESIDE
 from .scenes import Size
 
+pytestmark = pytest.mark.full
+
 CHUNKS = 50
 SAMPLED = (1, 2, 5, 10, 20, 30, 40, 50)
 FEW, SLOW = (1, 10, 50), ("pixel, plain", "reference")  # where one read takes seconds

@@ -1,8 +1,10 @@
-"""What the benchmarks say about themselves: rows, text, goals, and tables that cannot go stale."""
+"""Test what the benchmarks say about themselves: rows, text, goals, and tables that cannot go stale."""
 
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -10,7 +12,7 @@ from unittest import mock
 import pytest
 import torch
 
-from benchmarks import drop_in, goals, memories, plots, report, tables, timing
+from benchmarks import comparison, drop_in, goals, memories, plots, report, tables, timing
 from benchmarks import scenes as rooms
 from benchmarks.reference_memory import ReferenceMemory
 from mirage_kernels import Cameras
@@ -60,6 +62,51 @@ def test_what_was_not_measured_says_so(tmp_path: Path, monkeypatch: pytest.Monke
     outcomes = [*goals.cpu_goals([]), *goals.gpu_goals([])]
     assert len(outcomes) == 17
     assert all(outcome.met is None and outcome.figure == report.NOT_MEASURED for outcome in outcomes)
+
+
+@pytest.mark.parametrize("how", ["", ", eager, warm"], ids=["cpu", "gpu"])
+def test_the_comparison_sets_the_sides_beside_each_other(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    size = rooms.GOAL.label
+    rows = [
+        row("read", "9 latent views", f"latent, bf16{how}", size, 1e-3),
+        row("read", "9 latent views", "latent, bf16, cold caches", size, 2e-3),
+        row("read", "9 latent views", f"reference{how}", size, 1e-2),
+        row("read", "33 images", f"pixel, kernels nearest{how}", size, 0.2),
+        row("memory", "held", "latent, bf16", size, nbytes=1000),
+        row("memory", "held", "pixel, plain", size, nbytes=50_000),
+        row("read", "cells wrong", "reference", size, value=0.027),
+        row("growth", "new rooms: read", "latent, bf16", "chunk 1 of 704x1280", 1e-3),
+    ]
+    monkeypatch.setattr(comparison.importlib.util, "find_spec", lambda name: None)
+    head, sides, *lines = comparison.compare(rows)
+    assert head.startswith(f"{size}, 17,600 tokens") and sides.split()[:2] == ["latent", "reference"]
+    read, held, wrong, blank, note = lines
+    assert read.split("  ")[0] == "read one chunk, nearest"
+    assert [cell.strip() for cell in (read[28:38], read[38:56], read[56:76], read[76:])] == [
+        "1.00 ms", "10.0 ms, 10.0x", "", "200 ms, 200x"
+    ]  # fmt: skip
+    assert held.split() == ["bytes", "held", "1.00", "kB", "50.0", "kB,", "50.0x"]
+    assert wrong.split() == ["cells", "wrong", "0.0", "%", "2.7", "%"]
+    assert blank == "" and note == comparison.ENCODER_NEEDS and "mirage-world[bench]" in note
+    part = row("condition", "encoding 5 of 33 images", "pixel, encoder of width 160", size, 26.0)
+    lines = comparison.compare([*rows, part])
+    assert any(line.split("  ")[0] == "encode 5 of 33 images" and line.endswith("26.0 s") for line in lines)
+    assert comparison.ENCODER_NEEDS not in lines
+
+
+def test_runs_measure_what_they_have_the_time_for() -> None:
+    def collect(*options: str) -> tuple[int, str]:
+        command = [sys.executable, "-m", "pytest", "benchmarks", "-p", "no:cacheprovider", "--collect-only", "-q"]
+        ran = subprocess.run([*command, *options], capture_output=True, text=True, check=False, cwd=tables.ROOT)
+        return ran.returncode, ran.stdout + ran.stderr
+
+    code, short = collect()
+    assert code == 0 and "9-frames-of-704x1280" in short and "deselected" in short
+    assert not any(name in short for name in ("401-frames", "test_growth.py::", "test_drop_in.py::", "test_chunk.py::"))
+    code, full = collect("--full")
+    assert code == 0 and all(name in full for name in ("401-frames", "test_growth.py::", "test_chunk.py::"))
+    code, refused = collect("--save")
+    assert code == pytest.ExitCode.USAGE_ERROR and "--save needs --full" in refused
 
 
 def test_goals_take_the_faster_pixel_memory_and_the_right_rows() -> None:
@@ -189,14 +236,14 @@ def test_the_reference_algorithm_is_exact_on_one_thread(threads: Any) -> None:
     views = rooms.latent_views(rooms.chunk_cameras(size)).resized(size.grid)
     assert memory.read_exactness(views.intrinsics, views.cam2world, size.grid) == (0.0, 0.0)
     cache = memories.latent_cache(size, torch.device("cpu"), torch.float32)
-    ours = cache.read(views, size.grid, splat="nearest")
+    readout = cache.read(views, size.grid, splat="nearest")
     latents, mask = memory.read(views.intrinsics, views.cam2world, size.grid)
-    assert float((mask != ours.mask).float().mean()) < 0.01
-    assert float((latents != ours.latents).any(1).float().mean()) < 0.02
-    ours_overlap = cache.view_overlap(rooms.stored_cameras(size), views, size.grid)
+    assert float((mask != readout.mask).float().mean()) < 0.01
+    assert float((latents != readout.latents).any(1).float().mean()) < 0.02
+    overlap = cache.view_overlap(rooms.stored_cameras(size), views, size.grid)
     stored = rooms.stored_cameras(size).resized(size.grid)
-    theirs = memory.overlap(stored.intrinsics, stored.cam2world, views.intrinsics, views.cam2world, size.grid)
-    torch.testing.assert_close(ours_overlap, theirs, atol=0.02, rtol=0)
+    expected = memory.overlap(stored.intrinsics, stored.cam2world, views.intrinsics, views.cam2world, size.grid)
+    torch.testing.assert_close(overlap, expected, atol=0.02, rtol=0)
 
 
 def test_wrong_cells_are_counted() -> None:
@@ -215,9 +262,9 @@ def test_the_drop_in_loop_gives_both_memories_the_same_tokens(capsys: pytest.Cap
     for memory in ("compat", "reference"):
         drop_in.main(["--memory", memory, "--frames", "2", "--height", "32", "--width", "64", "--chunks", "2"])
         printed.append(json.loads(capsys.readouterr().out))
-    ours, theirs = printed
-    assert ours["tokens"] == theirs["tokens"] == 5 * 2 * 4
-    assert len(ours["project_s"]) == len(ours["update_s"]) == 2
+    compat, reference = printed
+    assert compat["tokens"] == reference["tokens"] == 5 * 2 * 4
+    assert len(compat["project_s"]) == len(compat["update_s"]) == 2
 
 
 def test_bytes_in_view_are_a_part_of_all() -> None:
