@@ -1,4 +1,4 @@
-"""Rows of results: what one is, the facts of the machine beside them, and their text.
+"""Make rows of results, gather the facts of the machine beside them, and format both.
 
 The file is ``{machine, cpu, gpu: {name, driver} or null, torch, cuda, commit, command, rows: [{group, name, variant,
 size, median_s, p20_s, p80_s, bytes, floor_s}]}``. ``bytes`` is the least that a timed variant must move, ``floor_s``
@@ -40,7 +40,7 @@ def make_row(
     bandwidth: float | None = None,
     value: float | None = None,
 ) -> Row:
-    """``times`` are median, p20 and p80 in seconds."""
+    """Make a row; ``times`` are median, p20 and p80 in seconds."""
     median, p20, p80 = times if times is not None else (None, None, None)
     floor = None if times is None or nbytes is None or bandwidth is None else nbytes / bandwidth
     row: Row = {"group": group, "name": name, "variant": variant, "size": size}
@@ -81,7 +81,7 @@ def machine_facts(device: torch.device) -> dict[str, Any]:
 
 
 def write_results(folder: Path, facts: dict[str, Any], rows: list[Row]) -> Path:
-    """``results.json`` and ``results.md`` in ``folder``; each replaces the old one whole."""
+    """Write ``results.json`` and ``results.md`` in ``folder``; each replaces the old one atomically."""
     folder.mkdir(parents=True, exist_ok=True)
     # Tests run size by size, so that a scene is built once; a reader wants group by group.
     results = {**facts, "rows": sorted(rows, key=lambda row: (GROUPS.index(row["group"]), row["name"]))}
@@ -93,14 +93,14 @@ def write_results(folder: Path, facts: dict[str, Any], rows: list[Row]) -> Path:
 
 
 def to_json(results: dict[str, Any]) -> str:
-    """One row a line, so that a difference between two runs can be read."""
+    """Format one row a line, so that a difference between two runs can be read."""
     head = json.dumps({key: value for key, value in results.items() if key != "rows"}, indent=1)
     rows = ",\n".join(f"  {json.dumps(row)}" for row in results["rows"])
     return f'{head[:-2]},\n "rows": [\n{rows}\n ]\n}}\n'
 
 
 def load_results(folder: Path = RESULTS) -> list[dict[str, Any]]:
-    """Every machine's results, GPUs first."""
+    """Load every machine's results, GPUs first."""
     found = [json.loads(path.read_text()) for path in sorted(folder.glob("*/results.json"))]
     return sorted(found, key=lambda results: results["gpu"] is None)
 
@@ -111,7 +111,7 @@ def find_row(rows: Iterable[Row], group: str, name: str, variant: str, size: str
 
 
 def seconds_text(seconds: float | None) -> str:
-    """Three digits in the unit that suits: 26.1 us, 1.44 ms, 9.03 s, 612 s."""
+    """Format three digits in the unit that suits: 26.1 us, 1.44 ms, 9.03 s, 612 s."""
     if seconds is None:
         return NOT_MEASURED
     for limit, scale, unit in ((1e-3, 1e6, "us"), (1.0, 1e3, "ms"), (float("inf"), 1.0, "s")):
@@ -141,7 +141,7 @@ def _three_digits(value: float) -> str:
 
 
 def row_text(row: Row) -> list[str]:
-    """The cells of one row: time with its spread, bytes, floor, how many times the floor; or the value."""
+    """Format the cells of one row: time with its spread, bytes, floor, how many times the floor; or the value."""
     if row["median_s"] is None:
         value = f"{100 * row['value']:.1f} %" if "value" in row else ""
         return [value, "", bytes_text(row["bytes"]) if row["bytes"] is not None else "", "", ""]
@@ -155,7 +155,7 @@ def row_text(row: Row) -> list[str]:
 
 
 def to_markdown(results: dict[str, Any]) -> str:
-    """Every row of one machine's results, a table a group."""
+    """Format every row of one machine's results, a table a group."""
     gpu = results["gpu"]
     where = f"{gpu['name']}, driver {gpu['driver']}" if gpu else results["cpu"]
     cuda = f", CUDA {results['cuda']}" if results["cuda"] else ""

@@ -1,9 +1,8 @@
-"""The tables of README.md and benchmarks/README.md, from the results: ``python -m benchmarks.tables --write``.
+"""Make the tables of README.md and docs/ from the results: ``python -m benchmarks.tables --write``.
 
 A table stands between ``<!-- bench:NAME -->`` and ``<!-- /bench -->``. ``--check`` fails where a file does not say what
 the results say. Nothing here is computed from anything but ``benchmarks/results/*/results.json``, the
-``fidelity/fidelity.json`` beside one of them, and what `mirage evaluate` said of mirage-tiny, in
-``benchmarks/results/mirage-tiny``.
+``fidelity/fidelity.json`` beside one of them, and the reports of `mirage evaluate` in ``results/mirage-tiny``.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from typing import Any
 from mirage.evaluation.report import format_goals, format_table
 
 from .fidelity import find
-from .goals import Outcome, outcomes
+from .goals import ENCODER, Outcome, outcomes
 from .report import (
     BESIDE,
     NOT_MEASURED,
@@ -31,10 +30,12 @@ from .report import (
     ratio_text,
     seconds_text,
 )
-from .scenes import Size
+from .scenes import GOAL, Size
 
 ROOT = Path(__file__).parent.parent
-FILES = (ROOT / "README.md", ROOT / "benchmarks" / "README.md")
+FILES = tuple(ROOT / name for name in ("README.md", "docs/benchmarks.md", "docs/memory.md", "docs/evaluation.md"))
+EVALUATIONS = RESULTS / "mirage-tiny"
+"""Where the reports of `mirage evaluate` lie, ``evaluation-FRAMES.json``."""
 _BLOCK = re.compile(r"(<!-- bench:([a-z-]+) -->\n).*?(<!-- /bench -->)", re.DOTALL)
 
 Results = list[dict[str, Any]]
@@ -59,7 +60,7 @@ def _median(rows: list[Row], group: str, name: str, variant: str, size: str) -> 
 
 
 def _against(seconds: float | None, other: float | None) -> str:
-    """A time, and how many times as long as ``other`` it is."""
+    """Format a time, and how many times as long as ``other`` it is."""
     if seconds is None:
         return NOT_MEASURED
     return seconds_text(seconds) if other is None else f"{seconds_text(seconds)}, {ratio_text(seconds / other)}"
@@ -96,6 +97,27 @@ def read(results: Results) -> str:
             _median(rows, "read", "9 latent views", "reference", size),
             _median(rows, "read", "33 images", "pixel, kernels nearest", size),
             _median(rows, "read", "33 images", "pixel, plain", size),
+        ]
+        lines.append([_tokens(size), seconds_text(best), *[_against(other, best) for other in others]])
+    return _table(head, lines) if lines else NOT_MEASURED
+
+
+def read_short(results: Results) -> str:
+    """Format the reads of README: the goal's size, where pixels were measured, and the sizes of long memories."""
+    one = _cpu(results)
+    rows = one["rows"] if one else []
+    head = ["one chunk's read, CPU", "Mirage, nearest", "Mirage, aligned", "reference", "pixels", "pixels, encoded"]
+    lines = []
+    for size in _sizes(rows, "read", "9 latent views", "latent, bf16"):
+        if size != GOAL.label and find_row(rows, "read", "33 images", "pixel, kernels nearest", size):
+            continue
+        best = _median(rows, "read", "9 latent views", "latent, bf16", size)
+        encoded = f"pixel, kernels nearest, {ENCODER}"
+        others = [
+            _median(rows, "read", "9 latent views", "latent, bf16, aligned", size),
+            _median(rows, "read", "9 latent views", "reference", size),
+            _median(rows, "read", "33 images", "pixel, kernels nearest", size),
+            _median(rows, "condition", "one chunk", encoded, size),
         ]
         lines.append([_tokens(size), seconds_text(best), *[_against(other, best) for other in others]])
     return _table(head, lines) if lines else NOT_MEASURED
@@ -163,8 +185,8 @@ def exactness(results: Results) -> str:
         for size in _sizes(rows, "read", "cells wrong", "reference"):
             wrong = find_row(rows, "read", "cells wrong", "reference", size)
             changed = find_row(rows, "read", "cells that change", "reference", size)
-            ours = find_row(rows, "read", "cells that change", "latent, f32", size)
-            cells = [f"{100 * row['value']:.1f} %" if row else NOT_MEASURED for row in (wrong, changed, ours)]
+            latent = find_row(rows, "read", "cells that change", "latent, f32", size)
+            cells = [f"{100 * row['value']:.1f} %" if row else NOT_MEASURED for row in (wrong, changed, latent)]
             lines.append([f"{one['machine']}, {_tokens(size)}", *cells])
     head = ["seen cells", "reference: a farther token", "reference: change from run to run", "Mirage: change"]
     return _table(head, lines) if lines else NOT_MEASURED
@@ -208,9 +230,9 @@ def drop_in(results: Results) -> str:
     for one in results:
         rows = [r for r in one["rows"] if r["group"] == "drop_in"]
         for name, size in dict.fromkeys((r["name"], r["size"]) for r in rows):
-            ours = _median(rows, "drop_in", name, "latent, f32", size)
-            theirs = _median(rows, "drop_in", name, "reference", size)
-            lines.append([f"{name}, {size}", one["machine"], seconds_text(ours), _against(theirs, ours)])
+            compat = _median(rows, "drop_in", name, "latent, f32", size)
+            reference = _median(rows, "drop_in", name, "reference", size)
+            lines.append([f"{name}, {size}", one["machine"], seconds_text(compat), _against(reference, compat)])
     head = ["the release's own loop", "machine", "`compat.LatentPointCloud`", "reference"]
     return _table(head, lines) if lines else NOT_MEASURED
 
@@ -257,8 +279,8 @@ def goals(results: Results) -> str:
 
 
 def load_fidelity() -> dict[str, list[dict[str, Any]]]:
-    """What `benchmarks.fidelity` measured, of the first machine that has it; empty where none has."""
-    path = next(iter(sorted((ROOT / "benchmarks/results").glob("*/fidelity/fidelity.json"))), None)
+    """Load what `benchmarks.fidelity` measured, of the first machine that has it; empty where none has."""
+    path = next(iter(sorted(RESULTS.glob("*/fidelity/fidelity.json"))), None)
     found: dict[str, list[dict[str, Any]]] = {} if path is None else json.loads(path.read_text())
     return found
 
@@ -297,7 +319,7 @@ def _fidelity(chosen: dict[str, tuple[str, str]], first: str) -> str:
 
 
 def fidelity_reads(results: Results) -> str:
-    return _fidelity(_READS, "read-out")
+    return _fidelity(_READS, "readout")
 
 
 def fidelity_policies(results: Results) -> str:
@@ -326,10 +348,25 @@ def fidelity_time(results: Results) -> str:
     return _table(["9 views of 120 frames", "tokens", "read", "against the faster reference"], lines)
 
 
+def load_evaluations() -> list[dict[str, Any]]:
+    """Load the reports of `mirage evaluate`, the shortest loops first.
+
+    Reports made before the memory was renamed call it "ours".
+    """
+    reports = [json.loads(path.read_text(encoding="utf-8")) for path in EVALUATIONS.glob("evaluation-*.json")]
+    for report in reports:
+        report["memory"] = _rename(report["memory"])
+        report["memory_by_depth"] = {depth: _rename(found) for depth, found in report["memory_by_depth"].items()}
+    return sorted(reports, key=lambda report: report["frames"])
+
+
+def _rename(memories: dict[str, Any]) -> dict[str, Any]:
+    return {"aligned" if name == "ours" else name: figures for name, figures in memories.items()}
+
+
 def closed_loop(results: Results) -> str:
-    reports = [json.loads(path.read_text()) for path in (RESULTS / "mirage-tiny").glob("evaluation-*.json")]
     parts = []
-    for report in sorted(reports, key=lambda one: one["frames"]):
+    for report in load_evaluations():
         seeds = ":".join(map(str, report["seeds"]))
         parts += [
             f"Loops of {report['frames']} frames, {report['rooms']} rooms (seeds {seeds}), {report['steps']} steps.",
@@ -342,14 +379,34 @@ def closed_loop(results: Results) -> str:
     return "\n".join(parts) if parts else NOT_MEASURED
 
 
+def closed_loop_short(results: Results) -> str:
+    """Format what README says of the shortest loops: the four memories, with true depth and with the depth head's."""
+    report = next(iter(load_evaluations()), None)
+    if report is None:
+        return NOT_MEASURED
+    depths = {"true": "true depth", "head": "depth head"}
+    head = [f"{depth}: {what}" for depth in depths.values() for what in ("revisit", "new view")]
+    lines = []
+    for name, figures in report["memory"].items():
+        cells = [
+            f"{found[name][key]:.2f}" if name in (found := report["memory_by_depth"].get(depth, {})) else NOT_MEASURED
+            for depth in depths
+            for key in ("revisit_psnr", "novel_psnr")
+        ]
+        lines.append([name, *cells, f"{(figures['memory_bytes'] or 0) / 2**20:.2f}"])
+    return _table(["memory", *head, "memory, MiB"], lines)
+
+
 BLOCKS: dict[str, Callable[[Results], str]] = {
     "closed-loop": closed_loop,
+    "closed-loop-short": closed_loop_short,
     "fidelity-reads": fidelity_reads,
     "fidelity-policies": fidelity_policies,
     "fidelity-laps": fidelity_laps,
     "fidelity-time": fidelity_time,
     "machine": machine,
     "read": read,
+    "read-short": read_short,
     "condition": condition,
     "write": write,
     "memory": memory,
@@ -362,7 +419,7 @@ BLOCKS: dict[str, Callable[[Results], str]] = {
 
 
 def render(text: str, results: Results) -> str:
-    """``text`` with every marked table made anew.
+    """Make every marked table of ``text`` again.
 
     Raises:
         ValueError: a marker names no table.

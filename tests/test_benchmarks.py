@@ -55,13 +55,37 @@ def test_a_stale_table_is_found_and_written(
 
 def test_what_was_not_measured_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tables, "load_fidelity", dict)
-    monkeypatch.setattr(tables, "MIRAGE_TINY_FOLDER", tmp_path)
+    monkeypatch.setattr(tables, "EVALUATIONS", tmp_path)
     for name, block in tables.BLOCKS.items():
         text = block([])
         assert report.NOT_MEASURED in text, name
     outcomes = [*goals.cpu_goals([]), *goals.gpu_goals([])]
     assert len(outcomes) == 17
     assert all(outcome.met is None and outcome.figure == report.NOT_MEASURED for outcome in outcomes)
+
+
+def test_a_memory_that_was_called_ours_is_aligned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    report_of = tables.load_evaluations()[0]
+
+    def old(memories: dict[str, Any]) -> dict[str, Any]:
+        return {"ours" if name == "aligned" else name: figures for name, figures in memories.items()}
+
+    before = {**report_of, "memory": old(report_of["memory"])}
+    before["memory_by_depth"] = {depth: old(found) for depth, found in report_of["memory_by_depth"].items()}
+    (tmp_path / "evaluation-97.json").write_text(json.dumps(before))
+    wanted = tables.closed_loop_short([])
+    monkeypatch.setattr(tables, "EVALUATIONS", tmp_path)
+    assert tables.load_evaluations() == [report_of]
+    assert tables.closed_loop_short([]) == wanted
+    assert [line.split(" | ")[0] for line in wanted.split("\n")[2:]] == ["| none", "| nearest", "| aligned", "| pixel"]
+
+
+def test_the_short_read_table_has_no_second_size_of_pixels() -> None:
+    rows = [row("read", "9 latent views", "latent, bf16", size.label, 1e-3) for size in rooms.SIZES]
+    rows += [row("read", "33 images", "pixel, kernels nearest", size.label, 0.2) for size in rooms.SHORT_SIZES]
+    lines = tables.read_short([results(rows)]).split("\n")[2:]
+    assert [line.split(" frames")[0] for line in lines] == ["| 20", "| 81", "| 401"]
+    assert "200 ms, 200x" in lines[0] and report.NOT_MEASURED in lines[1]
 
 
 @pytest.mark.parametrize("how", ["", ", eager, warm"], ids=["cpu", "gpu"])

@@ -167,8 +167,9 @@ def format_report(report: dict[str, Any]) -> str:
 
 
 def _unfair(report: dict[str, Any]) -> list[str]:
-    """What makes a row no fair comparison."""
-    shared = [name for name, figures in report["memory"].items() if name != "aligned" and figures["weights"] == OWN]
+    """Say what makes a row no fair comparison."""
+    memories = report["memory"].items()
+    shared = [name for name, figures in memories if name not in ("aligned", "ours") and figures["weights"] == OWN]
     if not shared:
         return []
     said = f"**{', '.join(shared)}: run with the model's own weights, which were not trained on that memory: no fair"
