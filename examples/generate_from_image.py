@@ -1,6 +1,6 @@
-"""Generate a video along a camera path from one image, with the small model in the package: about half a minute on a CPU.
+"""Generate a video along a camera path from one image, with the small model in the package, in half a minute.
 
-    python examples/generate_from_image.py --out out/example
+python examples/generate_from_image.py --out out/example
 """
 
 import argparse
@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from mirage.scenes.synthetic import SyntheticRoom
-from mirage.zoo import load_mirage_tiny
+from mirage.zoo import mirage_tiny_pipeline
 
 
 def main() -> None:
@@ -23,7 +23,7 @@ def main() -> None:
     cameras = room.path("walk-and-back", options.frames, (96, 160))
     image = room.render(cameras[:1]).images[0]
 
-    pipe = load_mirage_tiny()
+    pipe = mirage_tiny_pipeline()
     output = pipe(
         image,
         room.prompt,

@@ -1,6 +1,6 @@
 """Step through a world chunk by chunk, deciding where to go as one goes: the loop of an interactive application.
 
-    python examples/interactive_session.py
+python examples/interactive_session.py
 """
 
 import torch
@@ -23,7 +23,11 @@ def main() -> None:
     ) as session:
         camera, frames = start, 17  # the first chunk holds 4 n + 1 frames, later ones 4 n new ones
         for degrees in (20.0, 20.0, -40.0):
-            path = pan(camera, frames, degrees=degrees) if session.num_frames == 0 else pan(camera, 17, degrees=degrees)[1:]
+            path = (
+                pan(camera, frames, degrees=degrees)
+                if session.num_frames == 0
+                else pan(camera, 17, degrees=degrees)[1:]
+            )
             chunk = session.step(path)
             camera = path[-1]
             print(f"turned by {degrees:g} degrees: {chunk.metrics['coverage']:.0%} of the views were remembered")

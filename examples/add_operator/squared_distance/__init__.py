@@ -1,4 +1,4 @@
-"""`squared_distance`: squared distances of tokens to a camera centre. The worked example of docs/adding-an-operator.md."""
+"""`squared_distance`: squared distances of tokens to a camera centre, the example of docs/adding-an-operator.md."""
 
 from __future__ import annotations
 
@@ -35,7 +35,8 @@ def squared_distance(points: Tensor, center: Tensor, *, num_points: Tensor | Non
         num_points: one int64 on the device of ``points``, read there: only so many first rows are live.
 
     Returns:
-        (N,) squared world units, ((x - cx)^2 + (y - cy)^2) + (z - cz)^2; 0 for rows that are not live. Not differentiable.
+        (N,) squared world units, ((x - cx)^2 + (y - cy)^2) + (z - cz)^2; 0 for rows that are not live. Not
+        differentiable.
 
     Raises:
         ValueError, TypeError: naming the argument, what was expected and what came.

@@ -80,6 +80,15 @@ def test_opcheck(example: ModuleType) -> None:
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed")
 def test_the_cuda_kernel_compiles(tmp_path: Path) -> None:
     flags = ["-std=c++20", "-fmad=false", "-DUSE_CUDA", "-arch=sm_90", "-Werror=all-warnings", "-Xcompiler=-fPIC"]
-    command = ["nvcc", *flags, *DEFINES, *INCLUDES, "-c", str(EXAMPLE / "squared_distance.cu"), "-o", str(tmp_path / "o")]
+    command = [
+        "nvcc",
+        *flags,
+        *DEFINES,
+        *INCLUDES,
+        "-c",
+        str(EXAMPLE / "squared_distance.cu"),
+        "-o",
+        str(tmp_path / "o"),
+    ]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
