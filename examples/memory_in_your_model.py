@@ -13,7 +13,7 @@ GRID, IMAGE = (6, 10), (96, 160)
 
 
 def world_model(cameras: Cameras, memory) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Stand in for a world model: keep what the memory shows, invent the rest; a wall two metres ahead, nothing moves."""
+    """Stand in for a world model: keep what the memory shows, invent the rest of a wall two metres ahead."""
     invented = torch.randn(len(cameras), 48, *GRID)
     latents = torch.where(memory.mask[:, None], memory.latents, invented)
     return latents, torch.full((len(cameras), *IMAGE), 2.0), torch.ones(len(cameras), *IMAGE, dtype=torch.bool)

@@ -1,4 +1,4 @@
-"""Pictures for people: holes painted as holes, heat maps, labelled contact sheets, videos.
+"""Images and videos for people: holes painted as holes, heat maps, labelled contact sheets, videos.
 
 Images are tensors (3, H, W) float in [0, 1], on any device. Writers replace their file in one step.
 """
@@ -22,7 +22,7 @@ from mirage_kernels.io import replace_file
 
 from .optional import import_extra
 
-# Nine evenly spaced colours of matplotlib's maps of these names, so that a picture needs no plotting library.
+# Nine evenly spaced colours of matplotlib's maps of these names, so that an image needs no plotting library.
 PALETTES = {
     "inferno": "000004 210c4a 57106e 8a226a bc3754 e45a31 f98e09 f9cb35 fcffa4",
     "viridis": "440154 472d7b 3b528b 2c728e 21918c 28ae80 5ec962 addc30 fde725",
@@ -65,7 +65,7 @@ def heat_map(values: Tensor, low: float, high: float, palette: str) -> Tensor:
 
 @dataclass(frozen=True)
 class Panel:
-    """A picture of a contact sheet: `image` (3, H, W) float in [0, 1], its caption, what its colours mean.
+    """An image of a contact sheet: `image` (3, H, W) float in [0, 1], its caption, what its colours mean.
 
     `legend` is (palette, what the first colour stands for, what the last one stands for).
     """
@@ -115,8 +115,8 @@ def contact_sheet(
                 draw.text((end, baseline), last, _FAINT, font(19), anchor="ls")
                 sheet.paste(_to_pil(bar), (int(end) - 98, baseline - 14))
                 draw.text((end - 106, baseline), first, _FAINT, font(19), anchor="rs")
-            picture = _to_pil(panel.image).resize((columns, rows_high), image_module.Resampling.LANCZOS)
-            sheet.paste(picture, (left, top + _CAPTION))
+            drawn = _to_pil(panel.image).resize((columns, rows_high), image_module.Resampling.LANCZOS)
+            sheet.paste(drawn, (left, top + _CAPTION))
         top += _CAPTION + rows_high
     if footer:
         draw.text((_MARGIN, top + _GAP), footer, _FAINT, font(19), anchor="lt")

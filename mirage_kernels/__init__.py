@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .backends import available_backends, find_backends, use_backend
-from .cache import LatentCache, WriteReport
+from .cache import CacheMark, LatentCache, WriteReport
 from .cameras import Cameras
 from .ops import (
     BackProjection,
@@ -25,6 +25,7 @@ del find_backends, import_triton_kernels
 
 __all__ = [
     "BackProjection",
+    "CacheMark",
     "Cameras",
     "LatentCache",
     "Readout",

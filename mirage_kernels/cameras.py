@@ -183,7 +183,7 @@ class Cameras:
         across, down = size[1] / self._image_size[1], size[0] / self._image_size[0]
         if type(source) is not Tensor or not source.is_cpu or torch.compiler.is_compiling():
             # By scalars: a tensor of factors would have to be copied to the device. Nothing is kept there, where a CUDA
-            # graph may compute it anew at every replay.
+            # graph may compute it again at every replay.
             intrinsics = source.clone()
             intrinsics[:, 0].mul_(across)
             intrinsics[:, 1].mul_(down)

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from . import ops
 from .cache import LatentCache
+from .geometry import check_size
 from .io import replace_file
-from .ops.checks import check_size
 
 _Array = np.ndarray | Tensor
 

@@ -14,6 +14,19 @@ from torch import Tensor
 from .constants import BLOCK_TOKENS, TILE_BLOCKS, VOXEL_LIMIT
 
 
+def check_size(size: object, name: str = "size") -> tuple[int, int]:
+    """Check a grid (height, width) of two positive integers."""
+    if not isinstance(size, (tuple, list, torch.Size)) or len(size) != 2:
+        raise ValueError(f"{name} must be (height, width), two positive integers, got {size!r}")
+    height, width = size
+    for side in (height, width):
+        if isinstance(side, bool) or not isinstance(side, (int, torch.SymInt)) or side < 1:
+            raise ValueError(f"{name} must be (height, width), two positive integers, got {tuple(size)!r}")
+    if height * width >= 2**31:
+        raise ValueError(f"{name} must have fewer than 2^31 cells, got {tuple(size)!r}")
+    return height, width
+
+
 def make_projection(intrinsics: Tensor, cam2world: Tensor, dtype: torch.dtype) -> Tensor:
     """Compose world-to-grid matrices ``K @ inverse(cam2world)``.
 

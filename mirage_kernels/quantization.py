@@ -18,8 +18,8 @@ def _power_of_2(biased_exponent: Tensor) -> Tensor:
 def quantize_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
     """Quantize latents of tokens to float8 e4m3 and a scale each.
 
-    The scale is the least at which the token's largest magnitude is no more than 448, so above 224, but for the limits
-    [11, 246]: nothing saturates. A token of zeros has the least. Values are rounded to nearest even: to four
+    The scale is the least at which the token's largest magnitude is no more than 448, so above 224, except at the
+    limits [11, 246]: nothing saturates. A token of zeros has the least. Values are rounded to nearest even: to four
     significant bits, and below 2^-6 of the scale, at most 1/14336 of the largest magnitude, to multiples of 2^-9 of it.
 
     Args:
@@ -33,7 +33,7 @@ def quantize_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
     # largest / 448 = mantissa / 1.75 * 2^(exponent - 8): a mantissa above 1.75 carries into the exponent.
     bits = largest.view(torch.int32).long()
     scales = (((bits + 0x1FFFFF) >> 23) - 8).clamp(MIN_SCALE, MAX_SCALE)
-    # Exact, but for what is far below half a step.
+    # Exact, except what is far below half a step.
     scaled = rows * _power_of_2(2 * SCALE_BIAS - scales)[:, None]
     exponent = ((scaled.view(torch.int32) >> 23) & 0xFF).clamp(min=SCALE_BIAS - 6)
     # On multiples of a step, which float8 has all of, so that its own rounding has nothing left to decide.

@@ -1,10 +1,10 @@
-"""`mirage evaluate`: what a memory is worth. Loops through synthetic rooms, where every true picture is known.
+"""`mirage evaluate`: what a memory is worth. Loops through synthetic rooms, where every true image is known.
 
-A loop starts from a room's true first picture and its depth; everything after is generated. When the camera comes back,
-the frame is compared with its first visit ("revisit") and with the true picture; frames of poses that are new are
-compared with the true pictures ("novel"). Every memory generates the same rooms from the same noise. Rooms are static.
+A loop starts from a room's true first image and its depth; everything after is generated. When the camera comes back,
+the frame is compared with its first visit ("revisit") and with the true image; frames of poses that are new are
+compared with the true images ("novel"). Every memory generates the same rooms from the same noise. Rooms are static.
 
-    rooms/<depth>/<memory>/001000.json, .mp4    one room: there whole or not at all, so that a run goes on
+    rooms/<depth>/<memory>/001000.json, .mp4    one room: written atomically, so that a run can be resumed
     report.json report.md plots/*.svg contact.png side_by_side.mp4    all rooms
 """
 
@@ -75,7 +75,7 @@ def run_evaluate(options: EvaluateOptions, progress: bool = True) -> dict[str, A
             for depth in options.depth:
                 if depth == "head" and pipeline.latent_depth is None:
                     raise ValueError(f"depth must be true: {used[name]} of memory {name} has no latent_depth")
-                source = options.depth[0] if name == "none" else depth  # nothing is written: depth is of no account
+                source = options.depth[0] if name == "none" else depth  # nothing is written: depth does not matter
                 measured[depth][name] = _all_rooms(options, pipeline, name, source, lpips, bar)
             del pipeline
     report = _report(options, measured, ceiling, used, controls, lpips is not None)
@@ -142,7 +142,7 @@ def generate_loop(
         pipeline: of :func:`load_memory`.
         name: of the memory.
         depth: "true", or "head".
-        true: of the loop's cameras; its first picture is where generation starts.
+        true: of the loop's cameras; its first image is where generation starts.
     """
     with pipeline.start_session(
         true.images[0],
@@ -307,7 +307,7 @@ def _record(options: EvaluateOptions) -> None:
             f"{name} was {before.get(name)!r}, got {now[name]!r}" for name in now if before.get(name) != now[name]
         ]
         if differences:
-            raise ValueError(f"{options.out} goes on only with what it was begun with: {'; '.join(differences)}")
+            raise ValueError(f"{options.out} resumes only with what it was started with: {'; '.join(differences)}")
     else:
         options.out.mkdir(parents=True, exist_ok=True)
         replace_text(path, json.dumps(now, indent=2) + "\n")

@@ -17,7 +17,7 @@ DEPTHS = ("true", "head")
 LOOPS = ("walk-and-back", "orbit-and-back", "pan-and-back", "laps")
 """Out and back, bit for bit the same views on both ways, or twice around a circle; by the seed."""
 CEILING = "codec"
-"""The true pictures, encoded and decoded: what no memory can be better than."""
+"""The true images, encoded and decoded: what no memory can be better than."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""How alike two videos are, and how well one agrees with a geometry that is known. Pictures are float32 in [0, 1].
+"""How alike two videos are, and how well one agrees with known geometry. Images are float32 in [0, 1].
 
 PSNR and SSIM (Wang et al. 2004: Gaussian window of 11 pixels, sigma 1.5, K1 0.01, K2 0.03) are per frame. LPIPS is the
 package of that name, where it is installed.
@@ -43,15 +43,15 @@ def psnr(left: Tensor, right: Tensor) -> Tensor:
 
 
 def ssim(left: Tensor, right: Tensor) -> Tensor:
-    """Compute SSIM (N,) of N pairs (N, C, H, W): the mean over channels and all windows that lie in the picture."""
+    """Compute SSIM (N,) of N pairs (N, C, H, W): the mean over channels and all windows that lie in the image."""
     side = torch.arange(_WINDOW, dtype=left.dtype) - _WINDOW // 2
     line = torch.exp(-side.square() / (2.0 * _SIGMA**2))
     line = (line / line.sum()).to(left.device)
     channels = left.shape[1]
 
-    def blur(picture: Tensor) -> Tensor:
+    def blur(image: Tensor) -> Tensor:
         kernel = line.expand(channels, 1, 1, _WINDOW)
-        return F.conv2d(F.conv2d(picture, kernel, groups=channels), kernel.transpose(2, 3), groups=channels)
+        return F.conv2d(F.conv2d(image, kernel, groups=channels), kernel.transpose(2, 3), groups=channels)
 
     mean, other = blur(left), blur(right)
     variance = blur(left * left) - mean * mean
@@ -143,26 +143,26 @@ def _correspondence(z: Tensor, z_other: Tensor, camera: Cameras, other: Cameras)
     return grid, inside & (z > 0) & (seen > 0) & ((seen - depth).abs() < _SAME_SURFACE * depth)
 
 
-def _displacement(picture: Tensor, other: Tensor) -> Tensor:
+def _displacement(image: Tensor, other: Tensor) -> Tensor:
     """Measure (H, W): how far each patch of (3, H, W) has to be moved to match best; the shortest way of equals."""
     steps = [(y, x) for y in range(-REACH, REACH + 1) for x in range(-REACH, REACH + 1)]
     steps.sort(key=lambda step: step[0] ** 2 + step[1] ** 2)
     padded = F.pad(other[None], (REACH,) * 4, mode="replicate")[0]
-    height, width = picture.shape[1:]
+    height, width = image.shape[1:]
     best = torch.full((height, width), torch.inf)
     length = torch.zeros(height, width)
     for y, x in steps:
         shifted = padded[:, REACH + y : REACH + y + height, REACH + x : REACH + x + width]
-        cost = F.avg_pool2d((picture - shifted).square().sum(0)[None], _PATCH, 1, _PATCH // 2)[0]
+        cost = F.avg_pool2d((image - shifted).square().sum(0)[None], _PATCH, 1, _PATCH // 2)[0]
         better = cost < best - _NO_BETTER
         best = torch.where(better, cost, best)
         length = torch.where(better, float((y * y + x * x) ** 0.5), length)
     return length
 
 
-def _textured(picture: Tensor) -> Tensor:
+def _textured(image: Tensor) -> Tensor:
     """Find patches of (3, H, W) that differ wherever they are moved (Shi and Tomasi 1994), (H, W) bool."""
-    grey = F.pad(picture.mean(0)[None, None], (1, 1, 1, 1), mode="replicate")[0, 0]
+    grey = F.pad(image.mean(0)[None, None], (1, 1, 1, 1), mode="replicate")[0, 0]
     along = (grey[1:-1, 2:] - grey[1:-1, :-2]) / 2
     down = (grey[2:, 1:-1] - grey[:-2, 1:-1]) / 2
     xx, yy, xy = F.avg_pool2d(torch.stack([along * along, down * down, along * down]), _PATCH, 1, _PATCH // 2)

@@ -32,7 +32,7 @@ def draw(options: EvaluateOptions, report: dict[str, Any]) -> None:
         }
         what = "true depth" if depth == "true" else "the head's depth"
         for name, series, title, axis in (
-            ("true_psnr", frames, f"against the true pictures, {what}", "frame"),
+            ("true_psnr", frames, f"against the true images, {what}", "frame"),
             ("revisit_psnr", chunks, f"revisits against first visits, {what}", "chunk"),
         ):
             drawn = {label_: {float(x): y for x, y in points.items() if x} for label_, points in series.items()}
@@ -60,7 +60,7 @@ def _side_by_side(options: EvaluateOptions, report: dict[str, Any], shown: dict[
         videos = [load_video(paths[number]) for paths in shown.values()]
         for row in zip(true, *videos, strict=False):
             captions = ["true", *(_caption(report, name) for name in shown)]
-            tiles = [label(picture, caption) for picture, caption in zip(row, captions, strict=True)]
+            tiles = [label(image, caption) for image, caption in zip(row, captions, strict=True)]
             columns = (len(tiles) + 1) // 2 if len(tiles) > 3 else len(tiles)
             tiles += [torch.zeros_like(tiles[0])] * (-len(tiles) % columns)
             rows = [torch.cat(tiles[i : i + columns], 2) for i in range(0, len(tiles), columns)]
@@ -79,10 +79,10 @@ def _sheet(options: EvaluateOptions, report: dict[str, Any]) -> Any:
         rows[name] = torch.stack([frame for i, frame in enumerate(video) if i in numbers])
     panels = [
         [
-            Panel(picture, f"{name}: frame {number}" if i == 0 else f"frame {number}")
-            for i, (picture, number) in enumerate(zip(pictures, numbers, strict=True))
+            Panel(image, f"{name}: frame {number}" if i == 0 else f"frame {number}")
+            for i, (image, number) in enumerate(zip(images, numbers, strict=True))
         ]
-        for name, pictures in rows.items()
+        for name, images in rows.items()
     ]
     lines = [f"{options.model}, room {seed}, {kind}, {report['depth']} depth"]
     return contact_sheet("Out, around and back", lines, panels)

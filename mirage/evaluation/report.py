@@ -17,8 +17,8 @@ def summarise(rooms: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Summarise one memory from what :func:`measure` gives of each room.
 
     Returns:
-        revisit_*: a revisit against its first visit; revisit_true_*: against the true picture; novel_*: frames of new
-        poses against the true pictures. Each {psnr, ssim, lpips}, with revisit_psnr_stderr and novel_psnr_stderr.
+        revisit_*: a revisit against its first visit; revisit_true_*: against the true image; novel_*: frames of new
+        poses against the true images. Each {psnr, ssim, lpips}, with revisit_psnr_stderr and novel_psnr_stderr.
         revisit_psnr_per_chunk, true_psnr_per_chunk, true_mse_per_chunk: None where no room has such a frame.
         drift: mean squared error against the truth of the last chunk over that of the second; None with fewer than 3.
         true_psnr_per_frame. photometric, reprojection: see :func:`~mirage.evaluation.metrics.consistency`. rooms, and,
@@ -141,7 +141,7 @@ def format_report(report: dict[str, Any]) -> str:
             "| memory | " + " | ".join(_COLUMNS) + " | weights |",
             "| --- |" + " ---: |" * len(_COLUMNS) + " --- |",
         ]
-        for name, figures in [*memories.items(), ("(true pictures through the VAE)", ceiling | {"weights": ""})]:
+        for name, figures in [*memories.items(), ("(true images through the VAE)", ceiling | {"weights": ""})]:
             cells = [_cell(figures, key) for key in _COLUMNS.values()]
             lines.append(f"| {_row(name, figures)} | {' | '.join(cells)} | {figures['weights']} |")
         lines += ["", "| revisit PSNR by chunk | " + " | ".join(map(str, _numbers(ceiling))) + " |"]
@@ -154,12 +154,12 @@ def format_report(report: dict[str, Any]) -> str:
     lines += [
         "",
         "Revisit: a frame against the first frame of the same pose, where that is further back than a chunk and the"
-        " frames that precede it; novel: frames of poses not seen before against the true pictures. PSNR in dB (at most"
+        " frames that precede it; novel: frames of poses not seen before against the true images. PSNR in dB (at most"
         " 60), ± the standard error over rooms. Photometric: mean absolute difference of colours of what two frames,"
         f" {LAG} apart, both see; reprojection: pixels between where geometry puts a patch and where it matches best"
         f" (at most {REACH} to either side). Both are low for a video without content: read them beside the PSNR."
         " Drift: squared error against the truth of the last chunk over that of chunk 2. Without a memory nothing is"
-        " written, and depth is of no account.",
+        " written, and depth does not matter.",
     ]
     if not report["lpips"]:
         lines.append("LPIPS was not measured: the package `lpips` is not installed.")

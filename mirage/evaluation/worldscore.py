@@ -134,8 +134,8 @@ def run_worldscore(options: WorldScoreOptions, progress: bool = True) -> dict[st
 def _generate(options: WorldScoreOptions, pipeline: Any, instance: dict[str, Any], folder: Path) -> None:
     began = time.perf_counter()
     height, width = options.size
-    with import_extra("PIL.Image", "generate").open(options.dataset / instance["image"]) as picture:
-        image = crop(picture.convert("RGB"), options.size)
+    with import_extra("PIL.Image", "generate").open(options.dataset / instance["image"]) as opened:
+        image = crop(opened.convert("RGB"), options.size)
     moves = instance["camera_path"]
     total = len(moves) * (options.frames - 1) + 1
     with pipeline.start_session(

@@ -174,15 +174,15 @@ def _least_median_line(new: np.ndarray, memory: np.ndarray) -> tuple[float, floa
         return None
     scale = scale[sane]
     shift = y[first][sane] - scale * x[first][sane]
-    judges = np.linspace(0, len(x) - 1, min(len(x), _VOTERS)).astype(int)
-    x, y = x[judges], y[judges]
+    voters = np.linspace(0, len(x) - 1, min(len(x), _VOTERS)).astype(int)
+    x, y = x[voters], y[voters]
     residual = np.abs(scale[:, None] * x + shift[:, None] - y) / y
     best = int(np.argmin(np.median(residual, axis=1)))
     return float(scale[best]), float(shift[best])
 
 
 def _reweighted(new: np.ndarray, memory: np.ndarray, scale: float, shift: float, with_shift: bool) -> _Fit | None:
-    """Tukey's biweight of the relative residual from a start near the answer; None where it explains too little."""
+    """Refine a start near the answer by Tukey's biweight of the relative residual; None where it explains little."""
     x, one = new / memory, 1 / memory  # residual = scale * x + shift * one - 1
     residual = np.abs(scale * x + shift * one - 1)
     sigma = np.median(residual) * 1.4826

@@ -18,8 +18,7 @@ from torch import Tensor
 
 from mirage_kernels import Cameras, LatentCache, back_project
 from mirage_kernels.constants import NEAR
-from mirage_kernels.geometry import in_view, make_projection, project_points
-from mirage_kernels.ops.checks import check_size
+from mirage_kernels.geometry import check_size, in_view, make_projection, project_points
 
 
 @dataclass(frozen=True)

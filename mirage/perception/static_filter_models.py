@@ -10,8 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mirage_kernels.geometry import pool_mask
-from mirage_kernels.ops.checks import check_size
+from mirage_kernels.geometry import check_size, pool_mask
 
 from ..optional import MissingExtraError, import_extra
 from .static_filter import AllOf, AllStatic, ChunkViews, ConfidenceFilter, GeometricFilter, StaticFilter

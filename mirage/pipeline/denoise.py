@@ -134,7 +134,7 @@ class ChunkDenoiser:
         pipeline.transformer._reset_stateful_cache()  # diffusers' caches hold tensors of the chunk before
 
         def as_video(frames: Tensor | None) -> Tensor:
-            """(1, C, F, h, w) float32, without frames for None."""
+            """Return (1, C, F, h, w) float32, without frames for None."""
             frames = first_latent[:0] if frames is None else frames
             return frames.movedim(0, 1)[None].to(device, torch.float32)
 

@@ -15,8 +15,7 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKLWan
 from torch import Tensor
 
-from mirage_kernels import Cameras, LatentCache, Readout
-from mirage_kernels.cache import WriteReport
+from mirage_kernels import Cameras, LatentCache, Readout, WriteReport
 from mirage_kernels.geometry import pool_depth
 
 from ..models.vae import encode_frames

@@ -17,8 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mirage_kernels import Cameras, LatentCache
-from mirage_kernels.cache import CacheMark
+from mirage_kernels import CacheMark, Cameras, LatentCache
 from mirage_kernels.io import replace_file
 
 from ..media import join_videos, save_video

@@ -7,8 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from mirage_kernels import Cameras, Readout
-from mirage_kernels.cache import WriteReport
+from mirage_kernels import Cameras, Readout, WriteReport
 
 from ..models.latent_depth import LatentDepth
 from ..perception.depth import DepthEstimator, GivenDepth

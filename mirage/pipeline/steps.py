@@ -12,8 +12,7 @@ import torch
 from diffusers import AutoencoderKLWan
 from torch import Tensor
 
-from mirage_kernels import Cameras, LatentCache, Readout
-from mirage_kernels.cache import WriteReport
+from mirage_kernels import Cameras, LatentCache, Readout, WriteReport
 
 from ..models.latent_depth import LatentDepth
 from ..models.vae import StreamingDecoder

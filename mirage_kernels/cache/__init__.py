@@ -18,17 +18,9 @@ from torch import Tensor
 
 from ..cameras import Cameras
 from ..constants import CARVE_VIEWS, NEAR, SHARPNESS, VIEWS_PER_VOXEL
-from ..geometry import bounds_rows
+from ..geometry import bounds_rows, check_size
 from ..ops import Readout
-from ..ops.checks import (
-    check_first_frame,
-    check_near,
-    check_sharpness,
-    check_size,
-    check_write_inputs,
-    plain,
-    readout_dtype,
-)
+from ..ops.checks import check_first_frame, check_near, check_sharpness, check_write_inputs, plain, readout_dtype
 from ..quantization import dequantize_rows
 from . import launch
 from .buffers import TokenBuffers
@@ -156,7 +148,7 @@ class LatentCache:
 
     @property
     def config(self) -> dict[str, Any]:
-        """The arguments it was made with, but for the device; also what a saved file keeps."""
+        """The arguments it was made with, except the device; also what a saved file keeps."""
         return self._config.as_dict()
 
     @property

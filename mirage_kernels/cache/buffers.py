@@ -138,7 +138,7 @@ class TokenBuffers:
         return self.max_live
 
     def set_live(self, live: int) -> None:
-        """State that the first so many rows are live, and find their bounds anew, in place."""
+        """State that the first so many rows are live, and recompute their bounds, in place."""
         self.count.fill_(live)
         find_bounds(self.points, self.count, self.bounds)
         self.max_live = live

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..geometry import bounds_rows
+from ..geometry import bounds_rows, check_size
 from ..quantization import FLOAT8
 
 FEATURE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -65,19 +65,6 @@ def plain(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     if tensor.requires_grad:
         tensor = tensor.detach()
     return tensor if dtype is None or tensor.dtype == dtype else tensor.to(dtype)
-
-
-def check_size(size: object, name: str = "size") -> tuple[int, int]:
-    """Check a grid (height, width) of two positive integers."""
-    if not isinstance(size, (tuple, list, torch.Size)) or len(size) != 2:
-        raise ValueError(f"{name} must be (height, width), two positive integers, got {size!r}")
-    height, width = size
-    for side in (height, width):
-        if isinstance(side, bool) or not isinstance(side, (int, torch.SymInt)) or side < 1:
-            raise ValueError(f"{name} must be (height, width), two positive integers, got {tuple(size)!r}")
-    if height * width >= 2**31:
-        raise ValueError(f"{name} must have fewer than 2^31 cells, got {tuple(size)!r}")
-    return height, width
 
 
 def check_count(name: str, value: Any, least: int, most: int) -> int:

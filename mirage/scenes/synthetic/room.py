@@ -130,7 +130,7 @@ class SyntheticRoom:
                     continue
                 taken.append((free[0], wide))
                 middle, across = (free[0], middle_y), unit_axis(2 - axis)
-                # The picture's top left corner, from which its texture spreads once.
+                # The image's top left corner, from which its texture spreads once.
                 corner = [0.0, middle_y - high, 0.0]
                 corner[2 - axis] = free[0] - wide
                 texture = frame if is_window else self._add_texture("poster", rng)

@@ -100,7 +100,7 @@ def make_texture(kind: str, rng: random.Random) -> Tensor:
         gap = ((u * planks) % 1.0 < 0.04).float()
         return (warm * (0.65 + 0.25 * shift + 0.12 * grain - 0.4 * gap)[..., None]).clamp(0, 1)
     if kind == "poster":
-        picture = first.expand(TEXTURE_SIDE, TEXTURE_SIDE, 3)
+        poster = first.expand(TEXTURE_SIDE, TEXTURE_SIDE, 3)
         for _ in range(5 + pick(rng, (0, 2, 4))):
             left, top, r = rng.random(), rng.random(), rng.uniform(0.08, 0.3)
             shape, angle = pick(rng, ("disc", "bar", "square")), rng.uniform(0.0, 360.0)
@@ -110,9 +110,9 @@ def make_texture(kind: str, rng: random.Random) -> Tensor:
                 inside = a * a + b * b < r * r
             else:
                 inside = (a.abs() < r) & (b.abs() < (0.25 * r if shape == "bar" else r))
-            picture = torch.where(inside[..., None], _random_color(rng), picture)
+            poster = torch.where(inside[..., None], _random_color(rng), poster)
         border = ((u - 0.5).abs() > 0.47) | ((v - 0.5).abs() > 0.47)
-        return torch.where(border[..., None], torch.full((3,), rng.uniform(0.05, 0.95)), picture)
+        return torch.where(border[..., None], torch.full((3,), rng.uniform(0.05, 0.95)), poster)
     assert kind == "sky"
     blue = torch.lerp(torch.tensor([0.35, 0.6, 0.95]), torch.tensor([0.85, 0.92, 1.0]), v[..., None])
     clouds = (2.5 * (0.6 * _noise(rng, 8) + 0.4 * _noise(rng, 16)) - rng.uniform(0.9, 1.4)).clamp(0, 1)

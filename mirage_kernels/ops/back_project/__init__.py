@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..checks import check_cameras, check_depth, check_size, describe
+from ...geometry import check_size
+from ..checks import check_cameras, check_depth, describe
 from ..operator import Operator
 from . import reference
 

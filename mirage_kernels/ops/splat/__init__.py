@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from ...constants import NEAR
-from ..checks import check_bounds, check_cameras, check_features, check_near, check_points, check_size
+from ...geometry import check_size
+from ..checks import check_bounds, check_cameras, check_features, check_near, check_points
 from ..operator import Autograd, Operator
 from ..readout import Readout, fake_readout
 from . import reference

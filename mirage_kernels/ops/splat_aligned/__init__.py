@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ...constants import BLEND_TOKENS, NEAR, SHARPNESS
+from ...geometry import check_size
 from ..checks import (
     check_bounds,
     check_cameras,
@@ -15,7 +16,6 @@ from ..checks import (
     check_near,
     check_points,
     check_sharpness,
-    check_size,
     plain,
     require,
     require_device,
@@ -145,7 +145,7 @@ def splat_aligned(
       that is e^-x up to a few hundredths. Sharpness 0 takes their mean, infinity the best alone.
 
     The numbers were chosen on a real room (``benchmarks/fidelity.py``); the form is this project's own. The same bits
-    on every backend, run and thread count (but for which NaN a NaN turns into). On a GPU it neither waits for the
+    on every backend, run and thread count (except which NaN a NaN turns into). On a GPU it neither waits for the
     device nor allocates by data, so it can be captured in a CUDA graph.
 
     Args:

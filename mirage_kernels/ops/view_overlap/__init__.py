@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from ...constants import NEAR
-from ..checks import check_bounds, check_cameras, check_near, check_points, check_size
+from ...geometry import check_size
+from ..checks import check_bounds, check_cameras, check_near, check_points
 from ..operator import Operator
 from . import reference
 

@@ -32,8 +32,7 @@ from mirage.pipeline.memory import MemoryConfig
 from mirage.pipeline.pipeline import MiragePipeline
 from mirage.pipeline.state import MirageChunk
 from mirage.zoo import tiny_random_pipeline
-from mirage_kernels import Cameras, LatentCache
-from mirage_kernels.cache import CacheMark
+from mirage_kernels import CacheMark, Cameras, LatentCache
 
 
 @pytest.fixture(autouse=True)
