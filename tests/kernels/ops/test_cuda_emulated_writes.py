@@ -16,7 +16,7 @@ import torch
 from comparison import assert_equal_bits
 from conftest import Target, require_target
 from test_bounded_write import *  # noqa: F403  # its tests, with the backend below
-from test_bounded_write import Held, both, room, trimmed, write_both
+from test_bounded_write import Held, both, compacted, room, write_both
 from test_cuda_emulated import DTYPES, ORDERS, Emulated, Order, emulated, names  # noqa: F401
 from torch import Tensor
 
@@ -159,7 +159,7 @@ def check_trim(held: Held, most: int | None) -> int:
     live = int(held.count)
     before = [bits(x).clone() for x in held.all()[:-1]]
     buffers = before[0], before[1], before[2].tolist(), before[3].tolist(), before[4]
-    stay, excess = trimmed(*buffers, live, 2**60 if most is None else most)
+    stay, excess = compacted(*buffers, live, 2**60 if most is None else most)
     assert held.trim(most) == excess
     after = [bits(x) for x in held.all()[:-1]]
     assert int(held.count) == len(stay)

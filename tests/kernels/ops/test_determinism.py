@@ -111,25 +111,20 @@ def run(operator, scene, put):
     return [x.detach().cpu() for x in results]
 
 
-def interpreted(target):
-    """Triton's interpreter is slow, and one thread whatever PyTorch's number is."""
-    return target.name == "triton" and target.device.type == "cpu"
-
-
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_a_hundred_repeats(backend, operator, threads):
     """Two threads where there are two cores, so that a race has a chance to show."""
     threads(max(2, torch.get_num_threads()))
-    scene = small() if backend.name == "reference" or interpreted(backend) else real_size()
+    scene = small() if backend.name == "reference" or backend.slow else real_size()
     first = run(operator, scene, backend.put)
     slow = backend.name == "reference" and operator.startswith("splat_aligned")
-    for _ in range(3 if interpreted(backend) or slow else REPEATS - 1):
+    for _ in range(3 if backend.slow or slow else REPEATS - 1):
         assert_equal_bits(run(operator, scene, backend.put), first)
 
 
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_any_number_of_threads(backend, operator, threads):
-    slow = interpreted(backend) or (backend.name == "reference" and operator.startswith("splat_aligned"))
+    slow = backend.slow or (backend.name == "reference" and operator.startswith("splat_aligned"))
     scene = small() if slow else real_size()
     threads(THREADS[0])
     first = run(operator, scene, backend.put)
@@ -141,7 +136,7 @@ def test_any_number_of_threads(backend, operator, threads):
 
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_kernels_equal_the_definition_bit_for_bit(kernels, operator):
-    scene = small() if interpreted(kernels) else real_size()
+    scene = small() if kernels.slow else real_size()
     got = run(operator, scene, kernels.put)
     with use_backend("reference"):
         expected = run(operator, scene, lambda x: x)
@@ -157,7 +152,7 @@ def test_kernels_equal_the_definition_bit_for_bit(kernels, operator):
 @pytest.mark.parametrize("image_size, grid", [((352, 640), (22, 40)), ((361, 643), (22, 40)), ((45, 80), (44, 80))])
 def test_lifting_equals_the_definition_at_other_resolutions(kernels, image_size, grid, depth_sampling):
     rng = np.random.default_rng(2)
-    if interpreted(kernels):
+    if kernels.slow:
         image_size, grid = tuple(n // 4 for n in image_size), tuple(n // 4 for n in grid)
     arguments = (
         scenes.depth_maps(rng, 2, image_size, 0.1 if depth_sampling == "median" else 0.01),
@@ -201,7 +196,7 @@ def test_every_dtype_equals_the_definition(kernels, dtype, out):
 )
 def test_smooth_surfaces_equal_the_definition(kernels, seed, grid, zoom, unit, angle):
     """Neighbouring tokens lie together, so that kernels which cull points in groups do cull, at any zoom and unit."""
-    if interpreted(kernels):
+    if kernels.slow:
         grid = min(grid[0], 3), min(grid[1], 5)
     rng = np.random.default_rng(seed)
     height, width = grid[0] + int(rng.integers(0, 40)), grid[1] + int(rng.integers(0, 40))

@@ -130,10 +130,10 @@ def test_definition_and_triton_kernels_take_the_arguments_of_the_schema(name):
 
 
 @pytest.mark.parametrize("name", OPERATORS)
-def test_fakes_give_the_shapes_and_dtypes_of_the_real_results(kernels, name):
-    operator = OPERATORS[name].overloads[family(kernels)]
+def test_fakes_give_the_shapes_and_dtypes_of_the_real_results(native_kernels, name):
+    operator = OPERATORS[name].overloads[family(native_kernels)]
     for masked in (False, True):
-        arguments = [kernels.put(x) for x in operator_arguments(name, masked=masked)]
+        arguments = [native_kernels.put(x) for x in operator_arguments(name, masked=masked)]
         real = operator(*arguments)
         assert non_trivial(name, real)
         fake = operator(*[x.to("meta") if isinstance(x, torch.Tensor) else x for x in arguments])
@@ -149,10 +149,10 @@ def test_fakes_give_the_shapes_and_dtypes_of_the_real_results(kernels, name):
 @pytest.mark.parametrize("name", OPERATORS)
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_opcheck(kernels, name, masked, dtype):
+def test_opcheck(native_kernels, name, masked, dtype):
     """Schema, autograd registration, fake tensors, and AOT dispatch with dynamic shapes."""
-    operator = OPERATORS[name].overloads[family(kernels)]
-    arguments = [kernels.put(x) for x in operator_arguments(name, dtype=dtype, masked=masked)]
+    operator = OPERATORS[name].overloads[family(native_kernels)]
+    arguments = [native_kernels.put(x) for x in operator_arguments(name, dtype=dtype, masked=masked)]
     assert non_trivial(name, operator(*[x.clone() if isinstance(x, torch.Tensor) else x for x in arguments]))
     if name in ("splat", "splat_aligned") and dtype == torch.float32:
         arguments[1] = arguments[1].requires_grad_()
@@ -162,11 +162,11 @@ def test_opcheck(kernels, name, masked, dtype):
 
 
 @pytest.mark.parametrize("name", WITH_SCALES)
-def test_float8_features(kernels, name):
+def test_float8_features(native_kernels, name):
     """The same of operators with scales, and that they change what their schemas say, on which PyTorch's own check of
     schemas fails: it multiplies."""
-    operator = OPERATORS[name].overloads[family(kernels)]
-    arguments = [kernels.put(x) for x in float8_arguments(name)]
+    operator = OPERATORS[name].overloads[family(native_kernels)]
+    arguments = [native_kernels.put(x) for x in float8_arguments(name)]
     real = operator(*[x.clone() if isinstance(x, torch.Tensor) else x for x in arguments])
     fake = operator(*[x.to("meta") if isinstance(x, torch.Tensor) else x for x in arguments])
     for ours, theirs in zip(*((x,) if isinstance(x, torch.Tensor) else x for x in (real, fake)), strict=True):
@@ -265,7 +265,7 @@ def scene(seed, count, views, size):
 SIZES = [(200, 2, (5, 7)), (333, 3, (4, 9)), (101, 4, (6, 6))]
 
 
-def test_compile_splat(kernels, compiler):
+def test_compile_splat(native_kernels, compiler):
     """One graph for every number of tokens, views and cells, and the same bits as without."""
 
     def read(points, features, intrinsics, cam2world, height, width):
@@ -277,19 +277,19 @@ def test_compile_splat(kernels, compiler):
 
     compiled = torch.compile(read, fullgraph=True, dynamic=True, backend=compiler)
     for k, (count, views, size) in enumerate(SIZES):
-        arguments = [kernels.put(x) for x in scene(k, count, views, size)]
+        arguments = [native_kernels.put(x) for x in scene(k, count, views, size)]
         expected = read(*arguments, *size)
         assert expected[1].sum() > 5
         assert_equal_bits(compiled(*arguments, *size), expected)
 
 
-def test_compile_splat_backward(kernels, compiler):
+def test_compile_splat_backward(native_kernels, compiler):
     def loss(points, features, intrinsics, cam2world, height, width):
         return (splat(points, features, intrinsics, cam2world, (height, width)).latents ** 2).sum()
 
     compiled = torch.compile(loss, fullgraph=True, dynamic=True, backend=compiler)
     for k, (count, views, size) in enumerate(SIZES[:2]):
-        points, features, *cameras = [kernels.put(x) for x in scene(k, count, views, size)]
+        points, features, *cameras = [native_kernels.put(x) for x in scene(k, count, views, size)]
         grads = []
         for function in (loss, compiled):
             leaf = features.clone().requires_grad_()
@@ -299,7 +299,7 @@ def test_compile_splat_backward(kernels, compiler):
         torch.testing.assert_close(*grads, rtol=1e-6, atol=1e-6)
 
 
-def test_compile_splat_aligned(kernels, compiler):
+def test_compile_splat_aligned(native_kernels, compiler):
     """One graph for every number of tokens, views and cells; the bits, and the gradients, of the plain call."""
 
     def read(points, features, frame_ids, frame_centers, intrinsics, cam2world, height, width):
@@ -316,7 +316,7 @@ def test_compile_splat_aligned(kernels, compiler):
         cameras = scenes.intrinsics(rng, views, size), scenes.poses(rng, views)
         results = []
         for function in (read, compiled):
-            arguments = [kernels.put(x.clone()) for x in (*tokens, *cameras)]
+            arguments = [native_kernels.put(x.clone()) for x in (*tokens, *cameras)]
             leaves = [x.requires_grad_() for x in arguments[:2]]
             seen = function(*arguments, *size)
             results.append([*seen, *torch.autograd.grad((seen[0] ** 2).sum(), leaves)])
@@ -326,7 +326,7 @@ def test_compile_splat_aligned(kernels, compiler):
             torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_compile_float8(kernels, compiler):
+def test_compile_float8(native_kernels, compiler):
     """A write and reads of what it wrote, with scales, in one graph."""
 
     def write_and_read(points, features, scales, frame_ids, count, latents, depth, intrinsics, cam2world):
@@ -343,18 +343,18 @@ def test_compile_float8(kernels, compiler):
         rng = np.random.default_rng(k)
         latents = torch.from_numpy(rng.normal(size=(views, 6, *SIZE))).float()
         cameras = scenes.intrinsics(rng, views, SIZE), scenes.poses(rng, views)
-        arguments = [kernels.put(x) for x in (latents, scenes.depth_maps(rng, views, SIZE, 0.1), *cameras)]
+        arguments = [native_kernels.put(x) for x in (latents, scenes.depth_maps(rng, views, SIZE, 0.1), *cameras)]
         results = []
         for function in (write_and_read, compiled):
             points, features, frame_ids, count = scenes.buffers(150, 6)
             features, scales = (features.to(torch.uint8) % 100).view(FLOAT8), torch.full((150,), 127, dtype=torch.uint8)
-            buffers = [kernels.put(x) for x in (points, features, scales, frame_ids, count)]
+            buffers = [native_kernels.put(x) for x in (points, features, scales, frame_ids, count)]
             results.append([*function(*buffers, *arguments), *buffers])
         assert results[0][0][0] > 20 and results[0][3].sum() > 20 and results[0][2].any()
         assert_equal_bits(results[1], results[0])
 
 
-def test_compile_back_project(kernels, compiler):
+def test_compile_back_project(native_kernels, compiler):
     def lift(depth, intrinsics, cam2world, mask, height, width):
         lifted = back_project(depth * 1.0, intrinsics, cam2world, (height, width), mask=mask)
         return lifted.points * 2, lifted.valid
@@ -364,26 +364,26 @@ def test_compile_back_project(kernels, compiler):
     for views, image_size, size in ((2, (23, 36), (5, 7)), (3, (31, 22), (4, 6)), (4, (40, 40), (8, 5))):
         arguments = scenes.depth_maps(rng, views, image_size), scenes.intrinsics(rng, views, image_size)
         arguments += scenes.poses(rng, views), scenes.static_masks(rng, views, image_size, 0.01)
-        arguments = [kernels.put(x) for x in arguments]
+        arguments = [native_kernels.put(x) for x in arguments]
         expected = lift(*arguments, *size)
         assert expected[1].any()
         assert_equal_bits(compiled(*arguments, *size), expected)
 
 
-def test_compile_view_overlap(kernels, compiler):
+def test_compile_view_overlap(native_kernels, compiler):
     def overlap(points, intrinsics, cam2world, height, width):
         targets = intrinsics[:1], cam2world[:1]
         return view_overlap(points, intrinsics, cam2world, *targets, (height, width), voxel_size=0.5) * 2
 
     compiled = torch.compile(overlap, fullgraph=True, dynamic=True, backend=compiler)
     for k, (count, views, size) in enumerate(SIZES):
-        points, _, *cameras = [kernels.put(x) for x in scene(k, count, views, size)]
+        points, _, *cameras = [native_kernels.put(x) for x in scene(k, count, views, size)]
         expected = overlap(points, *cameras, *size)
         assert (expected > 0).all()
         assert_equal_bits([compiled(points, *cameras, *size)], [expected])
 
 
-def test_compile_cache_write(kernels, compiler):
+def test_compile_cache_write(native_kernels, compiler):
     """The in-place buffers are written in the compiled graph too, and only they."""
 
     def write(points, features, frame_ids, count, bounds, latents, depth, intrinsics, cam2world):
@@ -400,8 +400,10 @@ def test_compile_cache_write(kernels, compiler):
             scenes.intrinsics(rng, views, image_size),
             scenes.poses(rng, views),
         ]
-        arguments = [kernels.put(x) for x in arguments]
-        buffers = [[kernels.put(x) for x in (*scenes.buffers(200, 6, held=4), torch.zeros(2, 6))] for _ in range(2)]
+        arguments = [native_kernels.put(x) for x in arguments]
+        buffers = [
+            [native_kernels.put(x) for x in (*scenes.buffers(200, 6, held=4), torch.zeros(2, 6))] for _ in range(2)
+        ]
         expected, got = write(*buffers[0], *arguments), compiled(*buffers[1], *arguments)
         assert expected[0] > 20
         assert_equal_bits([got, *buffers[1]], [expected, *buffers[0]])
