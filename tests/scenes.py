@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -9,6 +13,27 @@ from torch import Tensor
 UNKNOWN = (0.0, -1.5, float("nan"), float("inf"), float("-inf"))
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 STORED = (*DTYPES, torch.float8_e4m3fn)  # of features in a cache
+
+
+def pairwise(*factors: Sequence[Any]) -> list[tuple[Any, ...]]:
+    """Choose combinations of the factors' values, such that any two values of two factors meet in one of them.
+
+    Of two factors that is their full product. What three values do together is left to chance.
+    """
+    product = [*itertools.product(*(range(len(factor)) for factor in factors))]
+    pairs = {row: {*itertools.combinations(enumerate(row), 2)} for row in product}
+    missing, chosen = set().union(*pairs.values()), []
+    while missing:
+        row = max(product, key=lambda row: len(pairs[row] & missing))
+        missing -= pairs[row]
+        chosen.append(tuple(factor[k] for factor, k in zip(factors, row, strict=True)))
+    return chosen
+
+
+def each_once(*factors: Sequence[Any]) -> list[tuple[Any, ...]]:
+    """Choose combinations in which every value of every factor has its turn: as many as the longest has values."""
+    longest = max(len(factor) for factor in factors)
+    return [tuple(factor[k % len(factor)] for factor in factors) for k in range(longest)]
 
 
 def poses(rng: np.random.Generator, views: int, angle: float = 0.15, rigid: bool = False) -> Tensor:

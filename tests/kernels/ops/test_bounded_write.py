@@ -428,10 +428,12 @@ def compacted(points, features, frame_ids, free_space_violations, num_observatio
     return [row for row in alive if row not in gone], excess
 
 
-@pytest.mark.parametrize("stored", [torch.bfloat16, FLOAT8])
-@pytest.mark.parametrize("live", [0, 1, 255, 256, 257, 1000, 3000])
-@pytest.mark.parametrize("dead", [0.0, 0.05, 1.0])
-@pytest.mark.parametrize("share", [0.0, 0.5, 0.99, None])
+@pytest.mark.parametrize(
+    ("live", "share", "dead", "stored"),
+    scenes.pairwise(
+        [0, 1, 255, 256, 257, 1000, 3000], [0.0, 0.5, 0.99, None], [0.0, 0.05, 1.0], [torch.bfloat16, FLOAT8]
+    ),
+)
 def test_trim(backend, live, dead, share, stored):
     rng = np.random.default_rng(live)
     held = Held(3000, stored, merge=True, put=backend.put)
@@ -440,6 +442,8 @@ def test_trim(backend, live, dead, share, stored):
         torch.from_numpy(np.where(rng.random(3000) < dead, INVALID, rng.integers(0, 9, 3000))).byte()
     )
     held.num_observations[:] = backend.put(torch.from_numpy(rng.integers(1, 17, 3000)).byte())
+    if held.scales is not None:
+        held.scales[:] = backend.put(torch.from_numpy(rng.integers(11, 247, 3000)).byte())
     held.count.fill_(live)
     held.bounds = block_bounds(held.points, num_points=held.count)
     before = [x.clone().view(torch.uint8) if x.dtype == FLOAT8 else x.clone() for x in held.all()[:-1]]

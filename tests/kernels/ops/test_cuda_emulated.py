@@ -1,24 +1,24 @@
-"""The CUDA operators' own source files, run on the CPU by ``cuda_emulator``, against the CPU operators, bit for bit.
+"""What only the emulator can check of the CUDA operators: threads in several orders, variants, and its own alarms.
 
-This checks what the kernels compute and how their threads work together (barriers, warp collectives, atomics, tails),
-and the emulator stops at every race, unwritten value and access out of bounds. It cannot check what only a GPU has: its
-compiler, its memory model, its speed.
+That they compute what the other backends do, the shared tests hold: the emulator is one of their backends. Here the
+kernels' own sources meet what CUDA alone can get wrong (barriers, warp collectives, atomics, loops that go round,
+tails, loads of 16 bytes), against the CPU operators, bit for bit.
 """
 
 from __future__ import annotations
 
-import ctypes
 import itertools
 import math
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
 import scenes
 import torch
 from comparison import assert_equal_bits
-from cuda_emulator.build import NAMESPACE, VARIANTS, NotSupported, build
+from cuda_emulator.build import VARIANTS, NotSupported
+from emulated import ASCENDING, DESCENDING, NAMES, ORDERS, Emulated, Order, choose_order, load_emulated
 from torch import Tensor
 
 from mirage_kernels import available_backends, block_bounds
@@ -29,53 +29,21 @@ from mirage_kernels.ops.operator import OPERATORS
 NEAR = 0.05
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 PAIRS = list(itertools.product(DTYPES, DTYPES))
-CHANNELS = (1, 3, 8, 48, 64, 65, 130)
+every_order = pytest.mark.parametrize("order", ORDERS, ids=NAMES.__getitem__)
 
 
-class Order(NamedTuple):
-    """The order in which threads and blocks run, and the byte that memory holds before anything is written."""
-
-    policy: int
-    seed: int = 0
-    poison: int = 0xCD
-    processors: int = 1
-
-
-ASCENDING, DESCENDING = Order(0), Order(1, poison=0xFF)
-ORDERS = (ASCENDING, DESCENDING, Order(2, seed=1), Order(2, seed=2, poison=0x00, processors=3))
-names = {ASCENDING: "ascending", DESCENDING: "descending", ORDERS[2]: "random 1", ORDERS[3]: "random 2"}
-every_order = pytest.mark.parametrize("order", ORDERS, ids=names.__getitem__)
-
-
-class Emulated:
-    """The operators of the emulated library."""
-
-    def __init__(self, path: str) -> None:
-        self._configure = ctypes.CDLL(path).emulator_configure
-
-    def run(self, name: str, *arguments: Any, order: Order = ASCENDING, variant: str = "") -> Any:
-        self._configure(order.policy, order.seed, order.processors, order.poison)
-        return getattr(getattr(torch.ops, NAMESPACE + variant), name)(*arguments)
-
-
-_libraries = []  # a torch library is gone when its object is
+@pytest.fixture
+def order(request: pytest.FixtureRequest) -> Order:
+    """One order of threads, chosen by the test's name, for tests that have many cases."""
+    return choose_order(request.node.name)
 
 
 @pytest.fixture(scope="module")
 def emulated() -> Emulated:
     try:
-        path = str(build())
+        return load_emulated()
     except NotSupported as reason:
         pytest.skip(str(reason))
-    if not _libraries:
-        for suffix in VARIANTS:
-            library = torch.library.Library(NAMESPACE + suffix, "DEF")
-            for name, operator in OPERATORS.items():
-                library.define(f"{name}_compiled{operator.schema}")
-            _libraries.append(library)
-        _libraries[0].define("run_faulty(Tensor input, int which) -> Tensor")
-        torch.ops.load_library(path)
-    return Emulated(path)
 
 
 def definition(name: str, *arguments: Any) -> Any:
@@ -94,11 +62,6 @@ def assert_same(emulated: Emulated, name: str, *arguments: Any, order: Order, va
     got = as_tuple(emulated.run(f"{name}_compiled", *arguments, order=order, variant=variant))
     assert_equal_bits(got[: len(expected)], expected)  # the definition of splat_aligned has no keys
     return expected
-
-
-def orders() -> Iterator[Order]:
-    """One order after the other, for the cases of a loop."""
-    return itertools.cycle(ORDERS)
 
 
 # The emulator itself.
@@ -162,19 +125,6 @@ def splat_scene(
     return points, features, scenes.intrinsics(rng, views, size), scenes.poses(rng, views)
 
 
-@pytest.mark.parametrize("pair", PAIRS, ids=lambda pair: "-".join(str(dtype).removeprefix("torch.") for dtype in pair))
-def test_splat_reads_out_every_dtype_and_channel_count(
-    emulated: Emulated, pair: tuple[torch.dtype, torch.dtype]
-) -> None:
-    for channels, order in zip(CHANNELS, orders(), strict=False):
-        size = ((7, 11), (4, 8), (1, 33))[channels % 3]
-        points, features, intrinsics, cam2world = splat_scene(channels, 301, channels, 2, size, pair[0])
-        cameras = (intrinsics, cam2world)
-        view = assert_same(emulated, "splat", points, features, None, *cameras, *size, NEAR, pair[1], order=order)
-        covered = int(view[1].sum())
-        assert 10 < covered and view[0].abs().gt(0.4).any(1).sum() == covered
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_splat_reads_unaligned_features(emulated: Emulated, dtype: torch.dtype) -> None:
     # The rows would divide into 16-byte loads, but for where they begin.
@@ -201,7 +151,6 @@ def test_points_may_begin_anywhere(emulated: Emulated) -> None:
     assert counts.gt(0).all()
 
 
-@every_order
 @pytest.mark.parametrize("views", [0, 1, 15, 16, 17, 35])
 def test_splat_any_number_of_views(emulated: Emulated, views: int, order: Order) -> None:
     points, features, *cameras = splat_scene(views, 150, 3, views, (5, 7))
@@ -216,32 +165,6 @@ def test_splat_more_points_than_threads(emulated: Emulated, order: Order) -> Non
     points[:4096, 2] += 8
     view = assert_same(emulated, "splat", points, features, None, *cameras, 24, 24, NEAR, torch.float32, order=order)
     assert int((view[3] >= 4096).sum()) > 50
-
-
-@every_order
-@pytest.mark.parametrize("live", [-3, 0, 1, 255, 256, 300, 301, 302, 2**40])
-def test_splat_counts_live_points_on_the_device(emulated: Emulated, live: int, order: Order) -> None:
-    points, features, *cameras = splat_scene(2, 301, 5, 2, (5, 7))
-    points[:, 2] = points[:, 2].abs()
-    view = assert_same(
-        emulated, "splat", points, features, torch.tensor([live]), *cameras, 5, 7, NEAR, torch.float32, order=order
-    )
-    assert view[1].any() == (live > 0)
-
-
-@pytest.mark.parametrize("size", [(1, 1), (1, 31), (1, 32), (33, 1), (5, 13), (8, 8)])
-def test_splat_grids_with_tails(emulated: Emulated, size: tuple[int, int]) -> None:
-    points, features, *cameras = splat_scene(3, 400, 4, 3, size)
-    for order in ORDERS:
-        view = assert_same(emulated, "splat", points, features, None, *cameras, *size, NEAR, torch.float16, order=order)
-        assert view[1].any()
-
-
-@pytest.mark.parametrize("shape", [(0, 4), (100, 0), (0, 0)])
-def test_splat_of_nothing(emulated: Emulated, shape: tuple[int, int]) -> None:
-    points, features, *cameras = splat_scene(4, *shape, 2, (5, 7))
-    view = assert_same(emulated, "splat", points, features, None, *cameras, 5, 7, NEAR, torch.float32, order=ASCENDING)
-    assert view[1].any() == (shape[0] > 0)
 
 
 @every_order
@@ -267,28 +190,6 @@ def test_splat_of_points_in_one_cell(emulated: Emulated, order: Order) -> None:
         emulated, "splat", points, features, None, intrinsics, cam2world, 1, 1, NEAR, torch.float32, order=order
     )
     assert view[2].item() == 1 and view[3].item() == int((points[:, 2] == 1).nonzero()[0])
-
-
-@every_order
-def test_splat_of_extreme_values(emulated: Emulated, order: Order) -> None:
-    # Any bits a float can have, in points and cameras, and depths on both sides of `near`.
-    rng = np.random.default_rng(8)
-    points, features, intrinsics, cam2world = splat_scene(8, 600, 4, 4, (6, 10))
-    points[:200] = torch.from_numpy(rng.integers(0, 2**32, (200, 4), dtype=np.uint64).astype(np.uint32)).view(
-        torch.float32
-    )
-    points[200:210, 2] = math.nan
-    points[210:220, :3] = torch.tensor([math.inf, -math.inf, math.inf])
-    points[220:240] = torch.tensor([0.0, 0.0, NEAR, 1.0]) * torch.linspace(0.999, 1.001, 20)[:, None]
-    points[240] = torch.tensor([0.0, 0.0, torch.finfo(torch.float32).max, 1.0])
-    cam2world[0] = torch.eye(4)
-    cam2world[2, :3, :3] = 0  # nothing to invert
-    intrinsics[3, 0, 0] = math.nan
-    cameras = (intrinsics, cam2world)
-    for near in (NEAR, 0.0):
-        view = assert_same(emulated, "splat", points, features, None, *cameras, 6, 10, near, torch.float32, order=order)
-        assert view[1][:2].flatten(1).any(1).all()
-        assert not view[1][2:].any()
 
 
 def one_each(count: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -349,21 +250,6 @@ def as_float8(features: Tensor, seed: int = 0) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_float8_is_read(emulated: Emulated, dtype: torch.dtype) -> None:
-    for channels, order in zip((0, *CHANNELS), orders(), strict=False):
-        size = ((7, 11), (4, 8), (1, 33))[channels % 3]
-        (points, features), rest = aligned_scene(channels, 151, channels, 2, size)
-        features, scales = as_float8(features, channels)
-        near = (*rest[2:], *size, NEAR, dtype, None, scales)
-        view = assert_same(emulated, "splat", points, features, None, *near, order=order)
-        far = (*rest, *size, NEAR, 20.0, dtype, None, scales)
-        blended = assert_same(emulated, "splat_aligned", points, features, None, *far, order=order)
-        for seen in (view, blended):
-            covered = int(seen[1].sum())
-            assert 10 < covered and seen[0].any(1).sum() == (covered if channels > 3 else seen[0].any(1).sum())
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
 def test_float8_codes_at_every_scale(emulated: Emulated, dtype: torch.dtype) -> None:
     # Rows that may be loaded 16 bytes at a time, and rows that may not; without NaN, whose bits are the GPU's own.
     features = torch.arange(256, dtype=torch.uint8).repeat(256, 1)
@@ -394,21 +280,6 @@ def test_float8_codes_at_every_scale(emulated: Emulated, dtype: torch.dtype) -> 
         assert view[1].all() and blended[1].all() and len(view[0].unique()) > 250
 
 
-@every_order
-@pytest.mark.parametrize("channels", [1, 48, 130])
-def test_float8_gradient_to_points(emulated: Emulated, channels: int, order: Order) -> None:
-    if not available_backends()["cpu"]:
-        pytest.skip("the CPU operators were not built: nothing to compare with")
-    (points, features), rest = aligned_scene(channels, 90, channels, 3, (5, 7))
-    features, scales = as_float8(features)
-    arguments = points, features, None, *rest, 5, 7, NEAR, 5.0, torch.float32, None, scales
-    keys = definition("splat_aligned", *arguments)[4]
-    grad = torch.randn(3, channels, 5, 7, generator=torch.Generator().manual_seed(channels))
-    arguments = grad, points, features, *rest, keys, 5.0, True, scales
-    sums = assert_same(emulated, "splat_aligned_backward", *arguments, order=order)
-    assert sums[0].shape == (0, channels) and sums[1].any()
-
-
 def test_float8_needs_scales_and_nothing_else_does(emulated: Emulated) -> None:
     points, features, *cameras = splat_scene(5, 90, 4, 1, (4, 5))
     codes, scales = as_float8(features)
@@ -420,7 +291,6 @@ def test_float8_needs_scales_and_nothing_else_does(emulated: Emulated) -> None:
 # splat_backward
 
 
-@every_order
 @pytest.mark.parametrize("channels", [0, 1, 48, 65, 130])
 def test_splat_backward(emulated: Emulated, channels: int, order: Order) -> None:
     points, features, *cameras = splat_scene(channels, 90, channels, 4, (7, 11))
@@ -432,21 +302,6 @@ def test_splat_backward(emulated: Emulated, channels: int, order: Order) -> None
         grad = torch.randn(4, channels, 7, 11, generator=torch.Generator().manual_seed(channels)).to(grad_dtype)
         (sums,) = assert_same(emulated, "splat_backward", grad, index, 90, dtype, order=order)
         assert sums.dtype == dtype and sums.abs().gt(0).any() == (channels > 0)
-
-
-def test_splat_backward_of_nothing(emulated: Emulated) -> None:
-    for views, count in ((0, 5), (2, 0), (2, 5)):
-        grad, index = torch.randn(views, 3, 4, 4), torch.full((views, 4, 4), -1)
-        (sums,) = assert_same(emulated, "splat_backward", grad, index, count, torch.float32, order=ASCENDING)
-        assert sums.shape == (count, 3) and not sums.any()
-
-
-def test_gradient_of_strided_latents(emulated: Emulated) -> None:
-    points, features, *cameras = splat_scene(11, 90, 5, 3, (7, 11))
-    index = definition("splat", points, features, None, *cameras, 7, 11, NEAR, torch.float32)[3]
-    grad = scenes.strided(torch.randn(3, 5, 7, 11))
-    (sums,) = assert_same(emulated, "splat_backward", grad, index, 90, torch.float32, order=DESCENDING)
-    assert sums.any()
 
 
 # splat_aligned
@@ -478,17 +333,6 @@ def read_aligned(
     return assert_same(emulated, "splat_aligned", *arguments, order=order)
 
 
-@pytest.mark.parametrize("pair", PAIRS, ids=lambda pair: "-".join(str(dtype).removeprefix("torch.") for dtype in pair))
-def test_splat_aligned_every_dtype_and_channel_count(emulated: Emulated, pair: tuple[torch.dtype, torch.dtype]) -> None:
-    for channels, order in zip((0, *CHANNELS), orders(), strict=False):
-        size = ((7, 11), (4, 8), (1, 33))[channels % 3]
-        scene = aligned_scene(channels, 101, channels, 2, size, pair[0])
-        view = read_aligned(emulated, *scene, size, pair[1], order=order)
-        covered = int(view[1].sum())
-        assert 10 < covered and view[0].any(1).sum() == (covered if channels > 0 else 0)
-
-
-@every_order
 @pytest.mark.parametrize("views", [0, 1, 16, 17, 35])
 def test_splat_aligned_any_number_of_views(emulated: Emulated, views: int, order: Order) -> None:
     scene = aligned_scene(views, 60, 3, views, (4, 5))
@@ -496,7 +340,6 @@ def test_splat_aligned_any_number_of_views(emulated: Emulated, views: int, order
     assert view[1].flatten(1).any(1).all()
 
 
-@every_order
 @pytest.mark.parametrize("sharpness", [0.0, 5.0, math.inf])
 def test_splat_aligned_more_points_than_threads(emulated: Emulated, sharpness: float, order: Order) -> None:
     # 16 blocks of 256 for one processor: the loop over points goes round.
@@ -504,15 +347,6 @@ def test_splat_aligned_more_points_than_threads(emulated: Emulated, sharpness: f
     tokens[0][:4096, 2] += 8
     view = read_aligned(emulated, tokens, rest, (24, 24), sharpness=sharpness, order=order)
     assert int((view[3] >= 4096).sum()) > 50
-
-
-@every_order
-@pytest.mark.parametrize("live", [-3, 0, 1, 256, 300, 301, 2**40])
-def test_splat_aligned_counts_live_points_on_the_device(emulated: Emulated, live: int, order: Order) -> None:
-    tokens, rest = aligned_scene(2, 301, 5, 2, (5, 7))
-    tokens[0][:, 2] = tokens[0][:, 2].abs()
-    view = read_aligned(emulated, tokens, rest, (5, 7), live=live, order=order)
-    assert view[1].any() == (live > 0)
 
 
 @every_order
@@ -530,46 +364,6 @@ def test_splat_aligned_of_points_in_one_cell(emulated: Emulated, order: Order) -
     assert view[3].item() == int((best == best.min()).nonzero()[0])
 
 
-@every_order
-def test_splat_aligned_of_extreme_values(emulated: Emulated, order: Order) -> None:
-    rng = np.random.default_rng(8)
-    (points, features), (ids, centers, intrinsics, cam2world) = aligned_scene(8, 400, 4, 4, (6, 10))
-    points[:200] = torch.from_numpy(rng.integers(0, 2**32, (200, 4), dtype=np.uint64).astype(np.uint32)).view(
-        torch.float32
-    )
-    points[200:210, 3] = math.nan
-    points[210:220, 3] = math.inf
-    points[220:240] = torch.tensor([0.0, 0.0, NEAR, 1.0]) * torch.linspace(0.999, 1.001, 20)[:, None]
-    points[240] = torch.tensor([0.0, 0.0, torch.finfo(torch.float32).max, 1.0])
-    centers[:4] = torch.from_numpy(rng.integers(0, 2**32, (4, 3), dtype=np.uint64).astype(np.uint32)).view(
-        torch.float32
-    )
-    ids[::7] = torch.from_numpy(rng.integers(-(2**31), 2**31, len(ids[::7])).astype(np.int32))
-    cam2world[0] = torch.eye(4)
-    cam2world[2, :3, :3] = 0  # nothing to invert
-    intrinsics[3, 0, 0] = math.nan
-    rest = ids, centers, intrinsics, cam2world
-    for near in (NEAR, 0.0):
-        view = read_aligned(emulated, (points, features), rest, (6, 10), near=near, order=order)
-        assert view[1][:2].flatten(1).any(1).all() and not view[1][2:].any()
-
-
-@pytest.mark.parametrize("shape", [(0, 4), (100, 0), (0, 0)])
-def test_splat_aligned_of_nothing(emulated: Emulated, shape: tuple[int, int]) -> None:
-    tokens, rest = aligned_scene(4, *shape, 2, (5, 7))
-    view = read_aligned(emulated, tokens, rest, (5, 7), order=ASCENDING)
-    assert view[1].any() == (shape[0] > 0)
-    no_frames = rest[0], torch.zeros(0, 3), *rest[2:]
-    assert read_aligned(emulated, tokens, no_frames, (5, 7), order=DESCENDING)[1].any() == (shape[0] > 0)
-
-
-def test_splat_aligned_points_may_begin_anywhere(emulated: Emulated) -> None:
-    (points, features), rest = aligned_scene(5, 200, 4, 2, (6, 9))
-    view = read_aligned(emulated, (shifted_by_a_float(points), features), rest, (6, 9), order=ASCENDING)
-    assert view[1].any()
-
-
-@every_order
 @pytest.mark.parametrize("channels", [0, 1, 48, 130])
 @pytest.mark.parametrize("of_points", [False, True])
 def test_splat_aligned_backward(emulated: Emulated, channels: int, of_points: bool, order: Order) -> None:
@@ -585,20 +379,6 @@ def test_splat_aligned_backward(emulated: Emulated, channels: int, of_points: bo
         )
         assert sums[0].dtype == dtype and sums[0].any() == (channels > 0)
         assert sums[1].shape == (90 if of_points else 0, 4) and sums[1].any() == (of_points and channels > 0)
-
-
-def test_splat_aligned_backward_of_nothing(emulated: Emulated) -> None:
-    if not available_backends()["cpu"]:
-        pytest.skip("the CPU operators were not built: nothing to compare with")
-    for views, count in ((0, 5), (2, 0), (2, 5)):
-        (points, features), rest = aligned_scene(9, count, 3, views, (4, 4))
-        points[:, 2] = -1
-        keys = definition("splat_aligned", points, features, None, *rest, 4, 4, NEAR, 5.0, torch.float32)[4]
-        grad = torch.randn(views, 3, 4, 4)
-        sums = assert_same(
-            emulated, "splat_aligned_backward", grad, points, features, *rest, keys, 5.0, True, order=ASCENDING
-        )
-        assert sums[0].shape == (count, 3) and not sums[0].any() and not sums[1].any()
 
 
 # back_project
@@ -647,7 +427,6 @@ def test_back_project_depths_of_any_size(emulated: Emulated, case: str) -> None:
         assert lift[1][2].all()
 
 
-@every_order
 def test_back_project_needs_half_of_a_cell(emulated: Emulated, order: Order) -> None:
     rng = np.random.default_rng(21)
     image, size = (32, 64), (2, 4)
@@ -660,28 +439,6 @@ def test_back_project_needs_half_of_a_cell(emulated: Emulated, order: Order) -> 
             cameras = scenes.intrinsics(rng, 1, image), scenes.poses(rng, 1)
             lift = assert_same(emulated, "back_project", depth, *cameras, None, *size, False, order=order)
             assert int(lift[1].sum()) == (8 if valid >= 128 else 0)
-
-
-@pytest.mark.parametrize("mask_size", [(5, 7), (37, 53), (74, 106), (9, 100), (200, 8)])
-def test_back_project_masks_of_another_resolution(emulated: Emulated, mask_size: tuple[int, int]) -> None:
-    rng = np.random.default_rng(22)
-    depth = scenes.depth_maps(rng, 2, (37, 53))
-    cameras = scenes.intrinsics(rng, 2, (37, 53)), scenes.poses(rng, 2)
-    mask = scenes.static_masks(rng, 2, mask_size, moving=min(0.2, 20 / (mask_size[0] * mask_size[1])))
-    for order in ORDERS:
-        for bilinear in (False, True):
-            lift = assert_same(emulated, "back_project", depth, *cameras, mask, 5, 7, bilinear, order=order)
-            assert lift[1].any() and not lift[1].all()
-
-
-@pytest.mark.parametrize("views", [0, 1, 3])
-@pytest.mark.parametrize("size", [(1, 1), (5, 7), (37, 53), (50, 60)])
-def test_back_project_bilinear(emulated: Emulated, size: tuple[int, int], views: int) -> None:
-    rng = np.random.default_rng(23)
-    depth = scenes.depth_maps(rng, views, (37, 53), unknown=0.1)
-    cameras = scenes.intrinsics(rng, views, (37, 53)), scenes.poses(rng, views)
-    lift = assert_same(emulated, "back_project", depth, *cameras, None, *size, True, order=ORDERS[views])
-    assert lift[1].any() == (views > 0) or size == (1, 1)
 
 
 def test_back_project_more_views_than_a_block_of_cameras(emulated: Emulated) -> None:
@@ -745,14 +502,6 @@ def write(
 STORED = [*PAIRS, *((dtype, torch.float8_e4m3fn) for dtype in DTYPES)]
 
 
-@pytest.mark.parametrize("pair", STORED, ids=lambda pair: "-".join(str(dtype).removeprefix("torch.") for dtype in pair))
-def test_cache_write_every_dtype_and_channel_count(emulated: Emulated, pair: tuple[torch.dtype, torch.dtype]) -> None:
-    for channels, order in zip(CHANNELS, orders(), strict=False):
-        report = write(emulated, channels, (30, 41), (10, 13), pair=pair, order=order, seed=channels, held=channels)
-        assert report[0] > 100 and report[2] > 0 and report[3] > 0
-
-
-@every_order
 @pytest.mark.parametrize(
     ("capacity", "held"), [(0, 0), (1, 0), (1, 1), (100, 0), (400, 300), (300, 300), (290, 33), (256, 0), (257, 1)]
 )
@@ -772,18 +521,6 @@ def test_cache_write_rejects(emulated: Emulated, order: Order) -> None:
     for pair in ((dtype, stored) for dtype in DTYPES for stored in (dtype, FLOAT8)):
         report = write(emulated, 66, (24, 30), (12, 15), spoil=spoil, low=2.5, high=4.0, pair=pair, order=order)
         assert all(report[k] > 0 for k in (0, 2, 3, 4, 5))
-
-
-def test_cache_write_of_nothing_to_keep(emulated: Emulated) -> None:
-    for order in ORDERS:
-        tokens = 3 * 12 * 15
-        assert write(emulated, 3, (24, 30), (12, 15), mask=1.0, order=order)[2] == tokens
-        assert write(emulated, 3, (24, 30), (12, 15), unknown=1.0, mask=None, order=order)[3] == tokens
-        assert write(emulated, 3, (24, 30), (12, 15), low=50.0, mask=None, unknown=0.0, order=order)[4] == tokens
-        nan = lambda latents: latents.fill_(math.nan)  # noqa: E731
-        assert write(emulated, 3, (24, 30), (12, 15), spoil=nan, mask=None, unknown=0.0, order=order)[5] == tokens
-    assert write(emulated, 3, (24, 30), (12, 15), views=0, order=ASCENDING) == [0] * 6
-    assert write(emulated, 0, (24, 30), (12, 15), order=ASCENDING)[0] > 0
 
 
 @pytest.mark.parametrize("size", [(1, 1), (16, 16), (1, 255), (257, 1), (16, 33)])
@@ -807,26 +544,10 @@ def test_cache_write_scans_more_blocks_than_threads(emulated: Emulated, held: in
         assert report[0] > 11_000 and (report[1] > 0) == (capacity == 12_000)
 
 
-@every_order
 @pytest.mark.parametrize("variant", VARIANTS, ids=["sm80", "older"])
 def test_cache_write_bilinear(emulated: Emulated, variant: str, order: Order) -> None:
     report = write(emulated, 4, (9, 21), (12, 15), bilinear=True, mask=None, order=order, variant=variant)
     assert report[0] > 100
-
-
-@pytest.mark.parametrize("count", [-5, 1001, 2**62, -(2**62)])
-def test_cache_write_with_a_false_count_writes_nothing(emulated: Emulated, count: int) -> None:
-    # The count lives on the device: an operator that cannot refuse it must at least stay within its buffers.
-    rng = np.random.default_rng(30)
-    depth, latents = scenes.depth_maps(rng, 2, (24, 30)), torch.randn(2, 3, 12, 15)
-    cameras = scenes.intrinsics(rng, 2, (24, 30)), scenes.poses(rng, 2)
-    before, buffers = scenes.buffers(1000, 3, held=count), scenes.buffers(1000, 3, held=count)
-    boxes = torch.full((bounds_rows(1000), 6), 7.0)
-    rest = (None, 0, False, 0.0, math.inf, boxes)
-    report = emulated.run("cache_write_compiled", *buffers, latents, depth, *cameras, *rest)
-    assert_equal_bits(buffers[:3], before[:3])
-    assert (boxes == 7).all()
-    assert report[0] <= 0 and report[1] > 100
 
 
 def test_cache_write_refuses_points_that_begin_anywhere(emulated: Emulated) -> None:
@@ -839,37 +560,9 @@ def test_cache_write_refuses_points_that_begin_anywhere(emulated: Emulated) -> N
         emulated.run("cache_write_compiled", shifted_by_a_float(points), *buffers, *rest)
 
 
-@pytest.mark.parametrize("channels", [2, 48, 65])
-def test_cache_write_float8_of_every_magnitude(emulated: Emulated, channels: int) -> None:
-    # Scales from end to end, all that rounds to a tie, subnormals, and what is too large.
-    rng = np.random.default_rng(channels)
-    powers = 2.0 ** torch.from_numpy(rng.integers(-150, 128, (3, 1, 12, 15))).double()
-    steps = torch.from_numpy(rng.integers(-64, 65, (3, channels, 12, 15)) / 32)
-
-    def spoil(latents: Tensor) -> None:
-        latents.copy_((steps * powers).to(latents.dtype))
-        latents[0, -1, 0, :4] = torch.tensor([448 * 2.0**119, -448 * 2.0**119, 449 * 2.0**119, -3e38]).to(latents.dtype)
-        latents[1, :, 0] = 0
-
-    for dtype, order in zip((torch.float32, torch.bfloat16), orders(), strict=False):
-        report = write(
-            emulated,
-            channels,
-            (24, 30),
-            (12, 15),
-            spoil=spoil,
-            pair=(dtype, FLOAT8),
-            order=order,
-            unknown=0.0,
-            mask=None,
-        )
-        assert report[0] > 500 and report[5] > 0
-
-
 # Bounds of blocks
 
 
-@every_order
 @pytest.mark.parametrize("live", [None, -1, 0, 1, 255, 256, 700, 2**40])
 def test_block_bounds(emulated: Emulated, live: int | None, order: Order) -> None:
     # Three blocks, and eight at a time on the one processor: with 2,500 points the loop goes round.
@@ -900,7 +593,6 @@ def blocky_scene(
     return points, features, (*frames, scenes.intrinsics(rng, views, size), scenes.poses(rng, views, angle=3.1))
 
 
-@every_order
 @pytest.mark.parametrize(("blocks", "views"), [(1, 1), (9, 0), (9, 5), (20, 16), (5, 17), (140, 2), (4, 33), (3, 67)])
 def test_reads_by_bounds(emulated: Emulated, blocks: int, views: int, order: Order) -> None:
     # 128 blocks are culled at a time, 16 views are held, 32 are a word; 16 blocks of 256 points for one processor.
@@ -945,44 +637,12 @@ def overlap_scene(seed: int, count: int, views: int, targets: int, size: tuple[i
     return points, *cameras, scenes.intrinsics(rng, targets, size), scenes.poses(rng, targets, angle=0.8)
 
 
-@every_order
 @pytest.mark.parametrize(("views", "targets"), [(1, 1), (31, 2), (32, 1), (33, 32), (3, 33), (70, 0), (0, 2), (2, 70)])
 def test_view_overlap(emulated: Emulated, views: int, targets: int, order: Order) -> None:
     points, *cameras = overlap_scene(views, 350, views, targets, (5, 7))
     (counts,) = assert_same(emulated, "view_overlap", points, None, *cameras, 5, 7, 0.5, NEAR, order=order)
     assert counts.shape == (views, 2) and counts[:, 1].gt(0).all()
     assert counts[:, 0].gt(0).all() == (targets > 0) or views == 0
-
-
-@every_order
-@pytest.mark.parametrize("voxel_size", [1e-9, 0.05, 1.0, 1e9])
-def test_view_overlap_voxels_of_any_size(emulated: Emulated, voxel_size: float, order: Order) -> None:
-    points, *cameras = overlap_scene(40, 700, 4, 2, (5, 7))
-    points[::3] = (
-        points[1::3][: len(points[::3])].clone().resize_as_(points[::3])
-    )  # tokens that share voxels at any size
-    points[:40] = torch.tensor([math.nan, math.inf, -math.inf, 0.0]) * torch.ones(40, 4)
-    points[40:80, 0] *= 1e12
-    (counts,) = assert_same(emulated, "view_overlap", points, None, *cameras, 5, 7, voxel_size, NEAR, order=order)
-    assert counts.gt(0).all()
-
-
-@every_order
-@pytest.mark.parametrize("live", [-1, 0, 1, 299, 300, 301])
-def test_view_overlap_counts_live_points_on_the_device(emulated: Emulated, live: int, order: Order) -> None:
-    points, *cameras = overlap_scene(41, 300, 5, 2, (5, 7))
-    points[0] = torch.tensor([0.0, 0.0, 4.0, 0.1])
-    number = torch.tensor([live])
-    (counts,) = assert_same(emulated, "view_overlap", points, number, *cameras, 5, 7, 0.3, NEAR, order=order)
-    assert counts.any() == (live > 0)
-
-
-def test_view_overlap_of_one_point_and_of_none(emulated: Emulated) -> None:
-    points, *cameras = overlap_scene(42, 1, 3, 2, (5, 7))
-    points[0] = torch.tensor([0.0, 0.0, 4.0, 0.1])
-    (counts,) = assert_same(emulated, "view_overlap", points, None, *cameras, 5, 7, 0.1, NEAR, order=ASCENDING)
-    assert counts.any()
-    assert_same(emulated, "view_overlap", points[:0], None, *cameras, 5, 7, 0.1, NEAR, order=ASCENDING)
 
 
 @every_order

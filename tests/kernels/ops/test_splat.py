@@ -215,6 +215,14 @@ def test_duplicate_points_lowest_index_wins(backend, copies):
     assert_equal_bits(again, alone)
 
 
+def test_indices_past_sixteen_bits(backend):
+    points = torch.tensor([[0.5, 0.5, -1.0]]).repeat(70_000, 1)
+    points[[65_535, 65_536, 69_999]] = torch.tensor([[0.5, 0.5, 1.0], [1.5, 0.5, 1.0], [2.5, 0.5, 1.0]])
+    view = render(backend, *facing(points, channels=1), (1, 3))
+    assert view.index.flatten().tolist() == [65_535, 65_536, 69_999]
+    assert view.latents.flatten().tolist() == [65_536, 65_537, 70_000]
+
+
 def test_equal_depth_at_different_places_of_a_cell(backend):
     points = [[0.9, 0.1, 1], [0.1, 0.9, 1], [0.5, 0.5, 1]]
     for order in ([0, 1, 2], [2, 1, 0], [1, 0, 2]):
