@@ -67,7 +67,9 @@ if triton_interpreted():
     NATIVE.append(("triton", "cpu"))
 if GPU_TESTS:
     NATIVE += [("cuda", "cuda"), ("triton", "cuda")]
-KERNELS = [NATIVE[0], ("emulated", "cpu"), *NATIVE[1:]]
+# Under an address sanitizer (`make asan`) it is the C++ operators that run: the emulator has checks of its own.
+SANITIZED = "asan" in os.environ.get("LD_PRELOAD", "")
+KERNELS = [NATIVE[0], *([] if SANITIZED else [("emulated", "cpu")]), *NATIVE[1:]]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -122,7 +124,8 @@ def _params(targets: list[tuple[str, str]]) -> list[Any]:
         pytest.param(
             target,
             id=target[0] if target[0] == target[1] or target[1] == "cpu" else "-".join(target),
-            marks=[pytest.mark.cuda] if target[1] == "cuda" else [],
+            # The emulator is slow to build and to run: what the fast tests know is the definition and C++.
+            marks=[pytest.mark.cuda] * (target[1] == "cuda") + [pytest.mark.slow] * (target[0] == "emulated"),
         )
         for target in targets
     ]

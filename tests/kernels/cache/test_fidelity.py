@@ -11,6 +11,8 @@ import torch
 from benchmarks import fidelity
 from mirage_kernels import LatentCache
 
+pytestmark = pytest.mark.slow  # the room alone takes seconds to load
+
 # What the bounds are set against is the published memory: 65,967 tokens, errors of 0.956 and
 # 0.954 of the energy, a coverage of 0.983.
 PUBLISHED_TOKENS, PUBLISHED_HELD_OUT, PUBLISHED_WRITTEN, PUBLISHED_COVERAGE = 65_967, 0.956, 0.954, 0.983

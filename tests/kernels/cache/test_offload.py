@@ -433,6 +433,7 @@ def offload_and_measure():
     return given_back, held
 
 
+@pytest.mark.slow
 @linux
 def test_memory_is_given_back():
     # In a process of its own: where earlier tests left malloc a free chunk that large, the buffers are cut from it, and

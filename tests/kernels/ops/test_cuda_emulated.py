@@ -26,6 +26,7 @@ from mirage_kernels.constants import BLOCK_TOKENS
 from mirage_kernels.geometry import bounds_rows
 from mirage_kernels.ops.operator import OPERATORS
 
+pytestmark = pytest.mark.slow
 NEAR = 0.05
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 PAIRS = list(itertools.product(DTYPES, DTYPES))

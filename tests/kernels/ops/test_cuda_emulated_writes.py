@@ -22,6 +22,8 @@ from mirage_kernels.constants import INVALID, WRITE_REPORT
 from mirage_kernels.geometry import token_voxels
 from mirage_kernels.quantization import FLOAT8
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def emulated() -> Iterator[Callable[..., Target]]:

@@ -111,17 +111,18 @@ def run(operator, scene, put):
     return [x.detach().cpu() for x in results]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_a_hundred_repeats(backend, operator, threads):
     """Two threads where there are two cores, so that a race has a chance to show."""
     threads(max(2, torch.get_num_threads()))
     scene = small() if backend.name == "reference" or backend.slow else real_size()
     first = run(operator, scene, backend.put)
-    slow = backend.name == "reference" and operator.startswith("splat_aligned")
-    for _ in range(3 if backend.slow or slow else REPEATS - 1):
+    for _ in range(3 if backend.slow or backend.name == "reference" else REPEATS - 1):
         assert_equal_bits(run(operator, scene, backend.put), first)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_any_number_of_threads(backend, operator, threads):
     slow = backend.slow or (backend.name == "reference" and operator.startswith("splat_aligned"))

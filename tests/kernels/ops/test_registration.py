@@ -28,7 +28,7 @@ from mirage_kernels.ops.operator import FAMILIES, OPERATORS
 
 SIZE = (5, 7)
 IMAGE = (23, 36)
-COMPILERS = ["aot_eager", "inductor"]
+COMPILERS = ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)]
 FLOAT8 = torch.float8_e4m3fn
 WITH_SCALES = ("splat", "splat_aligned", "splat_aligned_backward", "cache_write", "bounded_write", "cache_compact")
 

@@ -18,6 +18,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import scenes
 import torch
 
 from mirage_kernels import available_backends, splat, splat_aligned, use_backend
@@ -35,7 +36,7 @@ GPU = torch.cuda.is_available() and not INTERPRETED
 DEVICE = "cuda" if GPU else "cpu"
 NO_TOKEN = 0x7F7F7F7F7F7F7F7F  # the key of an empty place
 NAMES = tuple(OPERATORS)
-LEAST_COMPARISONS = 240  # that the interpreter has to run and pass
+LEAST_COMPARISONS = 200  # that the interpreter has to run and pass
 
 
 def comparison(test):
@@ -43,12 +44,22 @@ def comparison(test):
     return test if INTERPRETED or GPU else None
 
 
-compiles = pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
+def on_gpu(test):
+    """Collected only where there is a GPU."""
+    return test if GPU else None
+
+
+def compiles(test):
+    """A test of what Triton's compiler makes of the kernels, for which no GPU is needed."""
+    return pytest.mark.slow(pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")(test))
+
+
 # The interpreter computes with numpy, which warns of the divisions by zero and overflows that these inputs ask for.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 PAIRS = list(itertools.product(FLOATS, FLOATS))
+FEW_PAIRS = scenes.each_once(FLOATS[:1] + FLOATS, FLOATS)  # each dtype goes in and comes out
 INTEGERS = {8: torch.int64, 4: torch.int32, 2: torch.int16}
 
 
@@ -168,8 +179,7 @@ def test_splat_dtypes(given, asked):
 
 
 @comparison
-@pytest.mark.parametrize("asked", FLOATS)
-@pytest.mark.parametrize("channels", [0, 1, 48, 65])
+@pytest.mark.parametrize(("channels", "asked"), scenes.each_once([0, 1, 48, 65], FLOATS))
 def test_splat_float8(channels, asked):
     size, points, cameras = (5, 6), make_points(500), make_cameras(2, (5, 6))
     features, scales = float8_of(500, channels)
@@ -193,8 +203,7 @@ def test_splat_sizes(size):
 
 
 @comparison
-@pytest.mark.parametrize("count", [0, 1, 255, 256, 257])
-@pytest.mark.parametrize("views", [0, 1, 2])
+@pytest.mark.parametrize(("count", "views"), scenes.each_once([0, 1, 255, 256, 257], [2, 1, 0]))
 def test_splat_counts(count, views):
     size = (3, 4)
     check_splat(make_points(count), features_of(count, 2, torch.float32), None, make_cameras(views, size), size)
@@ -333,14 +342,13 @@ def check_splat_aligned(arguments, num_points=None, size=(6, 7), near=0.05, shar
 
 
 @comparison
-@pytest.mark.parametrize(("given", "asked"), PAIRS)
+@pytest.mark.parametrize(("given", "asked"), FEW_PAIRS)
 def test_splat_aligned_dtypes(given, asked):
     assert check_splat_aligned(aligned_arguments(150, 5, 2, (6, 7), given), dtype=asked)[1].any()
 
 
 @comparison
-@pytest.mark.parametrize("asked", FLOATS)
-@pytest.mark.parametrize("channels", [0, 1, 48, 65])
+@pytest.mark.parametrize(("channels", "asked"), scenes.each_once([1, 48, 65], FLOATS))
 def test_splat_aligned_float8(channels, asked):
     points, _, *rest = aligned_arguments(150, channels, 2, (6, 7))
     features, scales = float8_of(150, channels)
@@ -370,8 +378,7 @@ def test_splat_aligned_backward_float8(channels):
 
 
 @comparison
-@pytest.mark.parametrize("channels", [0, 1, 3, 48, 65])
-@pytest.mark.parametrize("sharpness", [0.0, math.inf])
+@pytest.mark.parametrize(("channels", "sharpness"), scenes.each_once([0, 1, 3, 48, 65], [0.0, math.inf]))
 def test_splat_aligned_channels(channels, sharpness):
     assert check_splat_aligned(aligned_arguments(120, channels, 2, (6, 7)), sharpness=sharpness)[1].any()
 
@@ -383,8 +390,7 @@ def test_splat_aligned_sizes(size):
 
 
 @comparison
-@pytest.mark.parametrize("count", [0, 1, 127, 128, 129])
-@pytest.mark.parametrize("views", [0, 1, 3])
+@pytest.mark.parametrize(("count", "views"), scenes.each_once([0, 1, 127, 128, 129], [1, 3, 0]))
 def test_splat_aligned_counts(count, views):
     check_splat_aligned(aligned_arguments(count, 3, views, (6, 7)))
 
@@ -405,9 +411,18 @@ def test_splat_aligned_degenerate_cameras(flaw):
 
 
 @comparison
-@pytest.mark.parametrize("given", FLOATS)
-@pytest.mark.parametrize("of_points", [False, True])
-@pytest.mark.parametrize(("channels", "count", "views"), [(5, 70, 2), (70, 33, 1), (0, 5, 1), (3, 0, 1), (3, 5, 0)])
+@pytest.mark.parametrize(
+    ("channels", "count", "views", "given", "of_points"),
+    [
+        (5, 70, 2, torch.float32, True),
+        (5, 70, 2, torch.bfloat16, False),
+        (70, 33, 1, torch.float16, True),
+        (70, 33, 1, torch.float32, False),
+        (0, 5, 1, torch.bfloat16, True),
+        (3, 0, 1, torch.float16, True),
+        (3, 5, 0, torch.float32, True),
+    ],
+)
 def test_splat_aligned_backward(given, of_points, channels, count, views):
     """Against the compiled CPU operator, which the definition holds: features bit for bit, points up to rounding."""
     if not available_backends()["cpu"]:
@@ -437,8 +452,7 @@ def check_back_project(depth, mask, size, bilinear=False, cameras=None):
 
 
 @comparison
-@pytest.mark.parametrize("unknown", [0.0, 0.3, 0.5, 0.9, 1.0])
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize(("unknown", "seed"), scenes.each_once([0.0, 0.3, 0.5, 0.9, 1.0, 0.5], [0, 1]))
 def test_back_project_unknown_depths(unknown, seed):
     _, valid = check_back_project(make_depth(2, 24, 32, unknown, seed), None, (6, 8))
     if unknown in (0.0, 1.0):
@@ -575,7 +589,7 @@ def make_latents(views: int, channels: int, height: int, width: int, dtype=torch
 
 
 @comparison
-@pytest.mark.parametrize(("given", "kept"), PAIRS)
+@pytest.mark.parametrize(("given", "kept"), FEW_PAIRS)
 def test_cache_write_dtypes(given, kept):
     latents = make_latents(2, 3, 5, 6, given)
     report = check_cache_write(latents, make_depth(2, 10, 12, 0.2), dtype=kept)
@@ -584,8 +598,7 @@ def test_cache_write_dtypes(given, kept):
 
 
 @comparison
-@pytest.mark.parametrize("given", FLOATS)
-@pytest.mark.parametrize("channels", [0, 1, 48, 65])
+@pytest.mark.parametrize(("channels", "given"), scenes.each_once([0, 1, 48, 65], FLOATS))
 def test_cache_write_float8(given, channels):
     """Magnitudes from end to end, and what rounds to a tie."""
     latents = make_latents(2, channels, 5, 6, given) if channels else torch.zeros(2, 0, 5, 6, dtype=given)
@@ -613,8 +626,10 @@ def test_cache_write_refuses_what_does_not_fit(capacity, count):
 
 
 @comparison
-@pytest.mark.parametrize("bilinear", [False, True])
-@pytest.mark.parametrize("limits", [(0.0, math.inf), (0.7, 3.3), (2.0, 2.0), (0.0, 0.0), (0.0, 1e300)])
+@pytest.mark.parametrize(
+    ("limits", "bilinear"),
+    scenes.each_once([(0.0, math.inf), (0.7, 3.3), (0.7, 3.3), (2.0, 2.0), (0.0, 0.0), (0.0, 1e300)], [False, True]),
+)
 def test_cache_write_report(bilinear, limits):
     latents, depth = make_latents(3, 2, 5, 7), make_depth(3, 19, 23, 0.3)
     depth[0, 3:9] = 0.7
@@ -742,7 +757,7 @@ def empty_tokens(capacity: int, channels: int = 3, merge: bool = False):
 
 
 @comparison
-@pytest.mark.parametrize(("given", "kept"), PAIRS)
+@pytest.mark.parametrize(("given", "kept"), FEW_PAIRS)
 def test_bounded_write_dtypes(given, kept):
     for merge in (False, True):
         report = check_bounded_write(held_tokens(160, 40, 3, kept, merge), given=given, moving=0.01)
@@ -751,8 +766,7 @@ def test_bounded_write_dtypes(given, kept):
 
 
 @comparison
-@pytest.mark.parametrize("merge", [False, True])
-@pytest.mark.parametrize("channels", [1, 48, 65])
+@pytest.mark.parametrize(("channels", "merge"), scenes.each_once([1, 48, 65, 3], [False, True]))
 def test_bounded_write_float8(merge, channels):
     points, features, *rest = held_tokens(160, 40, channels, torch.float32, merge)
     features, scales = quantize_rows(features.nan_to_num(0.5, 1.0, -1.0).clamp(-4, 4))
@@ -761,8 +775,10 @@ def test_bounded_write_float8(merge, channels):
 
 
 @comparison
-@pytest.mark.parametrize("merge", [False, True])
-@pytest.mark.parametrize(("views_per_voxel", "carve_views"), [(1, 1), (1, 2), (2, 0), (64, 1)])
+@pytest.mark.parametrize(
+    ("views_per_voxel", "carve_views", "merge"),
+    [(1, 1, False), (1, 2, True), (2, 0, False), (2, 2, False), (64, 1, True)],
+)
 def test_bounded_write_again_and_again(merge, views_per_voxel, carve_views):
     report = check_bounded_write(
         empty_tokens(400, merge=merge), writes=4, views_per_voxel=views_per_voxel, carve_views=carve_views
@@ -774,8 +790,7 @@ def test_bounded_write_again_and_again(merge, views_per_voxel, carve_views):
 
 
 @comparison
-@pytest.mark.parametrize("merge", [False, True])
-@pytest.mark.parametrize("views_per_voxel", [1, 3, 7])
+@pytest.mark.parametrize(("views_per_voxel", "merge"), scenes.each_once([1, 3, 7, 1], [False, True]))
 def test_bounded_write_where_many_come_to_one_voxel(merge, views_per_voxel):
     """Cells far wider than high, whose tokens lie within a footprint of each other: the order decides who gets in."""
 
@@ -790,8 +805,7 @@ def test_bounded_write_where_many_come_to_one_voxel(merge, views_per_voxel):
 
 
 @comparison
-@pytest.mark.parametrize("merge", [False, True])
-@pytest.mark.parametrize("count", [1, 255, 256, 257, 600])
+@pytest.mark.parametrize(("count", "merge"), scenes.each_once([1, 255, 256, 257, 600], [True, False]))
 def test_bounded_write_among_held_tokens(merge, count):
     """Invalid ones, counts of any number, points that no arithmetic survives."""
     report = check_bounded_write(held_tokens(700, count, 3, torch.float32, merge), views=1, near=0.5)
@@ -821,9 +835,15 @@ def test_bounded_write_with_a_count_that_is_none_writes_nothing(count):
 
 @comparison
 @pytest.mark.parametrize(
-    ("image", "size"), [((9, 7), (1, 1)), ((5, 70), (1, 33)), ((66, 4), (33, 1)), ((13, 22), (7, 11))]
+    ("image", "size", "bilinear"),
+    [
+        ((9, 7), (1, 1), False),
+        ((5, 70), (1, 33), True),
+        ((66, 4), (33, 1), False),
+        ((13, 22), (7, 11), True),
+        ((13, 22), (7, 11), False),
+    ],
 )
-@pytest.mark.parametrize("bilinear", [False, True])
 def test_bounded_write_sizes(image, size, bilinear, monkeypatch):
     from mirage_kernels.ops.bounded_write import triton as module
 
@@ -845,8 +865,7 @@ def test_bounded_write_limits(limits):
 
 
 @comparison
-@pytest.mark.parametrize("channels", [0, 1, 48, 65])
-@pytest.mark.parametrize("merge", [False, True])
+@pytest.mark.parametrize(("channels", "merge"), scenes.each_once([0, 1, 48, 65], [False, True]))
 def test_bounded_write_channels(channels, merge):
     check_bounded_write(empty_tokens(100, channels, merge), views=1, writes=2)
 
@@ -924,15 +943,15 @@ def test_cache_compact(max_tokens, with_violations):
 
 
 @comparison
-@pytest.mark.parametrize("dtype", [*FLOATS, torch.float8_e4m3fn])
-@pytest.mark.parametrize("channels", [0, 1, 48, 65])
+@pytest.mark.parametrize(("channels", "dtype"), scenes.each_once([0, 1, 48, 65, 5], [*FLOATS, torch.float8_e4m3fn]))
 def test_cache_compact_channels(dtype, channels):
     check_cache_compact(held_tokens(150, 140, channels, dtype, True), 2**62)
 
 
 @comparison
-@pytest.mark.parametrize("count", [0, 1, 127, 128, 129, 300])
-@pytest.mark.parametrize("free_space_violations", [0, 254, 255])
+@pytest.mark.parametrize(
+    ("count", "free_space_violations"), scenes.each_once([0, 1, 127, 128, 129, 300, 300], [0, 254, 255])
+)
 def test_cache_compact_where_none_or_all_are_dead(count, free_space_violations):
     held = held_tokens(300, count, 3, torch.float32, True)
     held[3][:] = free_space_violations
@@ -1083,8 +1102,10 @@ def culled(bounds, live, cameras, size, near=0.05, margin=0):
 
 
 @comparison
-@pytest.mark.parametrize("live", [None, 1100, 0])
-@pytest.mark.parametrize("name", READS)
+@pytest.mark.parametrize(
+    ("name", "live"),
+    [*((name, None) for name in READS), *scenes.each_once(READS, [1100, 0])],
+)
 def test_reads_by_bounds_are_the_same_reads(name, live):
     """Blocks before, behind and across the borders of the views; counts short of the capacity; float8 features."""
     size, points = (6, 7), make_blocks(6, seed=26)
@@ -1289,7 +1310,7 @@ def test_backend_is_available_and_can_be_forced():
         pass
 
 
-@pytest.mark.skipif(not GPU, reason="CUDA graphs need a GPU")
+@on_gpu
 @pytest.mark.parametrize("name", NAMES)
 def test_cuda_graph(name):
     """Captured once, replayed on new contents of the same tensors."""
@@ -1327,6 +1348,7 @@ def test_cuda_graph(name):
 # ---------------------------------------------------------------------------------------------------- without a GPU
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(INTERPRETED, reason="this is that process")
 def test_comparisons_in_the_interpreter():
     run = subprocess.run(
