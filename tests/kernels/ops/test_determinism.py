@@ -135,6 +135,7 @@ def test_any_number_of_threads(backend, operator, threads):
             assert_equal_bits(run(operator, scene, backend.put), first)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_kernels_equal_the_definition_bit_for_bit(kernels, operator):
     scene = small() if kernels.slow else real_size()

@@ -147,8 +147,7 @@ def test_fakes_give_the_shapes_and_dtypes_of_the_real_results(native_kernels, na
 
 
 @pytest.mark.parametrize("name", OPERATORS)
-@pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(("masked", "dtype"), [(True, torch.float32), (False, torch.float16)])
 def test_opcheck(native_kernels, name, masked, dtype):
     """Schema, autograd registration, fake tensors, and AOT dispatch with dynamic shapes."""
     operator = OPERATORS[name].overloads[family(native_kernels)]
