@@ -57,6 +57,12 @@ asan: $(READY)
 	$(CURDIR)/$(BIN)/python -m pytest -q -p no:cacheprovider -o "pythonpath=build/asan ." \
 	$(addprefix ../../tests/kernels/,$(ASAN_TESTS))
 
+# Plants deliberate faults in a copy of the tree, one at a time: the tests must catch each. A few of them for CI:
+# `make mutation MUTATION_ARGS="--sample 6"`, always the same; `--seed N` takes others.
+MUTATION_ARGS ?= --jobs 2
+mutation: $(READY)
+	$(BIN)/python -m tests.mutation.run $(MUTATION_ARGS)
+
 # Compiles every CUDA source for every architecture of the list, warnings as errors; needs nvcc, no GPU.
 cuda: $(READY)
 	MIRAGE_BUILD_CUDA=1 $(BIN)/python setup.py -q build_ext --build-lib build/cuda --build-temp build/cuda-temp

@@ -70,6 +70,6 @@ setup(
     package_dir={"mirage": Path(os.path.relpath(ROOT / "mirage", HERE)).as_posix()},
     package_data={"mirage": ["py.typed", "mirage-tiny/**"]},
     include_package_data=False,
-    install_requires=[f"mirage-kernels=={version()}", "tyro>=0.9"],
+    install_requires=[f"mirage-kernels=={version()}", "tyro>=1.0,<2"],
     cmdclass={"build_py": BuildPackage, "sdist": SelfContained},
 )

@@ -622,6 +622,19 @@ def test_reads_by_bounds(emulated: Emulated, blocks: int, views: int, order: Ord
         assert not blind[0 if name == "view_overlap" else 1].any()
 
 
+def test_reads_by_bounds_along_the_border(emulated: Emulated) -> None:
+    # A block in each cell along the border: a view that culls by a grid smaller than its own loses some.
+    size, cameras = (5, 6), (torch.eye(3, dtype=torch.float64)[None], torch.eye(4, dtype=torch.float64)[None])
+    cells = [(i, j) for i in range(5) for j in range(6) if i in (0, 4) or j in (0, 5)]
+    points = torch.tensor([[j + 0.5, i + 0.5, 1.0, 0.5] for i, j in cells]).repeat_interleave(BLOCK_TOKENS, 0)
+    features, bounds = torch.randn(len(points), 3, generator=torch.Generator().manual_seed(2)), block_bounds(points)
+    arguments = points, features, None, *cameras, *size, NEAR, torch.float32, bounds
+    view = assert_same(emulated, "splat", *arguments, order=ASCENDING)
+    assert int(view[1].sum()) == len(cells)
+    overlap = points, None, *cameras, *cameras, *size, 0.5, NEAR, bounds
+    assert_same(emulated, "view_overlap", *overlap, order=ASCENDING)
+
+
 def test_reads_refuse_bounds_of_another_size(emulated: Emulated) -> None:
     points, features, *cameras = splat_scene(5, 300, 4, 2, (6, 9))
     with pytest.raises(RuntimeError, match="bounds must hold the boxes of 300 points"):

@@ -1069,6 +1069,21 @@ def bounds_of(points: torch.Tensor, live: torch.Tensor | None = None) -> torch.T
     return bounds
 
 
+@comparison
+@pytest.mark.parametrize("live", [None, 0, 300, 700])
+def test_block_bounds_of_points_that_are_not_finite(live):
+    points = torch.randn(700, 4, generator=torch.Generator().manual_seed(3))
+    for axis, bad in enumerate((math.nan, math.inf, -math.inf)):
+        points[axis::7, axis] = bad
+    points[256:512:2], points[257:512:2] = math.nan, -0.0
+    live = None if live is None else torch.tensor(live)
+    got, expected = (torch.full((bounds_rows(700), 6), 7.0) for _ in range(2))
+    OPERATORS["block_bounds"].reference(points, live, expected)
+    put = [None if x is None else x.to(DEVICE) for x in (points, live, got)]
+    OPERATORS["block_bounds"].overloads["triton"](*put)
+    same_bits(put[2], expected)
+
+
 def read(name, triton, points, live, cameras, targets, size, bounds=None, float8=False):
     """By the Triton kernels or, without bounds, by the definition."""
     features, scales = float8_of(len(points), 3) if float8 else (features_of(len(points), 3, torch.float32), None)
