@@ -38,7 +38,7 @@ lint: $(READY)
 
 # The documentation, into site/; a warning is an error.
 docs: $(READY)
-	$(BIN)/python -m mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 # What takes too long for every change: the sanitizers, and all tests with the samples that they take of long lists, of
 # kills and of fuzzed inputs, at full length.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from .backends import available_backends, find_backends, use_backend
 from .cache import CacheMark, LatentCache, WriteReport
 from .cameras import Cameras
@@ -22,6 +24,15 @@ from .version import __version__
 
 find_backends(import_triton_kernels)
 del find_backends, import_triton_kernels
+
+_RENAMED = {"View": "Readout", "cache_trim": "cache_compact"}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _RENAMED:
+        raise AttributeError(f"mirage_kernels.{name} is now mirage_kernels.{_RENAMED[name]} (docs/renamed.md)")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
 
 __all__ = [
     "BackProjection",

@@ -376,6 +376,14 @@ class MiragePipeline(LoadablePipeline):
         self.maybe_free_model_hooks()
         return MiragePipelineOutput(frames=frames, cache=session.cache, video=video) if return_dict else (frames,)
 
+    def start(self, *arguments: Any, **options: Any) -> MirageSession:
+        """Raise: this method is now :meth:`start_session`.
+
+        Raises:
+            AttributeError: always; it says the new name.
+        """
+        raise AttributeError("MiragePipeline.start is now start_session (docs/renamed.md)")
+
     @torch.no_grad()
     def start_session(
         self,

@@ -39,3 +39,18 @@ def test_pipelines_saved_before_the_move_load(tmp_path: Path) -> None:
     for name in ("memory_adapter", "latent_depth", "transformer"):
         held, expected = (getattr(one, name).state_dict() for one in (loaded, pipe))
         assert all(torch.equal(held[key], expected[key]) for key in expected)
+
+
+def test_old_names_of_the_readme_say_the_new_ones() -> None:
+    pytest.importorskip("diffusers", reason="the extra generate is not installed")
+    import mirage_kernels
+    from mirage import MiragePipeline
+
+    with pytest.raises(AttributeError, match="start is now start_session"):
+        MiragePipeline.start(None)  # type: ignore[arg-type]
+    with pytest.raises(AttributeError, match="View is now mirage_kernels.Readout"):
+        mirage_kernels.View  # noqa: B018
+    cache = mirage_kernels.LatentCache(4)
+    for old, new in (("generation", "buffer_version"), ("fetch", "onload"), ("settings", "config")):
+        with pytest.raises(AttributeError, match=new):
+            getattr(cache, old)
