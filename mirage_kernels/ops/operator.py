@@ -90,11 +90,13 @@ class Operator:
         OPERATORS[name] = self
 
     def launch(self, **arguments: Any) -> Any:
-        """Compute on every argument of the schema, given by name as the public function normalises it: no check.
+        """Compute on the schema's arguments, given by name as the public function normalises them: no check.
 
         Raises:
             RuntimeError: the forced backend cannot take them.
         """
+        if len(arguments) < len(self.arguments):
+            arguments = {**self._defaults, **arguments}
         double = False
         for name in self._precision:
             value = arguments[name]
