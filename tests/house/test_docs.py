@@ -105,6 +105,7 @@ def test_the_pages_have_blocks() -> None:
     assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 130
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", [page for page in PAGES if python_blocks(page)], ids=lambda page: page.name)
 def test_python_blocks_run(
     page: Path, request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -131,6 +132,7 @@ def test_command_lines_are_understood(page: Path) -> None:
         assert parse(arguments)[0] == arguments[0], line
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["memory_in_your_model", "generate_from_image", "interactive_session"])
 def test_examples_run(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -55,6 +55,7 @@ def report(demo: Path) -> dict[str, Any]:
     return json.loads((demo / "report.json").read_text())
 
 
+@pytest.mark.slow
 def test_files_and_no_leftovers(demo: Path):
     generated = (WORLD_REPORT, WORLD_SHEET, WORLD_VIDEO) if importlib.util.find_spec("diffusers") else ()
     assert sorted(path.name for path in demo.iterdir()) == sorted([*FILES, *generated])

@@ -33,6 +33,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_a_walk_is_generated_with_a_memory_and_without(model: Path, tmp_path: Path, threads: Any) -> None:
     threads(1)
     report = run_walk(tmp_path, str(model), frames=89, steps=1, progress=False)

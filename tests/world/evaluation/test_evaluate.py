@@ -182,6 +182,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_the_command_films_measures_reports_and_goes_on(
     tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -243,6 +244,7 @@ def test_the_command_films_measures_reports_and_goes_on(
     assert "made with other weights" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_what_the_command_refuses(tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for arguments, message in (
         (

@@ -17,6 +17,7 @@ from mirage.training.release import CARD, FACTS, RESULTS, STAGES, format_card, l
 from mirage.zoo import MIRAGE_TINY, MIRAGE_TINY_FOLDER, MIRAGE_TINY_STEPS, mirage_tiny_pipeline
 
 
+@pytest.mark.slow
 def test_it_is_small_and_whole() -> None:
     files = [path for path in MIRAGE_TINY_FOLDER.rglob("*") if path.is_file()]
     assert 1_000_000 < sum(path.stat().st_size for path in files) <= 40_000_000
@@ -29,6 +30,7 @@ def test_it_is_small_and_whole() -> None:
     assert all(projection.weight.abs().max() > 1e-3 for projection in pipe.memory_adapter.proj_out)
 
 
+@pytest.mark.slow
 def test_its_card_is_made_of_its_results() -> None:
     results = Path(__file__).parents[3] / RESULTS
     facts = json.loads((results / FACTS).read_text(encoding="utf-8"))
@@ -37,6 +39,7 @@ def test_its_card_is_made_of_its_results() -> None:
     assert card == format_card(facts, load_evaluations(results))
 
 
+@pytest.mark.slow
 def test_it_finds_the_room_that_it_left(tmp_path: Path) -> None:
     # The loop of `mirage demo`: out and back. Without a memory it makes up another room.
     options = EvaluateOptions(out=tmp_path, model=MIRAGE_TINY, frames=97, steps=MIRAGE_TINY_STEPS)

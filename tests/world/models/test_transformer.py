@@ -607,6 +607,7 @@ def compiler() -> Any:
     torch.compiler.reset()
 
 
+@pytest.mark.slow
 def test_compiled_whole_without_graph_breaks(compiler: None) -> None:
     transformer = tiny_transformer(num_layers=2)
     inputs = with_memory(video_inputs(references=1), tiny_adapter(transformer))
@@ -615,6 +616,7 @@ def test_compiled_whole_without_graph_breaks(compiler: None) -> None:
     torch.testing.assert_close(run(compiled, inputs), expected, atol=1e-5, rtol=0)
 
 
+@pytest.mark.slow
 def test_repeated_blocks_compile_once(compiler: None) -> None:
     transformer = tiny_transformer()
     adapter = tiny_adapter(transformer)
@@ -654,6 +656,7 @@ def parallel_worker(rank: int, folder: str) -> None:
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_context_parallel_equals_one_process(tmp_path: Path) -> None:
     torch.multiprocessing.spawn(parallel_worker, args=(str(tmp_path),), nprocs=2)
     transformer = tiny_transformer()

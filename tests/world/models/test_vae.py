@@ -100,6 +100,7 @@ def splits(frames: int) -> list[tuple[int, ...]]:
 # ------------------------------------------------------------------------------------------------------- exactness
 
 
+@pytest.mark.slow
 def test_every_split_is_the_whole(vae):
     latents = make_latents(vae)
     whole = stock_decode(vae, latents)
@@ -163,6 +164,7 @@ def test_one_piece_is_exact_on_any_grid(wan22):
         assert torch.equal(StreamingDecoder(wan22).decode(latents), stock_decode(wan22, latents)), size
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", FORMS)
 def test_tiles(form):
     """Tiles of 4x4 tokens every 3, on a grid they do not divide, a cache for each; and one row of them."""

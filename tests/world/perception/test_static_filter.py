@@ -180,6 +180,7 @@ def test_past_views_are_spread_in_time_and_see_the_points() -> None:
     assert GeometricFilter()._choose_past(away, points.flatten(0, 2)) is None
 
 
+@pytest.mark.slow
 def test_real_static_room_and_a_box_in_it(shared_dir: Path) -> None:
     folder = shared_dir / "data" / "rgbd-room"
     if not folder.is_dir():

@@ -94,6 +94,7 @@ def test_views_between_keyframes() -> None:
     assert len(between(cameras[:1])) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MEMORIES)
 def test_a_session_runs_on_each_memory(name: str, tmp_path: Path) -> None:
     def run(folder: Path, frames: int, **more: Any) -> Any:
@@ -203,6 +204,7 @@ def test_training_reads_the_memory_it_is_asked_for() -> None:
     assert not torch.equal(contexts["nearest"], contexts["aligned"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("memory", ["aligned", "pixel"])
 def test_pixels_are_encoded_in_the_precision_of_the_run(memory: str) -> None:
     contexts = []
@@ -220,6 +222,7 @@ def test_pixels_are_encoded_in_the_precision_of_the_run(memory: str) -> None:
     assert (contexts[0] - contexts[1]).norm() < 0.05 * contexts[0].norm()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("memory", ["aligned", "pixel"])
 def test_read_outs_that_are_kept(memory: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A few of each clip are made, once; a step's is a function of its number all the same, in any process."""
@@ -267,6 +270,7 @@ def test_a_run_from_before_there_were_other_memories_goes_on(tmp_path: Path) -> 
         train(config("adapter", tmp_path, objective={"memory": "nearest"}), progress=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "stage"), [("pixel", "adapter"), ("none", "lora")])
 def test_three_steps_on_another_memory(name: str, stage: str, tmp_path: Path) -> None:
     report = train(config(stage, tmp_path, objective={"memory": name}, data={"cache": True}), progress=False)

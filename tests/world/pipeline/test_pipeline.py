@@ -364,6 +364,7 @@ def test_group_offload_gives_the_same_bits(pipe: MiragePipeline) -> None:
     assert torch.equal(latents(offloaded, 9), latents(pipe, 9))
 
 
+@pytest.mark.slow
 def test_compiled_blocks_give_the_same_video(pipe: MiragePipeline) -> None:
     compiled = generation.make_pipeline()
     for model in (compiled.transformer, compiled.memory_adapter):

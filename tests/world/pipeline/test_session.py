@@ -153,6 +153,7 @@ def test_nothing_moving_and_no_sky_is_ever_in_the_memory(pipe: MiragePipeline, p
     assert marked.first == 25
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", ["bounded", "append"])
 def test_memory_is_flat_but_for_the_cache(tmp_path: Path, policy: str) -> None:
     """Most bytes of live tensors in chunk 12 against chunk 3, in a process of its own: sampled in every part of a chunk
@@ -310,6 +311,7 @@ def _interrupted() -> Any:
         (lambda: torch.ones(2, 1, 1), ValueError, "depth must be at least as fine"),
     ],
 )
+@pytest.mark.slow
 def test_a_failed_step_can_be_tried_again(
     pipe: MiragePipeline, tmp_path: Path, what: Any, error: type[BaseException], message: str
 ) -> None:
@@ -361,6 +363,7 @@ def test_the_memory_is_copied_when_it_is_written_and_no_sooner(
     assert session._mark is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chunk", [0, 1])
 @pytest.mark.parametrize("name", ["save_video", "save_file", "_write_text", "replace"])
 def test_a_full_disk_leaves_session_and_run_as_they_were(
@@ -435,6 +438,7 @@ def run_script(kill: bool, run: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", content], capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_a_run_killed_in_chunk_3_resumes_to_the_same_bits(tmp_path: Path) -> None:
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     done = run_script(False, whole)
@@ -616,6 +620,7 @@ class Wrong:
         return torch.ones(1, 2, 3, dtype=torch.bool)
 
 
+@pytest.mark.slow
 def test_what_a_kill_leaves_is_cleaned_up(pipe: MiragePipeline, tmp_path: Path) -> None:
     pipe(**options(17, run_dir=tmp_path))
     left = [tmp_path / ".video.mp4.x.tmp", tmp_path / "chunks" / "0001" / ".cache.safetensors.x.tmp"]

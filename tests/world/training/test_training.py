@@ -59,6 +59,7 @@ def weights(model: torch.nn.Module) -> dict[str, Tensor]:
 # Every stage.
 
 
+@pytest.mark.slow
 def test_three_steps_of_every_stage_chained(tmp_path: Path) -> None:
     """VAE, backbone, adapter, LoRA, each on what the one before has left."""
     parts: dict[str, Any] = {}
@@ -118,6 +119,7 @@ def test_three_steps_of_every_stage_chained(tmp_path: Path) -> None:
     assert frames.shape == (1, 48, 3, 4, 6) and frames.isfinite().all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", ["backbone", "adapter", "lora"])
 def test_a_stage_trains_its_part_alone(stage: str) -> None:
     asked = config(stage, train_adapter=False)
@@ -135,6 +137,7 @@ def test_a_stage_trains_its_part_alone(stage: str) -> None:
             assert parameter.requires_grad or parameter.grad is None
 
 
+@pytest.mark.slow
 def test_it_learns(tmp_path: Path) -> None:
     """One clip, again and again: the depth head fits it, and the backbone's loss falls."""
     data = {"sources": [{"kind": "synthetic", "rooms": 1}]}
@@ -146,6 +149,7 @@ def test_it_learns(tmp_path: Path) -> None:
         assert late < 0.9 * early, name
 
 
+@pytest.mark.slow
 def test_mirage_tiny_is_trained_first(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="mirage-tiny is not in this installation: `make tiny` trains it"):
         mirage_tiny_pipeline(folder=tmp_path)
@@ -154,6 +158,7 @@ def test_mirage_tiny_is_trained_first(tmp_path: Path) -> None:
 # The same curve after a stop.
 
 
+@pytest.mark.slow
 def test_a_run_that_stops_anywhere_resumes_exactly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     changes: dict[str, Any] = {
         "steps": 7,
@@ -200,6 +205,7 @@ def test_a_run_that_stops_anywhere_resumes_exactly(tmp_path: Path, monkeypatch: 
     assert [path.name for path in (out / "checkpoints").iterdir()] == ["00000007"]
 
 
+@pytest.mark.slow
 def test_a_killed_process_resumes_exactly(tmp_path: Path) -> None:
     files = {}
     for name in ("whole", "killed"):
@@ -222,6 +228,7 @@ def test_a_killed_process_resumes_exactly(tmp_path: Path) -> None:
     assert len(curves[0]) == 8 and curves[0] == pytest.approx(curves[1], abs=1e-6)
 
 
+@pytest.mark.slow
 def test_two_processes_train_one_model(tmp_path: Path) -> None:
     file = tmp_path / "run.yaml"
     file.write_text(yaml.safe_dump(values("adapter", tmp_path / "out", save_every=3)))
@@ -251,6 +258,7 @@ def test_two_processes_train_one_model(tmp_path: Path) -> None:
     assert lines(tmp_path / "out")[0]["loss"] == pytest.approx(sum(alone) / 2, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_what_a_run_may_be_resumed_with(tmp_path: Path) -> None:
     train(config("adapter", tmp_path, steps=2), progress=False)
     with pytest.raises(FileExistsError, match="holds a run already"):
@@ -269,6 +277,7 @@ def test_what_a_run_may_be_resumed_with(tmp_path: Path) -> None:
     assert done["steps"] == 3 and done["loss"] is None and done["saved"] == ["memory_adapter", "latent_depth"]
 
 
+@pytest.mark.slow
 def test_a_run_that_could_not_start_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     out = tmp_path / "out"
@@ -282,6 +291,7 @@ def test_a_run_that_could_not_start_leaves_nothing(tmp_path: Path, monkeypatch: 
 # What is trained is what generation runs.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("channels", [96, 49])
 def test_an_adapter_to_train_leaves_the_backbone_as_it_is(channels: int) -> None:
     asked = config("adapter", models={"memory_adapter": {"control_channels": channels}})
@@ -296,6 +306,7 @@ def test_an_adapter_to_train_leaves_the_backbone_as_it_is(channels: int) -> None
     assert not torch.equal(objective.predict(chunk), objective.predict(chunk, with_memory=False))
 
 
+@pytest.mark.slow
 def test_the_transformer_gets_in_training_what_it_gets_in_generation(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = config(
         "adapter",
@@ -352,6 +363,7 @@ def test_the_transformer_gets_in_training_what_it_gets_in_generation(monkeypatch
     assert len(set(in_training["timestep"][0][~clean].tolist())) == 1  # one level for all, as in generation
 
 
+@pytest.mark.slow
 def test_clean_frames_are_laid_out_as_the_transformer_wants() -> None:
     part = torch.arange(2 * 3 * 9, dtype=torch.float32).view(2, 3, 9, 1, 1)
     clean = CleanFrames(part[:, :, 4:5], part[:, :, :2], part[:, :, 2:4])
@@ -382,6 +394,7 @@ def make(numbers: tuple[int, ...] = (0, 1), **changes: Any) -> Any:
     return DiffusionBatchMaker(asked, models_of(asked), torch.device("cpu"))(draw(asked, *numbers))
 
 
+@pytest.mark.slow
 def test_a_chunk_is_a_function_of_its_number() -> None:
     first, again, other = make((0, 1)), make((0, 1)), make((2, 3))
     for name in ("noisy", "flow", "levels", "prompt_embeds", "memory_context"):
@@ -389,6 +402,7 @@ def test_a_chunk_is_a_function_of_its_number() -> None:
     assert not torch.equal(first.levels, other.levels)
 
 
+@pytest.mark.slow
 def test_noise_is_between_latents_and_noise() -> None:
     chunk = make((3, 4), independent_noise=1.0)
     weight = chunk.levels[:, None, :, None, None]
@@ -400,6 +414,7 @@ def test_noise_is_between_latents_and_noise() -> None:
     assert all(len(set(row.tolist())) == 1 for row in shared.levels) and len(set(shared.levels[:, 0].tolist())) == 2
 
 
+@pytest.mark.slow
 def test_the_memory_shows_what_was_written() -> None:
     with_references = 0
     for number in range(4):
@@ -416,6 +431,7 @@ def test_the_memory_shows_what_was_written() -> None:
     assert with_references
 
 
+@pytest.mark.slow
 def test_how_often_a_chunk_is_the_first() -> None:
     def preceding(number: int, **changes: Any) -> int:
         return make((number,), **quiet(**changes)).clean.preceding.shape[2]
@@ -426,6 +442,7 @@ def test_how_often_a_chunk_is_the_first() -> None:
     assert 2 < sum(mixed) < 10
 
 
+@pytest.mark.slow
 def test_what_is_dropped_is_not_there() -> None:
     assert not make((0, 1), drop_memory=1.0).memory_context[:, :48].any()
     for number in range(0, 6, 2):
@@ -443,6 +460,7 @@ def test_what_is_dropped_is_not_there() -> None:
     assert fewer[1] < fewer[0] or fewer[3] < fewer[2]
 
 
+@pytest.mark.slow
 def test_what_moves_is_not_remembered() -> None:
     asked = config("adapter", objective=quiet())
     maker = DiffusionBatchMaker(asked, models_of(asked), torch.device("cpu"))
@@ -452,6 +470,7 @@ def test_what_moves_is_not_remembered() -> None:
     assert chunk.memory_context is not None and not chunk.memory_context[:, :48].any()
 
 
+@pytest.mark.slow
 def test_depth_is_asked_for_as_in_generation() -> None:
     counts = []
     for number in range(6):
@@ -470,6 +489,7 @@ def test_depth_is_asked_for_as_in_generation() -> None:
     assert set(counts) == {1, 2, 3}  # the image alone; the new frames of a later chunk; those of the first
 
 
+@pytest.mark.slow
 def test_clips_of_a_batch_are_of_one_shape() -> None:
     asked = config("adapter")
     one, other = draw(asked, 0), draw(config("adapter", data={"frames": 33}), 0)
@@ -480,6 +500,7 @@ def test_clips_of_a_batch_are_of_one_shape() -> None:
 # The command.
 
 
+@pytest.mark.slow
 def test_prepare_then_train_on_what_it_packed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "run.yaml"
     file.write_text(yaml.safe_dump(values("adapter", tmp_path / "out")))
@@ -494,6 +515,7 @@ def test_prepare_then_train_on_what_it_packed(tmp_path: Path, capsys: pytest.Cap
     assert main(["train", str(tmp_path / "none.yaml")]) == 2
 
 
+@pytest.mark.slow
 def test_a_memory_keeps_the_static_latent_of_a_clips_first_frame(tmp_path: Path) -> None:
     from mirage.training.prepare import prepare
 
@@ -516,6 +538,7 @@ def test_a_memory_keeps_the_static_latent_of_a_clips_first_frame(tmp_path: Path)
             torch.testing.assert_close(held, row[:, one.static[frame] & (one.depth[frame] > 0)].T, rtol=2e-3, atol=2e-3)
 
 
+@pytest.mark.slow
 def test_latents_of_another_vae_are_named(tmp_path: Path) -> None:
     from mirage.training.prepare import prepare
 
@@ -554,6 +577,7 @@ def test_latents_of_another_vae_are_named(tmp_path: Path) -> None:
         train(config("vae", tmp_path / "vae", data=data), progress=False)
 
 
+@pytest.mark.slow
 def test_broken_clips_are_skipped_counted_and_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from mirage.training.prepare import prepare
 
@@ -569,6 +593,7 @@ def test_broken_clips_are_skipped_counted_and_named(tmp_path: Path, capsys: pyte
         train(config("adapter", tmp_path / "less", steps=4, data=data | {"max_broken": 0.1}), progress=False)
 
 
+@pytest.mark.slow
 def test_loop_refuses_a_loss_that_is_no_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     forward = DiffusionObjective.forward
     monkeypatch.setattr(
