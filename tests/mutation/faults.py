@@ -55,8 +55,8 @@ def on_cpu(*files: str, expression: str = "cpu") -> Selection:
     return Selection("cpp", files, expression)
 
 
-def emulated(expression: str, file: str = "test_cuda_emulated.py") -> Selection:
-    return Selection("cuda", (file,), expression)
+def emulated(*files: str, expression: str = "emulated") -> Selection:
+    return Selection("cuda", files, expression)
 
 
 def interpreted(expression: str) -> Selection:
@@ -128,7 +128,7 @@ CPP = (
     Fault(
         "cpp-quarter-of-the-ray-weight",
         ALIGNED,
-        ((r"scale \+ (\w+ \* \w+\(written, read\))", r"scale + 0.25f * \1"),),
+        ((r"scale \+ (\w+ \* \w+\(\w+, \w+\))", r"scale + 0.25f * \1"),),
         regex=True,
     ),
     Fault("cpp-twice-the-sharpness", ALIGNED, (("- best)) * 0.125f", "- best)) * 0.25f"),)),
@@ -189,16 +189,22 @@ CPP = (
     Fault("cpp-float8-ties-go-up", FLOAT8, (("0x7ffffu + ((magnitude >> 20) & 1u)", "0x7ffffu + 1u"),)),
 )
 
-CUDA_SPLAT = emulated("test_splat and not aligned")
-CUDA_BOUNDS = emulated("test_reads_by_bounds_along or (test_reads_by_bounds and 9-5)")
-CUDA_ALIGNED = emulated("test_splat_aligned and not backward")
-CUDA_ALIGNED_BACKWARD = emulated("test_splat_aligned_backward and 48")
-CUDA_CACHE_WRITE = emulated("test_cache_write and (rejects or refuses or bilinear)")
-CUDA_BACK_PROJECT = emulated("test_back_project")
-CUDA_OVERLAP = emulated("test_view_overlap")
-CUDA_FLOAT8 = emulated("test_float8")
-CUDA_BOUNDED = emulated("brute_force or carved or every_backend or large_grids", "test_cuda_emulated_writes.py")
-CUDA_TRIM = emulated("test_trim", "test_cuda_emulated_writes.py")
+CUDA_SPLAT = emulated("test_splat.py")
+CUDA_BOUNDS = emulated(
+    "test_cuda_emulated.py", expression="test_reads_by_bounds_along or (test_reads_by_bounds and 9-5)"
+)
+CUDA_ALIGNED = emulated("test_splat_aligned.py", expression="emulated and not gradient and not errors")
+CUDA_ALIGNED_BACKWARD = emulated("test_splat_aligned.py", expression="emulated and gradient")
+CUDA_CACHE_WRITE = emulated("test_cache_write.py")
+CUDA_WRITTEN_BOUNDS = emulated("test_block_bounds.py", expression="emulated and test_a_write_updates")
+CUDA_BACK_PROJECT = emulated("test_back_project.py")
+CUDA_OVERLAP = emulated("test_view_overlap.py")
+CUDA_FLOAT8 = emulated("test_float8.py", expression="emulated and (scale or values)")
+CUDA_BOUNDED = emulated(
+    "test_bounded_write.py", expression="emulated and (every_backend or brute_force or carved or far_blocks)"
+)
+CUDA_CHANGED_BOUNDS = emulated("test_block_bounds.py", expression="emulated and keeps_them_exact")
+CUDA_TRIM = emulated("test_cuda_emulated_writes.py", expression="test_trim")
 
 CUDA = (
     # splat
@@ -238,7 +244,12 @@ CUDA = (
         ),
         regex=True,
     ),
-    Fault("cuda-gradient-lacks-a-weight", CUDA_ALIGNED_BACKWARD, (("sum[n] += share * rows", "sum[n] += rows"),)),
+    Fault(
+        "cuda-gradient-lacks-a-weight",
+        CUDA_ALIGNED_BACKWARD,
+        ((r"sum\[n\] \+= \w+ \* rows", "sum[n] += rows"),),
+        regex=True,
+    ),
     # cache_write
     Fault("cuda-count-stays", CUDA_CACHE_WRITE, (("*count = end;", "*count = start;"),), where="cache_write"),
     Fault(
@@ -246,7 +257,7 @@ CUDA = (
     ),
     Fault(
         "cuda-written-blocks-keep-their-bounds",
-        CUDA_CACHE_WRITE,
+        CUDA_WRITTEN_BOUNDS,
         (("block = (end - written) / kBlockTokens + blockIdx.x", "block = end / kBlockTokens + blockIdx.x"),),
     ),
     Fault("cuda-only-the-last-channel-is-checked", CUDA_CACHE_WRITE, (("bad |= !is_storable", "bad = !is_storable"),)),
@@ -259,10 +270,10 @@ CUDA = (
         ((r"(\w+) >= grid\.carve_views", r"\1 > grid.carve_views"),),
         regex=True,
     ),
-    Fault("cuda-seen-tokens-keep-their-votes", CUDA_BOUNDED, ((r"\(there \? 0 : (\w+)\)", r"\1"),), regex=True),
+    Fault("cuda-seen-tokens-keep-their-violations", CUDA_BOUNDED, ((r"\(\w+ \? 0 : (\w+)\)", r"\1"),), regex=True),
     Fault(
         "cuda-changed-blocks-keep-their-bounds",
-        CUDA_BOUNDED,
+        CUDA_CHANGED_BOUNDS,
         ((r"atomicOr\(bounds\.touched \+ row / (\w+), 1u\)", r"atomicOr(bounds.touched + row / \1, 0u)"),),
         regex=True,
     ),
@@ -283,7 +294,7 @@ TRITON_BACK_PROJECT = interpreted("test_back_project")
 TRITON_CACHE_WRITE = interpreted("test_cache_write_report or test_cache_write_refuses")
 TRITON_BOUNDED = interpreted("test_bounded_write_again_and_again")
 TRITON_VOXELS = interpreted("test_bounded_write and voxel")
-TRITON_TRIM = interpreted("test_cache_trim")
+TRITON_TRIM = interpreted("test_cache_compact")
 TRITON_OVERLAP = interpreted("test_view_overlap")
 TRITON_BOUNDS = interpreted("test_block_bounds or bounds_of_more_views or culled")
 TRITON_FLOAT8 = interpreted("float8")
@@ -337,6 +348,7 @@ TRITON = (
         "triton-range-is-exclusive",
         TRITON_CACHE_WRITE,
         (("(z >= min_depth) & (z <= max_depth)", "(z > min_depth) & (z < max_depth)"),),
+        where="triton",
     ),
     # splat_aligned
     Fault(
@@ -383,13 +395,13 @@ PYTHON = (
         "python-upper-median",
         of_reference("test_back_project.py"),
         (("(count - 1) // 2", "count // 2"),),
-        where="reference",
+        where="geometry",
     ),
     Fault(
         "python-quarter-of-the-ray-weight",
         of_reference("test_splat_aligned.py"),
-        ((r"(?m)^( +return .*), scale \+ (\w+ \* \w+)$", r"\1, scale + 0.25 * \2"),),
-        where="reference",
+        ((r"(?m)\bscale \+ (\w+ \* \w+),$", r"scale + 0.25 * \1,"),),
+        where="common/alignment_score",
         regex=True,
     ),
     Fault(
@@ -402,11 +414,11 @@ PYTHON = (
         "python-voxel-level-is-not-rounded",
         of_reference("test_bounded_write.py", expression="reference and brute_force"),
         (("> 0x3504F3)", "> 0x7FFFFF)"),),
-        where="reference",
+        where="geometry",
     ),
     Fault(
         "python-float8-largest-saturates",
-        of_reference("test_float8.py", expression="not cpu"),
+        of_reference("test_float8.py", expression="reference or definition"),
         (("rounded.abs() <= FLOAT8_MAX", "rounded.abs() < FLOAT8_MAX"),),
         where="reference|quantization",
     ),
@@ -414,7 +426,8 @@ PYTHON = (
     Fault(
         "python-cache-frames-count-from-one",
         of_reference("test_cache.py"),
-        (("first_frame=self._num_frames", "first_frame=self._num_frames + 1"),),
+        (("first_frame=buffers.num_frames", "first_frame=buffers.num_frames + 1"),),
+        where="cache/",
     ),
 )
 
