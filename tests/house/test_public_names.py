@@ -27,7 +27,8 @@ MODULES = (
 
 def signature(value: Any) -> str:
     try:
-        return re.sub(r" at 0x[0-9a-f]+", "", str(inspect.signature(value)))
+        text = str(inspect.signature(value)).replace(str(SNAPSHOT.parents[2]), "")
+        return re.sub(r" at 0x[0-9a-f]+", "", text)
     except (TypeError, ValueError):
         return ""
 
