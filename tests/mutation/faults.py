@@ -203,6 +203,9 @@ CUDA_FLOAT8 = emulated("test_float8.py", expression="emulated and (scale or valu
 CUDA_BOUNDED = emulated(
     "test_bounded_write.py", expression="emulated and (every_backend or brute_force or carved or far_blocks)"
 )
+CUDA_VIOLATIONS = emulated(
+    "test_bounded_write.py", "test_cuda_emulated_writes.py", expression="emulated and (any_scene or large_grids)"
+)
 CUDA_CHANGED_BOUNDS = emulated("test_block_bounds.py", expression="emulated and keeps_them_exact")
 CUDA_TRIM = emulated("test_cuda_emulated_writes.py", expression="test_trim")
 
@@ -270,7 +273,7 @@ CUDA = (
         ((r"(\w+) >= grid\.carve_views", r"\1 > grid.carve_views"),),
         regex=True,
     ),
-    Fault("cuda-seen-tokens-keep-their-violations", CUDA_BOUNDED, ((r"\(\w+ \? 0 : (\w+)\)", r"\1"),), regex=True),
+    Fault("cuda-seen-tokens-keep-their-violations", CUDA_VIOLATIONS, ((r"\(\w+ \? 0 : (\w+)\)", r"\1"),), regex=True),
     Fault(
         "cuda-changed-blocks-keep-their-bounds",
         CUDA_CHANGED_BOUNDS,
