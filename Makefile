@@ -40,9 +40,9 @@ lint: $(READY)
 docs: $(READY)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
-# What takes too long for every change: the sanitizers, and all tests with the samples that they take of long lists, of
-# kills and of fuzzed inputs, at full length.
-nightly: $(READY) cuda asan
+# What takes too long for every change: the sanitizers, the deliberate faults, and all tests with the samples that they
+# take of long lists, of kills and of fuzzed inputs, at full length.
+nightly: $(READY) cuda asan mutation
 	MIRAGE_NIGHTLY=1 $(PYTEST)
 
 ASAN_TESTS := $(foreach name,back_project splat splat_aligned cache_write bounded_write block_bounds float8 view_overlap,\
