@@ -177,7 +177,7 @@ def test_what_pixels_refuse() -> None:
     views = generation.options(9)
     for changes, message in (
         ({"memory": "pixel", "decode": "end"}, 'decode must be "chunk" with a memory of pixels'),
-        ({"memory": "pixel", "cache": LatentCache(48)}, "must have 4 channels like a cloud"),
+        ({"memory": "pixel", "cache": LatentCache(48, write_policy="append")}, "must have 4 channels like a cloud"),
         ({"cache": make_pixel_cache()}, "must have 48 channels like the VAE, got 4"),
     ):
         with pytest.raises(ValueError, match=message):
