@@ -264,7 +264,7 @@ def test_what_the_command_refuses(tmp_path: Path, model: Path, capsys: pytest.Ca
         )
         assert message in capsys.readouterr().err
     assert not list((tmp_path / "out").glob("report*"))
-    with pytest.raises(ValueError, match="write-policy must be one of append, bounded, got 'keep'"):
+    with pytest.raises(ValueError, match="write-policy must be one of bounded, append, got 'keep'"):
         run_evaluate(EvaluateOptions(out=tmp_path, model=str(model / "model"), write_policy="keep"))
     with pytest.raises(SystemExit):
         run("--model", "tiny-random", "--seeds", "7")
