@@ -78,7 +78,9 @@ def test_chunk(bench: Any) -> None:
     new = scenes.CHUNK_FRAMES - 1  # each chunk's first frame is the last of the chunk before
     cameras = scenes.camera_path(1 + chunks * new, laps=0.15 * chunks).resized(size.image)
     image = scenes.images(cameras[0], scenes.render_depth(cameras[0]))
-    session = pipeline.start(image, "a room", num_inference_steps=steps, generator=torch.Generator().manual_seed(0))
+    session = pipeline.start_session(
+        image, "a room", num_inference_steps=steps, generator=torch.Generator().manual_seed(0)
+    )
     made: list[dict[str, float]] = []
     peak: list[int] = []
 
