@@ -5,24 +5,41 @@ principal points scaled by the plain ratio. In our convention, where cell j cove
 half a cell further on, for lifting and for projecting alike.
 
 Where the release leaves results undefined (its indexed store with duplicate indices, on more than one thread), this
-class gives what it gives on one thread: the nearest token.
+class gives what it gives on one thread: the nearest token. Where the depths of two tokens in a cell differ by less than
+float32 rounds away, rounding decides which is the nearest, here and there: such a cell may show the other one.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from . import ops
-from .cache import LatentCache
 from .geometry import check_size
 from .io import replace_file
 
 _Array = np.ndarray | Tensor
+_GROWTH = 1.5
+_EXIF_ORIENTATION = 0x0112
+
+
+class _Packed(NamedTuple):
+    """Keep positions as the operators take them, and what they were made of: an edit changes a tensor's version."""
+
+    points: Tensor
+    """(N, 4) float32, NaN where a token is not valid"""
+    bounds: Tensor
+    sources: tuple[Tensor, ...]
+    versions: list[tuple[int, int]] | None
+
+    def is_of(self, sources: tuple[Tensor, ...]) -> bool:
+        """Return whether it was made of these tensors as they are now."""
+        same = all(held is source for held, source in zip(self.sources, sources, strict=True))
+        return same and self.versions is not None and self.versions == _versions(sources)
 
 
 def _as_tensor(name: str, value: Any, shape: str, device: torch.device | str, add_axis: bool = False) -> Tensor:
@@ -42,6 +59,18 @@ def _check_matrix(name: str, value: Tensor, side: int) -> None:
         raise ValueError(f"{name} must be ({side}, {side}) matrices, got {tuple(value.shape)}")
 
 
+def _versions(tensors: tuple[Tensor, ...]) -> list[tuple[int, int]] | None:
+    """Say in which state tensors are; None of those made in inference mode, which count no edits."""
+    if any(tensor.is_inference() for tensor in tensors):
+        return None
+    return [(tensor.data_ptr(), tensor._version) for tensor in tensors]
+
+
+def _as_float32_array(value: _Array) -> np.ndarray:
+    """Make a float32 array on the host."""
+    return np.asarray(value.detach().cpu() if isinstance(value, Tensor) else value, dtype=np.float32)
+
+
 def _shifted(intrinsics: Tensor, cell_width: float, cell_height: float) -> Tensor:
     """Move principal points by half a cell, in float64 so that the shift itself rounds nothing."""
     moved = intrinsics.to(torch.float64).clone()
@@ -53,6 +82,9 @@ def _shifted(intrinsics: Tensor, cell_width: float, cell_height: float) -> Tenso
 class LatentPointCloud:
     """Hold a point cloud of latents, with the published interface.
 
+    ``points_world``, ``features`` and ``valid_mask`` are plain attributes: edit them in place, or set others. What is
+    written to them around PyTorch (through ``.numpy()`` or ``.data``) is seen once the attribute is set again.
+
     Args:
         points_world: (N, 3) float positions.
         features: (N, C) float latents.
@@ -60,6 +92,17 @@ class LatentPointCloud:
         intrinsics_latent: (3, 3), in cells of the latent grid.
         latent_hw: (h, w) of the latent grid.
     """
+
+    points_world: Tensor
+    """(N, 3) float32 positions: the first frame's tokens, invalid ones included, then those appended."""
+    features: Tensor
+    """(N, C) float32 latents, in the order of ``points_world``."""
+    valid_mask: Tensor
+    """(N,) bool, in the order of ``points_world``; what `update` appends is valid."""
+    intrinsics_latent: Tensor
+    """(3, 3), in cells of the latent grid."""
+    latent_hw: tuple[int, int]
+    """(h, w) of the latent grid."""
 
     def __init__(
         self,
@@ -69,47 +112,53 @@ class LatentPointCloud:
         intrinsics_latent: Tensor,
         latent_hw: tuple[int, int],
     ) -> None:
-        count = points_world.shape[0]
-        if tuple(points_world.shape) != (count, 3):
-            raise ValueError(f"points_world must be (N, 3), got {tuple(points_world.shape)}")
-        if features.dim() != 2 or features.shape[0] != count:
-            raise ValueError(f"features must be ({count}, C) like points_world, got {tuple(features.shape)}")
-        if tuple(valid_mask.shape) != (count,):
-            raise ValueError(f"valid_mask must be ({count},) like points_world, got {tuple(valid_mask.shape)}")
+        self.points_world, self.features = points_world.float(), features.float()
+        self.valid_mask = valid_mask.to(device=points_world.device, dtype=torch.bool)
         self.intrinsics_latent = intrinsics_latent
         self.latent_hw = check_size(tuple(latent_hw), "latent_hw")
-        # The tokens given here are kept as they are, invalid ones included; the cache holds the valid ones, then all
-        # that `update` appends.
-        self._first_points = points_world.float()
-        self._first_features = features.float()
-        self._first_valid = valid_mask.to(device=points_world.device, dtype=torch.bool)
-        kept = self._first_points[self._first_valid]
-        tokens = {
-            "points": torch.nn.functional.pad(kept, (0, 1)),
-            "features": self._first_features[self._first_valid],
-            "frame_ids": torch.zeros(kept.shape[0], dtype=torch.int32, device=kept.device),
-            "frame_centers": kept.new_empty((0, 3)),
-        }
-        self._cache = LatentCache.from_tensors(
-            tokens, points_world.device, channels=features.shape[1], dtype=torch.float32, write_policy="append"
-        )
-        self._first_kept = kept.shape[0]
+        self._packed: _Packed | None = None
+        # By attribute: the tensor handed out, and the one with room to grow whose first rows it is.
+        self._rooms: dict[str, tuple[Tensor, Tensor]] = {}
+        self._check_attributes()
 
-    @property
-    def points_world(self) -> Tensor:
-        """(N, 3) float32 positions: the first frame's tokens, invalid ones included, then those appended."""
-        return torch.cat([self._first_points, self._cache.points[self._first_kept :]])
+    def _check_attributes(self) -> None:
+        """Refuse attributes that do not belong together, as they may after some were set."""
+        points, features, valid = self.points_world, self.features, self.valid_mask
+        count = points.shape[0]
+        if tuple(points.shape) != (count, 3):
+            raise ValueError(f"points_world must be (N, 3), got {tuple(points.shape)}")
+        if features.dim() != 2 or features.shape[0] != count:
+            raise ValueError(f"features must be ({count}, C) like points_world, got {tuple(features.shape)}")
+        if tuple(valid.shape) != (count,):
+            raise ValueError(f"valid_mask must be ({count},) like points_world, got {tuple(valid.shape)}")
+        for name, value in (("features", features), ("valid_mask", valid)):
+            if value.device != points.device:
+                raise ValueError(f"{name} must be on {points.device} like points_world, got {value.device}")
 
-    @property
-    def features(self) -> Tensor:
-        """(N, C) float32 latents, in the order of ``points_world``."""
-        return torch.cat([self._first_features, self._cache.features[self._first_kept :]])
+    def _pack(self) -> _Packed:
+        """Return the positions as operators take them, made again where an attribute was set or edited."""
+        self._check_attributes()
+        sources = self.points_world, self.valid_mask
+        if self._packed is None or not self._packed.is_of(sources):
+            points = torch.nn.functional.pad(self.points_world.detach().float(), (0, 1))
+            points[~self.valid_mask.bool()] = torch.nan
+            self._packed = _Packed(points, ops.block_bounds(points), sources, _versions(sources))
+        return self._packed
 
-    @property
-    def valid_mask(self) -> Tensor:
-        """(N,) bool, in the order of ``points_world``; what `update` appends is valid."""
-        appended = len(self._cache) - self._first_kept
-        return torch.cat([self._first_valid, self._first_valid.new_ones(appended)])
+    def _append(self, name: str, rows: Tensor) -> None:
+        """Append rows to an attribute; it becomes the first rows of a tensor that has room for more."""
+        held: Tensor = getattr(self, name)
+        if held.requires_grad or held.is_inference():
+            setattr(self, name, torch.cat([held, rows]))
+            return
+        count, total = held.shape[0], held.shape[0] + rows.shape[0]
+        handed_out, room = self._rooms.get(name, (None, held))
+        if handed_out is not held or room.shape[0] < total:
+            room = held.new_empty((int(total * _GROWTH), *held.shape[1:]))
+            room[:count] = held
+        room[count:total] = rows
+        self._rooms[name] = room[:total], room
+        setattr(self, name, self._rooms[name][0])
 
     @classmethod
     def from_geometry(
@@ -165,6 +214,89 @@ class LatentPointCloud:
             latent_hw=size,
         )
 
+    @classmethod
+    def from_video_geometry(
+        cls,
+        geometry: Any,
+        frame_idx: int,
+        latent: Tensor,
+        mask: _Array | None = None,
+        device: str | torch.device = "cuda",
+    ) -> LatentPointCloud:
+        """Build from one frame of a video's geometry: of its ``depths``, ``intrinsics`` and ``poses_c2w``.
+
+        The other arguments are those of :meth:`from_geometry`.
+        """
+        return cls.from_geometry(
+            depth=geometry.depths[frame_idx],
+            intrinsics=geometry.intrinsics[frame_idx],
+            cam2world=geometry.poses_c2w[frame_idx],
+            latent=latent,
+            mask=mask,
+            device=device,
+        )
+
+    @classmethod
+    def from_image_path(
+        cls,
+        image_path: str | Path,
+        vae: Any,
+        intrinsics: _Array | None = None,
+        cam2world: _Array | None = None,
+        mask: _Array | None = None,
+        device: str | torch.device = "cuda",
+        mapanything_model: Any = None,
+    ) -> LatentPointCloud:
+        """Build from one photograph, whose depth and camera MapAnything estimates.
+
+        Args:
+            image_path: of the photograph.
+            vae: whose ``encode([video])`` takes (3, 1, H, W) in [-1, 1] on ``device`` and gives one (C, 1, h, w).
+            intrinsics: (3, 3) in pixels of the photograph, where they are known.
+            cam2world: (4, 4), where it is known.
+            mask: of MapAnything's depth map, non-zero = exclude, as :meth:`from_geometry` takes it.
+            device: where the cloud lives.
+            mapanything_model: to use again; None loads ``facebook/map-anything``.
+
+        Raises:
+            ImportError: the packages ``mapanything`` and ``pillow`` are not installed.
+            ValueError: the file says that the photograph must be turned, or as :meth:`from_geometry`.
+        """
+        try:
+            from mapanything.utils.image import load_images, preprocess_inputs
+            from PIL import Image
+        except ImportError as error:
+            raise ImportError(
+                f"from_image_path needs the packages mapanything and pillow ({error}); with depth and camera of your"
+                " own, call from_geometry"
+            ) from error
+        with Image.open(image_path) as file:
+            if file.getexif().get(_EXIF_ORIENTATION, 1) != 1:
+                # The estimator would turn it and the VAE would not.
+                raise ValueError(f"{image_path} must be stored upright, got one that its EXIF orientation turns")
+            image = np.array(file.convert("RGB"))
+        if mapanything_model is None:
+            from mapanything.models import MapAnything
+
+            mapanything_model = MapAnything.from_pretrained("facebook/map-anything").to(device)
+        known = {"intrinsics": intrinsics, "camera_poses": cam2world}
+        view = {name: _as_float32_array(value) for name, value in known.items() if value is not None}
+        views = preprocess_inputs([{"img": image, **view}]) if view else load_images([str(image_path)])
+        estimate = mapanything_model.infer(
+            views, memory_efficient_inference=True, use_amp=True, amp_dtype="bf16", apply_mask=True, mask_edges=True
+        )[0]
+        video = torch.from_numpy(image).to(device).permute(2, 0, 1)[:, None].float() / 255.0
+        with torch.no_grad():
+            latent = vae.encode([video * 2.0 - 1.0])[0]
+        return cls.from_geometry(
+            depth=estimate["depth_z"][0, :, :, 0],
+            intrinsics=estimate["intrinsics"][0],
+            cam2world=estimate["camera_poses"][0],
+            latent=latent,
+            mask=mask,
+            device=device,
+        )
+
     def update(
         self,
         depths: _Array,
@@ -182,7 +314,8 @@ class LatentPointCloud:
         Raises:
             ValueError: naming the argument, what was expected and what came; nothing has been appended then.
         """
-        device = self._cache.device
+        self._check_attributes()
+        device = self.points_world.device
         latents = _as_tensor("latents", latents, "(T, C, h, w)", device, add_axis=True)
         depths = _as_tensor("depths", depths, "(T, H, W)", device, add_axis=True)
         k = _as_tensor("intrinsics", intrinsics, "(T, 3, 3)", device, add_axis=True)
@@ -197,16 +330,29 @@ class LatentPointCloud:
         keep = None
         if masks is not None:
             keep = _sampled_keep(_as_tensor("masks", masks, "(T, H, W)", device, add_axis=True), (height, width), size)
-        self._cache.write_views(
-            latents,
-            depths,
-            _shifted(k, width / size[1], height / size[0]),
-            poses,
-            keep,
-            "bilinear",
-            0.0,
-            float("inf"),
+        channels, tokens = self.features.shape[1], latents.shape[0] * size[0] * size[1]
+        if latents.shape[1] != channels:
+            raise ValueError(f"latents must be (T, {channels}, h, w), got {tuple(latents.shape)}")
+        new: dict[str, Any] = {
+            "points": latents.new_empty((tokens, 4)),
+            "features": latents.new_empty((tokens, channels)),
+            "frame_ids": torch.empty(tokens, dtype=torch.int32, device=device),
+            "count": torch.zeros(1, dtype=torch.int64, device=device),
+        }
+        moved = _shifted(k, width / size[1], height / size[0])
+        ops.cache_write(
+            **new,
+            latents=latents,
+            depth=depths,
+            intrinsics=moved,
+            cam2world=poses,
+            mask=keep,
+            depth_sampling="bilinear",
         )
+        count = int(new["count"])
+        self._append("points_world", new["points"][:count, :3])
+        self._append("features", new["features"][:count])
+        self._append("valid_mask", torch.ones(count, dtype=torch.bool, device=device))
 
     def project(self, cam2world: _Array, intrinsics: _Array | None = None) -> tuple[Tensor, Tensor]:
         """Render the cloud from one camera: latents (C, h, w) float32, 0 in holes, and (h, w) bool, True where seen.
@@ -218,31 +364,31 @@ class LatentPointCloud:
         Raises:
             ValueError: naming the argument, what was expected and what came.
         """
-        device = self._cache.device
+        packed = self._pack()
+        device = packed.points.device
         pose = _as_tensor("cam2world", cam2world, "(4, 4)", device)
         k = _as_tensor("intrinsics", self.intrinsics_latent if intrinsics is None else intrinsics, "(3, 3)", device)
         _check_matrix("cam2world", pose, 4)
         _check_matrix("intrinsics", k, 3)
-        buffers = self._cache.buffers
         readout = ops.splat(
-            buffers.points,
-            buffers.features,
+            packed.points,
+            self.features,
             _shifted(k, 1.0, 1.0)[None],
             pose[None],
             self.latent_hw,
-            num_points=buffers.count,
-            bounds=buffers.bounds,
+            bounds=packed.bounds,
             near=0.0,
+            dtype=torch.float32,
         )
         return readout.latents[0], readout.mask[0]
 
     def save(self, path: str | Path) -> None:
         """Save in the published file format (``torch.save`` of a dict of tensors), atomically."""
         Path(path).parent.mkdir(parents=True, exist_ok=True)
+        self._check_attributes()
         state = {
-            "points_world": self.points_world,
-            "features": self.features,
-            "valid_mask": self.valid_mask,
+            # Copies: views of tensors with room to grow would bring that along.
+            **{name: getattr(self, name).detach().clone() for name in ("points_world", "features", "valid_mask")},
             "intrinsics_latent": self.intrinsics_latent,
             "latent_hw": self.latent_hw,
         }

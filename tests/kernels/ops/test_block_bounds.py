@@ -21,7 +21,6 @@ from mirage_kernels import (
     use_backend,
     view_overlap,
 )
-from mirage_kernels.compat import LatentPointCloud
 from mirage_kernels.constants import BLOCK_TOKENS, TILE_BLOCKS
 from mirage_kernels.geometry import bounds_rows
 
@@ -172,16 +171,6 @@ def test_a_full_cache_keeps_them_exact(backend):
         report = cache.write(*[backend.put(x) for x in frames(seed)[:2]], frames(seed)[2])
         assert_exact(cache)
     assert len(cache) == 700 and report.refused > 0
-
-
-def test_the_published_class_keeps_them_exact(backend):
-    latents, depth, cameras = frames(3)
-    rest = cameras.intrinsics[0], cameras.cam2world[0], latents[0][:, None]
-    cloud = LatentPointCloud.from_geometry(depth[0].nan_to_num(0, 0, 0), *rest, device=backend.device)
-    assert_exact(cloud._cache)
-    cloud.update(depth.nan_to_num(0, 0, 0), cameras.intrinsics, cameras.cam2world, latents)
-    assert len(cloud._cache) > BLOCK_TOKENS
-    assert_exact(cloud._cache)
 
 
 def test_bytes_count_them():
