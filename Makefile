@@ -49,13 +49,14 @@ ASAN_TESTS := $(foreach name,back_project splat splat_aligned cache_write bounde
 	ops/test_$(name).py) cache/test_cache.py
 
 # The CPU operators under address and undefined-behaviour sanitizers, from a build of their own, which pytest must find
-# before the checkout's.
+# before the checkout's. CI takes the fast tests of the compiled backend alone.
+ASAN_ARGS ?=
 asan: $(READY)
 	MIRAGE_SANITIZE=1 MIRAGE_BUILD_CUDA=0 $(BIN)/python setup.py -q build --build-lib build/asan
 	cd build/asan && LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=. MIRAGE_REQUIRE_CPU=1 OMP_NUM_THREADS=2 \
 	$(CURDIR)/$(BIN)/python -m pytest -q -p no:cacheprovider -o "pythonpath=build/asan ." \
-	$(addprefix ../../tests/kernels/,$(ASAN_TESTS))
+	$(ASAN_ARGS) $(addprefix ../../tests/kernels/,$(ASAN_TESTS))
 
 # Plants deliberate faults in a copy of the tree, one at a time: the tests must catch each. A few of them for CI:
 # `make mutation MUTATION_ARGS="--sample 6"`, always the same; `--seed N` takes others.
@@ -63,7 +64,8 @@ MUTATION_ARGS ?= --jobs 2
 mutation: $(READY)
 	$(BIN)/python -m tests.mutation.run $(MUTATION_ARGS)
 
-# Compiles every CUDA source for every architecture of the list, warnings as errors; needs nvcc, no GPU.
+# Compiles every CUDA source for every architecture of the list (or of TORCH_CUDA_ARCH_LIST), warnings as errors; needs
+# nvcc, no GPU.
 cuda: $(READY)
 	MIRAGE_BUILD_CUDA=1 $(BIN)/python setup.py -q build_ext --build-lib build/cuda --build-temp build/cuda-temp
 

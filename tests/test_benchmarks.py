@@ -118,6 +118,7 @@ def test_the_comparison_sets_the_sides_beside_each_other(how: str, monkeypatch: 
     assert comparison.ENCODER_NEEDS not in lines
 
 
+@pytest.mark.slow
 def test_runs_measure_what_they_have_the_time_for() -> None:
     def collect(*options: str) -> tuple[int, str]:
         command = [sys.executable, "-m", "pytest", "benchmarks", "-p", "no:cacheprovider", "--collect-only", "-q"]
@@ -297,6 +298,7 @@ def test_bytes_in_view_are_a_part_of_all() -> None:
     assert memories.read_bytes(size, cpu, 10, torch.bfloat16) < memories.read_bytes(size, cpu, 10, torch.float32)
 
 
+@pytest.mark.slow
 def test_plots_are_drawn(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="plots need matplotlib")
     rows = [row("read", "9 latent views", "latent, bf16", s.label, 1e-3, nbytes=10**6) for s in rooms.SIZES]

@@ -75,6 +75,7 @@ def test_without_a_torch_to_compile_against_a_pure_package_is_built_that_says_wh
     assert all(word in result.stderr for word in ("MIRAGE_BUILD_CPU=1", *words)) and "Traceback" not in result.stderr
 
 
+@pytest.mark.slow
 def test_an_old_setuptools_is_refused_in_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "setuptools").mkdir()
     (tmp_path / "setuptools" / "command").mkdir()
@@ -97,6 +98,7 @@ def test_an_old_setuptools_is_refused_in_one_sentence(tmp_path: Path) -> None:
         assert "setuptools >= 77" in result.stderr and "65.5.0" in result.stderr and "Traceback" not in result.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compiler", ["no-compiler", "/bin/false"])
 def test_without_a_compiler_the_build_succeeds_and_says_what_remains(tmp_path: Path, compiler: str) -> None:
     result = build(tmp_path, CXX=compiler, PYTHONPATH=fake_torch(tmp_path))
@@ -106,6 +108,7 @@ def test_without_a_compiler_the_build_succeeds_and_says_what_remains(tmp_path: P
     assert not list(tmp_path.rglob("*.so"))
 
 
+@pytest.mark.slow
 def test_cuda_without_nvcc_is_an_error(tmp_path: Path) -> None:
     binaries = tmp_path / "bin"
     binaries.mkdir()
@@ -125,6 +128,7 @@ def fake_nvcc(tmp_path: Path, release: str, archs: str = "") -> str:
     return f"{nvcc.parent}{os.pathsep}{os.environ['PATH']}"
 
 
+@pytest.mark.slow
 def test_a_wrong_arch_list_is_named(tmp_path: Path) -> None:
     path = fake_nvcc(tmp_path, "13.0")
     result = build(
@@ -134,6 +138,7 @@ def test_a_wrong_arch_list_is_named(tmp_path: Path) -> None:
     assert "TORCH_CUDA_ARCH_LIST" in result.stderr and "ampere" in result.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("known", "asked", "chosen"),
     [
@@ -160,6 +165,7 @@ def test_architectures_are_those_that_nvcc_knows(tmp_path: Path, known: str, ask
     assert ("knows" in result.stdout) == (len(chosen.split()) < len(asked.replace(";", " ").split() or "123456"))
 
 
+@pytest.mark.slow
 def test_no_architecture_that_nvcc_knows_is_an_error(tmp_path: Path) -> None:
     path = fake_nvcc(tmp_path, "13.0", "75 80")
     result = build(
@@ -169,6 +175,7 @@ def test_no_architecture_that_nvcc_knows_is_an_error(tmp_path: Path) -> None:
     assert "13.0 knows none of the architectures 5.0" in result.stderr
 
 
+@pytest.mark.slow
 def test_an_nvcc_of_another_cuda_than_torch_is_named(tmp_path: Path) -> None:
     path = fake_nvcc(tmp_path, "12.4")
     arguments = {"PYTHONPATH": fake_torch(tmp_path, cuda="13.0"), "PATH": path, "MIRAGE_BUILD_CPU": "0"}
@@ -189,6 +196,7 @@ def test_build_facts_name_what_matters() -> None:
         assert int(facts["hardware threads"]) >= 1
 
 
+@pytest.mark.slow
 def test_the_module_prints_facts_and_backends() -> None:
     command = [sys.executable, "-m", "mirage_kernels"]
     printed = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout
@@ -216,6 +224,7 @@ def test_a_module_that_does_not_load_is_a_warning_not_a_silence(
         assert "failed" in str(backends._load_module("_cpu"))
 
 
+@pytest.mark.slow
 def test_compiled_modules_ask_for_their_torch_at_run_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from mirage_kernels import backends
 
@@ -227,6 +236,7 @@ def test_compiled_modules_ask_for_their_torch_at_run_time(tmp_path: Path, monkey
     )
 
 
+@pytest.mark.slow
 def test_a_module_that_was_not_built_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from mirage_kernels import backends
 

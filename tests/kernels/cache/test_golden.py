@@ -111,6 +111,7 @@ def in_doubt(u, v, z, i, j):
     return contends.any() or (len(sure) > 1 and sure[1] - sure[0] < TIE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("given_intrinsics", [False, True])
 def test_read_outs(golden, backend, given_intrinsics):
     """Equal but for cells in doubt, which are few; all others exactly, holes included."""

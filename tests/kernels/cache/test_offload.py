@@ -443,6 +443,7 @@ def test_memory_is_given_back():
     assert given_back > 0.9 * held
 
 
+@pytest.mark.slow
 @linux
 @pytest.mark.parametrize("end", ["dies", "onload", "clear"])
 def test_the_file_goes_with_the_cache(monkeypatch, tmp_path, end):

@@ -48,6 +48,7 @@ def example(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
 BACKENDS = ["reference", "cpu"] + (["triton"] if triton_interpreted() else [])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("live", [None, 0, 700, 5000])
 def test_equals_a_loop(example: ModuleType, backend: str, live: int | None) -> None:
@@ -65,6 +66,7 @@ def test_equals_a_loop(example: ModuleType, backend: str, live: int | None) -> N
     assert torch.equal(distances, expected)
 
 
+@pytest.mark.slow
 def test_bad_input_is_named(example: ModuleType) -> None:
     with pytest.raises(ValueError, match="center must be .3,. like points, got .2,. float32"):
         example.squared_distance(torch.zeros(5, 4), torch.zeros(2))
@@ -72,11 +74,13 @@ def test_bad_input_is_named(example: ModuleType) -> None:
         example.squared_distance(torch.zeros(5, 4, dtype=torch.int32), torch.zeros(3))
 
 
+@pytest.mark.slow
 def test_opcheck(example: ModuleType) -> None:
     operator = example.launch.__self__.overloads["compiled"]
     torch.library.opcheck(operator, (torch.randn(300, 4), torch.randn(3), None))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed")
 def test_the_cuda_kernel_compiles(tmp_path: Path) -> None:
     flags = ["-std=c++20", "-fmad=false", "-DUSE_CUDA", "-arch=sm_90", "-Werror=all-warnings", "-Xcompiler=-fPIC"]

@@ -259,6 +259,7 @@ def test_kernels_pass_over_blocks_by_their_bounds(cpu_backend):
         assert view_overlap(*arguments).all() and not view_overlap(*arguments, **options).any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tiles", [3, 66])
 def test_tiles_that_no_view_sees_are_passed_over(cpu_backend, tiles):
     """What is stored elsewhere, tile by tile, changes no read; 64 tiles are tested at a time."""

@@ -214,6 +214,7 @@ def test_degenerate_cameras_and_points(backend):
     assert report["covered"] > 0 and report["non_finite"] > 0
 
 
+@pytest.mark.slow
 @given(st.integers(0, 2**31), st.integers(1, 3), st.integers(0, 3), st.booleans())
 def test_any_scene(backend, seed, views_per_voxel, carve_views, merge):
     rng = np.random.default_rng(seed)

@@ -238,6 +238,7 @@ def test_every_code_at_every_scale(backend, out, aligned):
     assert_equal_bits([got.masked_fill(got.isnan(), 7)], [expected.masked_fill(expected.isnan(), 7)])
 
 
+@pytest.mark.slow
 @given(seed=st.integers(0, 10**6), channels=st.integers(1, 70))
 @pytest.mark.parametrize("out", [None, *scenes.DTYPES])
 def test_a_read_is_that_of_the_values(backend, out, seed, channels):

@@ -146,6 +146,7 @@ def test_fakes_give_the_shapes_and_dtypes_of_the_real_results(native_kernels, na
             assert (ours.shape, ours.dtype, ours.stride()) == (theirs.shape, theirs.dtype, theirs.stride())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OPERATORS)
 @pytest.mark.parametrize(("masked", "dtype"), [(True, torch.float32), (False, torch.float16)])
 def test_opcheck(native_kernels, name, masked, dtype):
@@ -160,6 +161,7 @@ def test_opcheck(native_kernels, name, masked, dtype):
     torch.library.opcheck(operator, tuple(arguments))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", WITH_SCALES)
 def test_float8_features(native_kernels, name):
     """The same of operators with scales, and that they change what their schemas say, on which PyTorch's own check of
@@ -188,6 +190,7 @@ def test_float8_features(native_kernels, name):
 # ---------------------------------------------------------------------------------------------- gradients
 
 
+@pytest.mark.slow
 def test_gradcheck_of_the_definition():
     rng = np.random.default_rng(1)
     points, features = scenes.cloud(rng, 40, 3)
@@ -264,6 +267,7 @@ def scene(seed, count, views, size):
 SIZES = [(200, 2, (5, 7)), (333, 3, (4, 9)), (101, 4, (6, 6))]
 
 
+@pytest.mark.slow
 def test_compile_splat(native_kernels, compiler):
     """One graph for every number of tokens, views and cells, and the same bits as without."""
 
@@ -282,6 +286,7 @@ def test_compile_splat(native_kernels, compiler):
         assert_equal_bits(compiled(*arguments, *size), expected)
 
 
+@pytest.mark.slow
 def test_compile_splat_backward(native_kernels, compiler):
     def loss(points, features, intrinsics, cam2world, height, width):
         return (splat(points, features, intrinsics, cam2world, (height, width)).latents ** 2).sum()
@@ -298,6 +303,7 @@ def test_compile_splat_backward(native_kernels, compiler):
         torch.testing.assert_close(*grads, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_compile_splat_aligned(native_kernels, compiler):
     """One graph for every number of tokens, views and cells; the bits, and the gradients, of the plain call."""
 
@@ -325,6 +331,7 @@ def test_compile_splat_aligned(native_kernels, compiler):
             torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_compile_float8(native_kernels, compiler):
     """A write and reads of what it wrote, with scales, in one graph."""
 
@@ -353,6 +360,7 @@ def test_compile_float8(native_kernels, compiler):
         assert_equal_bits(results[1], results[0])
 
 
+@pytest.mark.slow
 def test_compile_back_project(native_kernels, compiler):
     def lift(depth, intrinsics, cam2world, mask, height, width):
         lifted = back_project(depth * 1.0, intrinsics, cam2world, (height, width), mask=mask)
@@ -369,6 +377,7 @@ def test_compile_back_project(native_kernels, compiler):
         assert_equal_bits(compiled(*arguments, *size), expected)
 
 
+@pytest.mark.slow
 def test_compile_view_overlap(native_kernels, compiler):
     def overlap(points, intrinsics, cam2world, height, width):
         targets = intrinsics[:1], cam2world[:1]
@@ -382,6 +391,7 @@ def test_compile_view_overlap(native_kernels, compiler):
         assert_equal_bits([compiled(points, *cameras, *size)], [expected])
 
 
+@pytest.mark.slow
 def test_compile_cache_write(native_kernels, compiler):
     """The in-place buffers are written in the compiled graph too, and only they."""
 

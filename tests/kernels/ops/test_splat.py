@@ -98,6 +98,7 @@ def test_features_that_are_not_finite_are_passed_on(backend):
         assert view.latents[0, :, 0, 2].tolist() == [7, 8, 9] and view.latents[0, :, 0, 3].tolist() == [0, 0, 0]
 
 
+@pytest.mark.slow
 @given(
     seed=st.integers(0, 10**6),
     count=st.integers(1, 400),
@@ -112,6 +113,7 @@ def test_random_scenes(backend, seed, count, views, size, channels, near):
     check(backend, points, features, intrinsics, cam2world, size, near=near)
 
 
+@pytest.mark.slow
 @given(
     seed=st.integers(0, 10**6),
     fx=st.sampled_from([1e-3, 1e-1, 1.0, 1e3, 1e6]),

@@ -286,6 +286,7 @@ def test_features_that_are_not_finite(backend):
 # ---------------------------------------------------------------------------------------------- invariances, degenerate
 
 
+@pytest.mark.slow
 @given(seed=st.integers(0, 10**6), count=st.integers(1, 200))
 def test_permutation_invariance(backend, seed, count):
     points, features, ids, *rest = make(seed, count, 3)
@@ -461,6 +462,7 @@ def test_gradients_are_those_of_the_definition(kernels, sharpness, dtype, channe
     torch.testing.assert_close(of_points / scale, expected[0] / scale, rtol=1e-4, atol=2e-6)
 
 
+@pytest.mark.slow
 def test_gradcheck_of_the_definition():
     points, features, ids, centers, *cameras = make(16, 60, 3, size=(5, 7))
     points, features = points.double(), features.double()

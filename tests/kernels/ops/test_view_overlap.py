@@ -61,6 +61,7 @@ def check(backend, arguments, size=SIZE, voxel_size=0.5, **options):
 # ---------------------------------------------------------------------------------------------- against the brute force
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("voxel_size", [0.05, 0.5, 3.0])
 @pytest.mark.parametrize("count", [17, 300, 1500])
 def test_voxel_sizes(backend, count, voxel_size):
@@ -87,6 +88,7 @@ def test_random_scenes(backend, seed, count, views, targets, voxel_size, near):
     check(backend, arguments, voxel_size=voxel_size, near=near)
 
 
+@pytest.mark.slow
 @given(seed=st.integers(0, 10**6), fx=st.sampled_from([1e-3, 1.0, 1e3, 1e6]), fy=st.sampled_from([1e-3, 1e2, 1e6]))
 def test_extreme_intrinsics(backend, seed, fx, fy):
     arguments = make(seed, 150, 2, 1)
@@ -106,6 +108,7 @@ def test_many_views(backend, views, targets):
     assert (got.numpy() == np.float32(expected)).mean() > 0.95
 
 
+@pytest.mark.slow
 def test_real_room(backend, shared_dir):
     room = load_file(shared_dir / "data/golden/latent_point_cloud.safetensors")
     intrinsics = room["intrinsics"].expand(4, 3, 3)

@@ -61,6 +61,7 @@ def test_files_and_no_leftovers(demo: Path):
     assert sorted(path.name for path in demo.iterdir()) == sorted([*FILES, *generated])
 
 
+@pytest.mark.slow
 def test_report_figures(report: dict[str, Any]):
     assert report["written_frames"] == report["held_out_frames"] == 1
     assert report["image_size"] == [496, 736] and report["grid_size"] == [31, 46]
@@ -77,6 +78,7 @@ def test_report_figures(report: dict[str, Any]):
     assert report["mirage_kernels"] == mirage_kernels.__version__
 
 
+@pytest.mark.slow
 def test_saved_cache_gives_the_reported_figures(demo: Path, report: dict[str, Any]):
     """Readout error and coverage computed again, from the file, with sums of their own."""
     cache, frames = LatentCache.load(demo / "cache.safetensors"), stereo_motorcycle()
@@ -96,6 +98,7 @@ def test_saved_cache_gives_the_reported_figures(demo: Path, report: dict[str, An
         assert torch.equal(mine, theirs)
 
 
+@pytest.mark.slow
 def test_loop_video(demo: Path, report: dict[str, Any]):
     frames, meta = read_video(demo / "loop.mp4")
     assert frames.shape == (report["loop_frames"], 496, 736, 3) and report["loop_frames"] == 60
@@ -106,6 +109,7 @@ def test_loop_video(demo: Path, report: dict[str, Any]):
     assert (frames[0] - shown).abs().mean() < 10  # the loop starts at the view that was written
 
 
+@pytest.mark.slow
 def test_contact_sheet_is_an_image(demo: Path):
     from PIL import Image
 
@@ -114,6 +118,7 @@ def test_contact_sheet_is_an_image(demo: Path):
         assert len(sheet.resize((160, 120)).getcolors(160 * 120)) > 1000  # not one flat colour
 
 
+@pytest.mark.slow
 def test_folder_of_frames(tmp_path: Path, shared_dir: Path, capsys: pytest.CaptureFixture[str]):
     """Ten frames of a real room: every other one written, the others held out."""
     room = shared_dir / "data" / "rgbd-room"
@@ -144,6 +149,7 @@ def fails(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     return lines[0]
 
 
+@pytest.mark.slow
 def test_info(demo: Path, report: dict[str, Any], capsys: pytest.CaptureFixture[str]):
     assert main(["info", str(demo / "cache.safetensors"), "--json"]) == 0
     info = json.loads(capsys.readouterr().out)
@@ -185,6 +191,7 @@ def test_demo_refusals(tmp_path: Path, capsys: pytest.CaptureFixture[str], monke
     assert line.endswith('pip install "mirage-world[demo]"') and "imageio-ffmpeg" in line
 
 
+@pytest.mark.slow
 def test_views_that_share_nothing_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     """Poses that look away from each other, or depth that is all unknown, are told, not turned into NaN."""
     import numpy as np

@@ -47,6 +47,7 @@ def run(*arguments: str | Path) -> int:
     return cli.main(["generate", *map(str, arguments)])
 
 
+@pytest.mark.slow
 def test_tiny_random_generates_without_anything_given(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
     assert run("--model", "tiny-random", "--frames", "17", "--out", out, *QUICK) == 0
@@ -80,6 +81,7 @@ def test_tiny_random_generates_without_anything_given(tmp_path: Path, capsys: py
     assert "frames was 17, got 21" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_own_model_adapter_lora_image_depth_and_path(tmp_path: Path, image_file: Path) -> None:
     """Everything from files, and the result is that of the pipeline called with the same."""
     views = generation.cameras(9)

@@ -145,6 +145,7 @@ def test_goals_tell_what_was_met() -> None:
     assert goals({"aligned": ours})[0]["goal"].startswith("squared error") and not goals({"none": others})
 
 
+@pytest.mark.slow
 def test_a_chart_is_a_picture_with_its_names(tmp_path: Path) -> None:
     lines = {"aligned": {1.0: 20.0, 2.0: 21.5}, "none": {1.0: 20.0, 2.0: 20.0}, "": {}}
     for name in ("first.svg", "second.svg"):

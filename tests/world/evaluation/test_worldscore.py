@@ -133,6 +133,7 @@ def test_pictures_are_cropped_about_their_middle() -> None:
     assert crop(PIL.Image.new("RGB", (100, 400)), SIZE).size == (96, 64)
 
 
+@pytest.mark.slow
 def test_the_command_writes_what_is_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     dataset = tmp_path / "data"
     for instance in (STATIC, DYNAMIC):

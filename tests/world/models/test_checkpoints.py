@@ -166,6 +166,7 @@ def wrap_generator(part: str, state: State) -> State:
     return {"generator": {part: state, "other": {}}, "step": 7}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "wrap",
     [
@@ -251,6 +252,7 @@ def test_models_are_built_from_shapes() -> None:
     assert run(transformer, halved).isfinite().all()
 
 
+@pytest.mark.slow
 def test_built_adapters_follow_the_transformer() -> None:
     """Head counts cannot be read from the shapes, but the transformer given has them; so have its layers."""
     transformer = tiny_transformer()
@@ -595,6 +597,7 @@ def test_a_failed_save_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.M
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
 
 
+@pytest.mark.slow
 def test_what_cannot_be_saved(tmp_path: Path) -> None:
     with pytest.raises(
         ValueError, match=r"adapter_name must be a LoRA of this transformer, one of \[\], got 'default'"

@@ -264,6 +264,7 @@ def test_gradient_reaches_every_parameter():
         assert parameter.grad is not None and parameter.grad.abs().max() > 0, name
 
 
+@pytest.mark.slow
 def test_it_learns_an_example():
     inputs, truth = make_example()
     model, valid = make_model(trained=False), torch.ones_like(truth, dtype=torch.bool)

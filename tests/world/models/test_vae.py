@@ -147,6 +147,7 @@ def test_iterate_can_be_left_and_taken_up(wan22):
             next(stale)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", FORMS)
 def test_bfloat16(form):
     vae = make_vae(form, torch.bfloat16)
@@ -197,6 +198,7 @@ def test_small_latents_are_not_tiled(wan22):
 # ------------------------------------------------------------------------------------------------------- isolation
 
 
+@pytest.mark.slow
 def test_two_decoders_and_the_stock_vae_take_turns(vae):
     one, two = make_latents(vae, seed=3), make_latents(vae, size=(3, 4), seed=4)
     wholes = stock_decode(vae, one), stock_decode(vae, two)
@@ -292,6 +294,7 @@ class LiveBytes(TorchDispatchMode):
         return result
 
 
+@pytest.mark.slow
 def test_memory_of_iterate_is_flat(wan22):
     def peak(frames: int, whole: bool) -> int:
         latents = make_latents(wan22, frames, (4, 4))
@@ -332,6 +335,7 @@ def test_snapshot_is_untouched_by_what_follows(wan22):
         decoder.decode(latents[:, :, start : start + 1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("at", "tiled", "dtype"),
     [(0, False, torch.float32), (1, False, torch.bfloat16), (1, True, torch.float32), (2, False, torch.float32)],
@@ -355,6 +359,7 @@ def test_a_killed_run_goes_on(tmp_path, at, tiled, dtype):
     assert [path.name for path in tmp_path.iterdir()] == ["decoder.safetensors"]
 
 
+@pytest.mark.slow
 def test_a_state_dict_round_trips(wan22):
     latents = make_latents(wan22)
     decoder, other = StreamingDecoder(wan22), StreamingDecoder(wan22)

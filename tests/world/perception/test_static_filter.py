@@ -295,6 +295,7 @@ def test_sky_labels() -> None:
         SkyFilter(ByColour())
 
 
+@pytest.mark.slow
 def test_sky_filter_loads_a_checkpoint(tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     pytest.importorskip("PIL")
@@ -511,6 +512,7 @@ def to_ids(prompts: list[str], max_length: int, **_: Any) -> dict[str, Tensor]:
     return {"input_ids": ids, "attention_mask": (ids > 0).long()}
 
 
+@pytest.mark.slow
 def test_sam3_loads_its_tokenizer_too(tmp_path: Path) -> None:
     transformers, tokenizers = pytest.importorskip("transformers"), pytest.importorskip("tokenizers")
     torch.manual_seed(0)
@@ -525,6 +527,7 @@ def test_sam3_loads_its_tokenizer_too(tmp_path: Path) -> None:
     assert torch.equal(static, by_hand) and not static.all()
 
 
+@pytest.mark.slow
 def test_sam3_drops_every_instance_of_every_prompt(tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)

@@ -79,6 +79,7 @@ def test_the_example_of_the_docstring_runs(
     assert len(names["output"].frames[0]) == 5 and Path("orbit.mp4").stat().st_size > 0
 
 
+@pytest.mark.slow
 def test_latents_that_are_given_are_the_noise(pipe: MiragePipeline) -> None:
     """The noise that a generator draws chunk by chunk, given as one tensor, makes the same video."""
     generator = torch.Generator().manual_seed(1)
@@ -166,6 +167,7 @@ def test_memories_are_fitted_to_adapter_and_cache() -> None:
         fit_memory("aligned", "memory", "append")
 
 
+@pytest.mark.slow
 def test_a_memory_of_mode_none_is_written_and_not_used(pipe: MiragePipeline) -> None:
     used, unused = (pipe(**options(9, memory=MemoryConfig(mode=mode))) for mode in ("adapter", "none"))
     assert not torch.equal(used.frames, unused.frames) and len(unused.cache) > 24
@@ -267,6 +269,7 @@ def test_progress_bars_can_be_shown_and_hidden(pipe: MiragePipeline, capfd: pyte
 # LoRA.
 
 
+@pytest.mark.slow
 def test_attention_kwargs_scale_a_lora_at_call(tmp_path: Path) -> None:
     pipe = generation.make_pipeline()
     plain = latents(pipe)
@@ -294,6 +297,7 @@ def test_attention_kwargs_scale_a_lora_at_call(tmp_path: Path) -> None:
 # What is imported.
 
 
+@pytest.mark.slow
 def test_plans_and_memories_need_no_diffusers() -> None:
     code = """
 import sys

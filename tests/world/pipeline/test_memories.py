@@ -115,6 +115,7 @@ def test_a_session_runs_on_each_memory(name: str, tmp_path: Path) -> None:
     assert torch.equal(again.frames, output.frames) and torch.equal(again.cache.features, output.cache.features)
 
 
+@pytest.mark.slow
 def test_no_memory_is_steered_by_rays(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of target and preceding frames, seen from the chunk's first; in training and in generation alike."""
     pipe = generation.make_pipeline(control_channels=49)
@@ -184,6 +185,7 @@ def test_what_pixels_refuse() -> None:
             pipe(**views | changes)
 
 
+@pytest.mark.slow
 def test_training_reads_the_memory_it_is_asked_for() -> None:
     contexts = {}
     drawn = [draw(config("adapter"), number) for number in (0, 1)]
@@ -255,6 +257,7 @@ def test_read_outs_that_are_kept(memory: str, monkeypatch: pytest.MonkeyPatch) -
     assert context is not None and not context.any()
 
 
+@pytest.mark.slow
 def test_a_run_from_before_there_were_other_memories_goes_on(tmp_path: Path) -> None:
     train(config("adapter", tmp_path, steps=1), progress=False)
     record = json.loads((tmp_path / "config.json").read_text())

@@ -177,6 +177,7 @@ def test_the_memory_is_read_as_asked(pipe: MiragePipeline, policy: str) -> None:
         assert not torch.equal(shown["aligned"], shown["nearest"])
 
 
+@pytest.mark.slow
 def test_frames_are_those_of_decoding_everything_at_once(pipe: MiragePipeline) -> None:
     frames = pipe(**options(25, output_type="pt")).frames
     video = latents(pipe, 25)
@@ -188,6 +189,7 @@ def test_frames_are_those_of_decoding_everything_at_once(pipe: MiragePipeline) -
     assert torch.equal(at_end, frames)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_frames, chunk_frames", [(5, 33), (13, 9), (33, 33), (21, 5)])
 def test_every_length_of_4n_plus_1_works(pipe: MiragePipeline, num_frames: int, chunk_frames: int) -> None:
     output = pipe(**options(num_frames, chunk_frames=chunk_frames, output_type="np"))
@@ -239,6 +241,7 @@ def test_wan_pipelines_with_two_transformers_are_refused(bare: MiragePipeline, t
 # diffusers' habits.
 
 
+@pytest.mark.slow
 def test_output_types(pipe: MiragePipeline) -> None:
     (frames,) = pipe(**options(5, output_type="np", return_dict=False))
     assert frames.shape == (1, 5, *SIZE, 3) and 0 <= frames.min() and frames.max() <= 1
@@ -251,6 +254,7 @@ def test_output_types(pipe: MiragePipeline) -> None:
     assert kept[1].frames is not None and kept[1].frames.shape == (4, 3, *SIZE)
 
 
+@pytest.mark.slow
 def test_image_may_be_anything_diffusers_takes(pipe: MiragePipeline) -> None:
     pixels = (options(5)["image"][0] * 255).round()
     image = PIL.Image.fromarray(pixels.byte().permute(1, 2, 0).numpy())
@@ -288,6 +292,7 @@ def test_step_callbacks_see_and_replace_tensors(pipe: MiragePipeline) -> None:
     assert found[:, :, 0].abs().amax() > 0 and (found[:, :, 1:] == 0).all()
 
 
+@pytest.mark.slow
 def test_interrupt_keeps_whole_chunks(pipe: MiragePipeline) -> None:
     def stop_in_second_chunk(pipeline: Any, step: int, timestep: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         if tensors["latents"].shape[2] == 2:
@@ -305,6 +310,7 @@ def _interrupt(pipeline: Any, step: int, timestep: Any, tensors: Any) -> dict[st
     return {}
 
 
+@pytest.mark.slow
 def test_guidance_uses_the_negative_prompt(pipe: MiragePipeline) -> None:
     plain = latents(pipe, 5)
     guided = [latents(pipe, 5, guidance_scale=5.0, negative_prompt=text) for text in ("blur", "rain and snow")]
@@ -326,6 +332,7 @@ def test_other_schedulers(bare: MiragePipeline) -> None:
 # Faster, smaller: each against plain float32.
 
 
+@pytest.mark.slow
 def test_model_offload_gives_the_same_bits(pipe: MiragePipeline) -> None:
     offloaded = generation.make_pipeline()
     offloaded.enable_model_cpu_offload(device="cpu")
@@ -355,6 +362,7 @@ def test_model_offload_moves_transformer_and_adapter_together() -> None:
     assert offloaded == [pipe.text_encoder, pipe.vae]
 
 
+@pytest.mark.slow
 def test_group_offload_gives_the_same_bits(pipe: MiragePipeline) -> None:
     offloaded = generation.make_pipeline()
     for model in (offloaded.transformer, offloaded.memory_adapter, offloaded.vae):
@@ -372,6 +380,7 @@ def test_compiled_blocks_give_the_same_video(pipe: MiragePipeline) -> None:
     torch.testing.assert_close(latents(compiled, 17), latents(pipe, 17), rtol=0, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_bfloat16_is_close(pipe: MiragePipeline) -> None:
     half = generation.make_pipeline().to(torch.bfloat16)
     found, expected = latents(half, 9), latents(pipe, 9)
@@ -379,6 +388,7 @@ def test_bfloat16_is_close(pipe: MiragePipeline) -> None:
     assert (found - expected).norm() / expected.norm() < 0.03
 
 
+@pytest.mark.slow
 def test_gradient_checkpointing_gives_the_same_bits(pipe: MiragePipeline) -> None:
     checkpointed = generation.make_pipeline()
     for model in (checkpointed.transformer, checkpointed.memory_adapter):
@@ -514,6 +524,7 @@ def test_models_that_do_not_belong_together_are_refused() -> None:
         build(transformer=narrow, memory_adapter=None)
 
 
+@pytest.mark.slow
 def test_given_depth_and_estimator_share_the_work(pipe: MiragePipeline) -> None:
     """Depth of the image alone, and an estimator for the rest."""
     asked: list[list[int]] = []

@@ -221,6 +221,7 @@ def test_session_steps_are_the_call(pipe: MiragePipeline) -> None:
     assert later["tokens"] == len(session.cache) and accepted(later["written"]) == 2 * LATENT[0] * LATENT[1]
 
 
+@pytest.mark.slow
 def test_references_are_the_views_that_overlap_most(pipe: MiragePipeline) -> None:
     views = generation.cameras(25)
     session = start(pipe, 25, max_reference_frames=2, reference_voxel_size=0.3)
@@ -393,6 +394,7 @@ def test_a_full_disk_leaves_session_and_run_as_they_were(
 # Runs on disk.
 
 
+@pytest.mark.slow
 def test_run_holds_video_metrics_and_cache(pipe: MiragePipeline, tmp_path: Path) -> None:
     output = pipe(**options(21, run_dir=tmp_path, output_type="pt"))
     assert output.video == tmp_path / "video.mp4"
@@ -456,6 +458,7 @@ def test_a_run_killed_in_chunk_3_resumes_to_the_same_bits(tmp_path: Path) -> Non
     assert digests[0] == digests[1] and len(set(digests[0])) == 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stop", range(4))
 def test_a_run_stopped_at_any_file_of_a_commit_resumes_to_the_same_bits(
     pipe: MiragePipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: int
@@ -562,6 +565,7 @@ def test_weights_are_fingerprinted_for_runs_on_disk_alone(
     assert len(seen) == len(pipe.components)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", ["rename", "bookkeeping"])
 @pytest.mark.parametrize("chunk", [0, 1])
 def test_an_interrupt_after_the_rename_leaves_the_chunk_counted(
@@ -657,6 +661,7 @@ def test_depth_that_is_missing_is_told_before_the_step(pipe: MiragePipeline) -> 
         session.step(generation.cameras(9))
 
 
+@pytest.mark.slow
 def test_nothing_is_decoded_before_the_end(
     pipe: MiragePipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -75,6 +75,7 @@ def test_zeros_decode_to_the_mean_patch_and_values_are_clamped():
     assert extreme.dtype == torch.float32 and extreme.min() == 0 and extreme.max() == 1
 
 
+@pytest.mark.slow
 def test_generalises_to_the_held_out_view():
     pytest.importorskip("skimage")
     from mirage.scenes.rgbd import stereo_motorcycle

@@ -63,6 +63,7 @@ def march(room: SyntheticRoom, camera: Cameras, time: float) -> tuple[Tensor, Te
     return (z / length).view(height, width), (distances.argmin(0) - 1).view(height, width)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1, 6, 9])
 def test_depth_and_what_is_seen_are_those_of_a_ray_march(seed: int) -> None:
     room = SyntheticRoom(seed, moving=2)
@@ -102,6 +103,7 @@ def test_the_same_surface_looks_the_same_from_elsewhere() -> None:
         assert error < 0.02 and unrelated > 2 * error
 
 
+@pytest.mark.slow
 def test_masks_of_moving_things_are_exact() -> None:
     for seed in range(40):
         with_moving, without = SyntheticRoom(seed, moving=2), SyntheticRoom(seed, moving=0)
@@ -134,6 +136,7 @@ def test_times_default_to_frames_and_things_swing() -> None:
     assert torch.allclose(torch.tensor(ball.at(0.7).centre).double(), offset(ball, 0.7), atol=1e-6)
 
 
+@pytest.mark.slow
 def test_pictures_are_filtered() -> None:
     """One of 48x80 is what 64 times as many pixels average to, so that nothing shimmers when the camera moves."""
     errors, coarse = [], []
@@ -146,6 +149,7 @@ def test_pictures_are_filtered() -> None:
     assert torch.stack(errors).mean() < 1e-3 and torch.stack(errors).mean() < 0.35 * torch.stack(coarse).mean()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", PATHS)
 def test_paths_keep_clear(kind: str) -> None:
     for seed in range(6):
@@ -182,6 +186,7 @@ def turned(cameras: Cameras) -> Tensor:
     return torch.rad2deg(cosines.clamp(max=1).acos())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [kind for kind in PATHS if kind != "around"])
 def test_a_pace_is_a_share_of_the_speed(kind: str) -> None:
     for seed in range(3):
@@ -196,6 +201,7 @@ def test_a_pace_is_a_share_of_the_speed(kind: str) -> None:
         assert turned(slow).max() > 0.05 or steps[0].max() > 1e-3
 
 
+@pytest.mark.slow
 def test_a_seed_is_a_room(threads: Any) -> None:
     rooms = [SyntheticRoom(seed) for seed in range(8)]
     assert len({room.size for room in rooms}) == 8
@@ -216,6 +222,7 @@ def test_a_seed_is_a_room(threads: Any) -> None:
     assert "room with" in rooms[0].prompt
 
 
+@pytest.mark.slow
 def test_texture_is_the_contrast_of_patterns() -> None:
     # The same room, things, depth and paths; patterns of less and less contrast about the same colours.
     rooms = [SyntheticRoom(5, texture=texture) for texture in (1.0, 0.25, 0.0)]
@@ -230,6 +237,7 @@ def test_texture_is_the_contrast_of_patterns() -> None:
     assert torch.equal(made[0].images, SyntheticRoom(5).render(cameras).images)
 
 
+@pytest.mark.slow
 def test_windows_show_the_sky() -> None:
     shown = []
     for seed in range(6):

@@ -534,6 +534,7 @@ def test_spiral_winds() -> None:
     assert local[[1, 3, 5, 7], 1, 3].sign().tolist() == [1, -1, 1, -1]
 
 
+@pytest.mark.slow
 @settings(deadline=None)
 @given(num_frames=st.integers(2, 200), turns=st.integers(-3, 3), seed=st.integers(0, 99))
 def test_full_turns_close(num_frames: int, turns: int, seed: int) -> None:

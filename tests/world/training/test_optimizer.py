@@ -86,6 +86,7 @@ def test_weights_without_a_gradient_stay() -> None:
     assert changed == [False, True, True, False]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", ["vae", "backbone"])
 def test_a_run_resumes_exactly(tmp_path: Path, stage: str) -> None:
     changes = {"optimizer": "muon", "save_every": 2, "vae": {"frames": 1}}
@@ -98,6 +99,7 @@ def test_a_run_resumes_exactly(tmp_path: Path, stage: str) -> None:
     assert len(curves[0]) == 4 and curves[0] == curves[1]
 
 
+@pytest.mark.slow
 def test_models_are_left_in_the_precision_that_is_asked_for(tmp_path: Path) -> None:
     """And measured in it: what the next stage reads is what the latents' scale belongs to."""
     for dtype in ("float32", "bfloat16"):

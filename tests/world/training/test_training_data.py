@@ -89,6 +89,7 @@ def assert_shows(clip: Clip, made: SyntheticFrames, colour: float = 0.003, depth
     assert torch.equal(clip.static, torch.stack([static[0], static[1:5].all(0), static[5:9].all(0)]))
 
 
+@pytest.mark.slow
 def test_rooms_are_clips_of_their_seed() -> None:
     clips = ClipDataset(data(SourceConfig("synthetic", rooms=3, first_seed=5, paths=["walk"])))
     names = {clips[i].clip.name: clips[i].clip for i in range(3)}
@@ -173,6 +174,7 @@ def test_packed_clips_round_trip(tmp_path: Path) -> None:
     assert (got.prompt, got.vae, got.frames) == ("a room", "some vae", None)
 
 
+@pytest.mark.slow
 def test_shards_that_webdataset_writes(tmp_path: Path) -> None:
     webdataset = pytest.importorskip("webdataset")
     for shard in range(2):
