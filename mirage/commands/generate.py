@@ -20,8 +20,8 @@ from mirage_kernels.io import replace_file, replace_text
 
 from ..media import Panel, contact_sheet, load_video
 from ..optional import import_extra
+from ..pipeline.chunk_folder import CACHE
 from ..pipeline.memory import MemoryConfig, resolve_memory
-from ..pipeline.run_store import CACHE
 from ..scenes.camera_files import load_npz, load_trajectory, save_npz
 from ..scenes.rgbd import stereo_motorcycle
 from ..scenes.trajectories import TRAJECTORIES, make_trajectory

@@ -16,11 +16,11 @@ import torch
 from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan, WanCausalConv3d, unpatchify
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from diffusers.utils.torch_utils import get_module_execution_device
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from mirage_kernels.io import replace_file
+
+from ..checked_files import parse_tensors, save_tensors
 
 FORMAT = "mirage-streaming-decoder"
 VERSION = 1
@@ -249,8 +249,7 @@ class StreamingDecoder:
     def save(self, path: str | Path) -> None:
         """Write the state as a safetensors file, in one step: a crash leaves the old file or the new one."""
         metadata = {"format": FORMAT, "version": str(VERSION)}
-        on_host = {name: tensor.cpu().contiguous() for name, tensor in self.state_dict().items()}
-        replace_file(path, lambda temporary: save_file(on_host, temporary, metadata))
+        replace_file(path, lambda temporary: save_tensors(Path(temporary), self.state_dict(), metadata))
 
     def load(self, path: str | Path) -> None:
         """Continue from a saved state: the frames that follow are the same bits as without the break.
@@ -260,19 +259,15 @@ class StreamingDecoder:
             ValueError: not a whole file, of another format or version, or refused by :meth:`load_state_dict`; the
                 message names the file.
         """
-        if not Path(path).is_file():
+        path = Path(path)
+        if not path.is_file():
             raise FileNotFoundError(f"no decoder state at {path}")
+        tensors, metadata = parse_tensors(path, path.read_bytes())
         try:
-            with safe_open(str(path), framework="pt") as file:
-                metadata, names = file.metadata() or {}, file.keys()
-                found = metadata.get("format"), metadata.get("version")
-                if found != (FORMAT, str(VERSION)):
-                    raise ValueError(
-                        f"must be of format {FORMAT!r}, version '{VERSION}', got {found[0]!r}, {found[1]!r}"
-                    )
-                self.load_state_dict({name: file.get_tensor(name) for name in names})
-        except SafetensorError as error:
-            raise ValueError(f"{path}: not a whole safetensors file ({error}); was it cut short?") from error
+            found = metadata.get("format"), metadata.get("version")
+            if found != (FORMAT, str(VERSION)):
+                raise ValueError(f"must be of format {FORMAT!r}, version '{VERSION}', got {found[0]!r}, {found[1]!r}")
+            self.load_state_dict(tensors)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
 

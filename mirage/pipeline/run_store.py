@@ -2,20 +2,25 @@
 
     run.json               what the run was started with
     chunks/0000/           latents.safetensors (latents, readouts and cameras of its latent frames), metrics.json,
-                           segment.mp4 (its frames, where they are decoded chunk by chunk)
-    chunks/0004/           the newest one also holds what the next chunk continues from: cache.safetensors,
+                           segment.mp4 (its frames, where they are decoded chunk by chunk), manifest.json
+    chunks/0004/           the newest two also hold what a next chunk continues from: cache.safetensors,
                            decoder.safetensors, random.safetensors
 
 A chunk is written into `chunks/.0004` and renamed, which is the moment from which it counts: a process killed at any
 moment leaves the chunks it finished. Latents are read back from there and not kept in memory, so that a run of any
 length takes the same memory.
+
+The manifest has the checksum of every file, the chunk's number, and what it follows: the settings of the run, or the
+latents and metrics of the chunk before. All of it is compared when a run is opened, which changes nothing on disk:
+whatever an earlier process left is removed by the first write. Runs from before there were manifests are resumed too.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import os
-import shutil
+import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -24,19 +29,20 @@ from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from mirage_kernels import Cameras
-from mirage_kernels.io import replace_file
+from mirage_kernels.io import flush_folder, replace_text
 
+from ..checked_files import MANIFEST, DamagedFileError, digest_json, read_manifest, remove
+from .chunk_folder import METRICS, STATE, ChunkFolder
 from .chunks import Chunk
+from .run_record import check_record, format_record
 
-FORMAT, VERSION = "mirage-run", 1
 RUN, LOCK, CHUNKS = "run.json", ".lock", "chunks"
-LATENTS, METRICS, SEGMENT = "latents.safetensors", "metrics.json", "segment.mp4"
-CACHE, DECODER, RANDOM = "cache.safetensors", "decoder.safetensors", "random.safetensors"
+_CHUNK, _DRAFT = re.compile(r"\d{4,}"), re.compile(r"\.\d{4,}")
+
+logger = logging.getLogger(__name__)
 
 
 class RunStore:
@@ -54,7 +60,9 @@ class RunStore:
     Raises:
         FileExistsError: there is a run with chunks in `folder`, and `resume` is False.
         BlockingIOError: another process, or another session of this one, is using `folder`.
+        DamagedFileError: a file of the run there is not what was written; the message says what can be done.
         ValueError: the run there was started with something else; the message names each value that differs.
+        In all cases the folder is as it was.
     """
 
     def __init__(self, folder: str | os.PathLike[str] | None, record: dict[str, Any], resume: bool = False) -> None:
@@ -62,6 +70,10 @@ class RunStore:
         self.folder = Path(self._temporary.name if self._temporary else folder)  # type: ignore[arg-type]
         self.chunks: list[Chunk] = []
         self.cameras: list[Cameras] = []
+        self._folders: list[ChunkFolder] = []  # of the chunks
+        self._new_folder: ChunkFolder | None = None  # of a chunk that is about to be one
+        self._lost_record: str | None = None  # run.json, where it is to be written again
+        self._settled = False
         (self.folder / CHUNKS).mkdir(parents=True, exist_ok=True)
         self._lock = _lock(self.folder)
         try:
@@ -71,24 +83,99 @@ class RunStore:
             raise
 
     def _open(self, record: dict[str, Any], resume: bool) -> None:
-        path = self.folder / RUN
-        if self._path(0).is_dir():
-            if not resume:
-                raise FileExistsError(f"run_dir {self.folder} holds a run already: resume it, or name another folder")
-            _check_record(path, record)
-        else:
-            content = json.dumps({"format": FORMAT, "version": VERSION, "settings": record}, indent=2) + "\n"
-            replace_file(path, lambda draft: _write_text(Path(draft), content))
-            _flush_folder(self.folder)
-        while self._path(index := len(self.chunks)).is_dir():
-            self.chunks.append(Chunk(index, *self.metrics(index)["frames"]))
-            self.cameras.append(self._load_cameras(index))
-        # What a kill may have left.
-        for unfinished in (self.folder / CHUNKS).glob(".[0-9]*"):
-            shutil.rmtree(unfinished)
-        for draft in (*self.folder.glob(".*.tmp"), *self.folder.glob(f"{CHUNKS}/*/.*.tmp")):
-            draft.unlink()
-        self._tidy()
+        path, count = self.folder / RUN, self._count_chunks()
+        if not count:
+            replace_text(path, format_record(record))
+            flush_folder(self.folder)
+            self._settings = digest_json(record)
+            return
+        if not resume:
+            raise FileExistsError(f"run_dir {self.folder} holds a run already: resume it, or name another folder")
+        self._open_record(path, record)
+        for index in range(count):
+            try:
+                self._adopt(index)
+                if index == count - 1:
+                    self._folders[index].check_state()
+            except DamagedFileError as error:
+                raise DamagedFileError(f"{error}; {self._advise(index, count)}") from None
+        unchecked = [folder.path.name for folder in self._folders if not folder.has_manifest]
+        if unchecked:
+            logger.warning(
+                "%s: no %s in %s, whose files are taken as they are", self.folder, MANIFEST, ", ".join(unchecked)
+            )
+
+    def _open_record(self, path: Path, record: dict[str, Any]) -> None:
+        """Compare run.json with what the run is resumed with. Where it is lost, the first chunk knows what it held."""
+        self._settings = digest_json(record)
+        try:
+            self._settings = digest_json(check_record(path, record))
+        except DamagedFileError as error:
+            with suppress(ValueError):
+                first = read_manifest(self._path(0))
+                if first is not None and first["follows"] == self._settings and not path.is_dir():
+                    logger.warning("%s: it is written again, with the settings that the chunks were made with", error)
+                    self._lost_record = format_record(record)
+                    return
+            hint = "put it back from a copy, or begin again in another folder"
+            raise DamagedFileError(f"{error}, though there are chunks of a run; {hint}") from None
+
+    def _count_chunks(self) -> int:
+        """Count the chunks, which must be folders numbered from 0 without a gap."""
+        found = {path.name: path for path in (self.folder / CHUNKS).iterdir() if _CHUNK.fullmatch(path.name)}
+        for index in range(len(found)):
+            path = self._path(index)
+            if path.name not in found:
+                later = ", ".join(sorted(name for name in found if int(name) > index))
+                raise DamagedFileError(
+                    f"{path} is missing, though there is {later}: put it back from a copy, or delete {later}"
+                )
+            if not path.is_dir():
+                raise DamagedFileError(f"{path} is damaged: it must be a folder; remove it, or put it back from a copy")
+        return len(found)
+
+    def _adopt(self, index: int) -> None:
+        """Take a chunk that is on disk into the run, all of it compared with its manifest but its video and state."""
+        folder = ChunkFolder.open(self._path(index), index, self._last_identity())
+        chunk = folder.load_chunk(index, self.chunks[-1].stop if self.chunks else 0)
+        cameras = folder.load_cameras(chunk)
+        self.chunks.append(chunk)
+        self.cameras.append(cameras)
+        self._folders.append(folder)
+
+    def _last_identity(self) -> str:
+        """Return what the next chunk follows: the chunk before, or the run's settings."""
+        return self._folders[-1].identity() if self._folders else self._settings
+
+    def _advise(self, index: int, count: int) -> str:
+        """Say what can be done where a file of chunk `index` of `count` is damaged."""
+        copy = "put it back from a copy"
+        if not index:
+            return f"{copy}, or delete {self.folder / CHUNKS} and begin again"
+        try:
+            self._folders[index - 1].check_state()
+            held = True
+        except (OSError, ValueError):
+            held = False
+        if not held:
+            return f"{copy}, or begin again in another folder: only the newest two chunks can be continued from"
+        later = " and ".join(str(self._path(number)) for number in range(index, count))
+        return f"{copy}, or delete {later} and resume: the run continues from chunk {index - 1:04d}"
+
+    def settle(self) -> None:
+        """Remove what an earlier process left behind, before the first write. Opening a run removes nothing, so that
+        one that is refused after all is as it was."""
+        if self._settled:
+            return
+        if self._lost_record is not None:
+            replace_text(self.folder / RUN, self._lost_record)
+        chunks = self.folder / CHUNKS
+        for draft in [path for path in chunks.iterdir() if _DRAFT.fullmatch(path.name)]:
+            remove(draft)
+        for draft in (*self.folder.glob(".*.tmp"), *chunks.glob("*/.*.tmp")):
+            remove(draft)
+        self._tidy(len(self.chunks))
+        self._settled = True
 
     def close(self) -> None:
         """Let others use the folder. The temporary one is removed."""
@@ -112,7 +199,7 @@ class RunStore:
     @contextmanager
     def new_chunk(
         self, chunk: Chunk, latents: Tensor, readout: Tensor, visible: Tensor, cameras: Cameras
-    ) -> Iterator[Path]:
+    ) -> Iterator[ChunkFolder]:
         """Open a folder to write the rest of a chunk into. It goes when the block ends, except after
         :meth:`finish_chunk`.
 
@@ -123,61 +210,63 @@ class RunStore:
             visible: (F, h, w) bool, where it showed something.
             cameras: of these F frames.
         """
+        self.settle()
         draft = self.folder / CHUNKS / f".{chunk.index:04d}"
-        shutil.rmtree(draft, ignore_errors=True)
+        remove(draft)
         draft.mkdir()
         try:
-            named = {
-                "latents": latents,
-                "readout": readout,
-                "visible": visible,
-                "intrinsics": cameras.intrinsics,
-                "cam2world": cameras.cam2world,
-                "image_size": torch.tensor(cameras.image_size),
-            }
-            save_file({name: value.cpu().contiguous() for name, value in named.items()}, draft / LATENTS)
-            yield draft
+            folder = ChunkFolder(draft, None)
+            folder.save_latents(latents, readout, visible, cameras)
+            yield folder
         finally:
-            shutil.rmtree(draft, ignore_errors=True)
+            with suppress(OSError):
+                remove(draft)
 
-    def finish_chunk(self, chunk: Chunk, draft: Path, metrics: dict[str, Any]) -> None:
+    def finish_chunk(self, chunk: Chunk, folder: ChunkFolder, metrics: dict[str, Any]) -> None:
         """Turn the folder that :meth:`new_chunk` gave into the chunk. From the rename on, it is part of the run."""
-        _write_text(draft / METRICS, json.dumps(metrics) + "\n")
+        draft, final = folder.path, self._path(chunk.index)
+        (draft / METRICS).write_text(json.dumps(metrics) + "\n", encoding="utf-8")
         if self.keeps_all:
-            _flush(draft)
-        os.replace(draft, self._path(chunk.index))
+            folder.write_manifest(chunk.index, self._last_identity())
+            flush_folder(draft, content=True)
+        self._new_folder = folder
+        os.replace(draft, final)
 
     def count_chunk(self, chunk: Chunk, cameras: Cameras) -> bool:
         """Return whether a chunk is part of the run; it is counted then, which must happen whatever else fails."""
-        if not self._path(chunk.index).is_dir():
+        folder, path = self._new_folder, self._path(chunk.index)
+        if folder is None or not path.is_dir():
             return False
         if len(self.chunks) == chunk.index:
+            folder.path = path
             self.chunks.append(chunk)
             self.cameras.append(cameras)
-        with suppress(OSError):  # it is there; that it survives a power cut, or that others go, is the lesser matter
+            self._folders.append(folder)
+        with suppress(OSError):  # it is there; that it survives a power cut is the lesser matter
             if self.keeps_all:
-                _flush_folder(self.folder / CHUNKS)
-            self._tidy()
+                flush_folder(self.folder / CHUNKS)
+        self._tidy(4)
         return True
 
-    def _tidy(self) -> None:
-        """Remove what only the newest chunk needs, for the next one to continue from."""
-        for chunk in self.chunks[-3:-1]:
-            for name in (CACHE, DECODER, RANDOM):
-                (self._path(chunk.index) / name).unlink(missing_ok=True)
+    def _tidy(self, count: int) -> None:
+        """Remove what only the newest two of the last `count` chunks need, for a next one to continue from."""
+        for chunk in self.chunks[-count:-2]:
+            for name in STATE:
+                with suppress(OSError):
+                    (self._path(chunk.index) / name).unlink(missing_ok=True)
 
     def newest(self, name: str) -> Path:
         """Return the path of a file of the newest chunk."""
         return self._path(len(self.chunks) - 1) / name
 
-    def segments(self) -> list[Path]:
-        """Return the paths of the chunks' videos, in order."""
-        return [self._path(chunk.index) / SEGMENT for chunk in self.chunks]
+    @property
+    def folders(self) -> tuple[ChunkFolder, ...]:
+        """Of the chunks, in order."""
+        return tuple(self._folders)
 
     def metrics(self, index: int) -> dict[str, Any]:
         """Read the figures of one chunk."""
-        content: dict[str, Any] = json.loads((self._path(index) / METRICS).read_text(encoding="utf-8"))
-        return content
+        return self._folders[index].metrics()
 
     def latents(self, frames: list[int], name: str = "latents") -> Tensor:
         """Read (len(frames), C, h, w) of these latent frames of the video, from 0.
@@ -186,21 +275,13 @@ class RunStore:
             frames: their numbers.
             name: "latents", or "readout" or "visible", what the memory showed there.
         """
-        found = []
-        for frame in frames:
-            chunk = next(c for c in self.chunks if c.latent_start <= frame < c.latent_start + c.num_latents)
-            with safe_open(self._path(chunk.index) / LATENTS, framework="pt") as file:
-                found.append(file.get_slice(name)[frame - chunk.latent_start][None])
-        return torch.cat(found)
-
-    def _load_cameras(self, index: int) -> Cameras:
-        with safe_open(self._path(index) / LATENTS, framework="pt") as file:
-            intrinsics, cam2world, size = map(file.get_tensor, ("intrinsics", "cam2world", "image_size"))
-        return Cameras(intrinsics, cam2world, size.tolist())
-
-    def save_random(self, draft: Path, generator: torch.Generator) -> None:
-        """Write the generator's state into the folder that :meth:`new_chunk` gives."""
-        save_file({"state": generator.get_state()}, draft / RANDOM, {"device": generator.device.type})
+        found: dict[int, Tensor] = {}
+        for chunk in self.chunks:
+            wanted = [frame for frame in frames if chunk.latent_start <= frame < chunk.latent_start + chunk.num_latents]
+            if wanted:
+                held = self._folders[chunk.index].load_latents(chunk)[name]
+                found |= {frame: held[frame - chunk.latent_start].clone() for frame in wanted}
+        return torch.stack([found[frame] for frame in frames])
 
     def load_random(self, generator: torch.Generator) -> None:
         """Set the generator to its state after the newest chunk.
@@ -208,11 +289,7 @@ class RunStore:
         Raises:
             ValueError: the run's generator was on another kind of device.
         """
-        with safe_open(self.newest(RANDOM), framework="pt") as file:
-            device = file.metadata()["device"]
-            if device != generator.device.type:
-                raise ValueError(f"generator must be on {device} as in the run, got {generator.device}")
-            generator.set_state(file.get_tensor("state"))
+        self._folders[-1].load_random(generator)
 
 
 def _lock(folder: Path) -> FileLock:
@@ -225,55 +302,3 @@ def _lock(folder: Path) -> FileLock:
             f"run_dir {folder} is in use: by another process, or by a session that has not been closed"
         ) from error
     return lock
-
-
-def _check_record(path: Path, record: dict[str, Any]) -> None:
-    """Check that the run at `path` was started with what is in `record`."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        known = (found["format"], found["version"]) == (FORMAT, VERSION)
-        before: dict[str, Any] = found["settings"]
-    except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path}: not the record of a run ({error!r}), though there are chunks of one") from error
-    if not known:
-        raise ValueError(f"{path}: must be {FORMAT} version {VERSION}, got {found['format']} {found['version']}")
-    now = json.loads(json.dumps(record))  # tuples become lists, as in the file
-    before = _with_memory(before, now)
-    names = sorted(name for name in {*before, *now} if before.get(name) != now.get(name))
-    if names:
-        differences = "; ".join(f"{name} was {before.get(name)!r}, got {now.get(name)!r}" for name in names)
-        raise ValueError(f"{path}: a run can be resumed only with what it was started with: {differences}")
-
-
-def _with_memory(before: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
-    """Return the record of a run from before there was a `MemoryConfig` under today's names.
-
-    What such a run did not record (`write_policy`, which its cache holds, and `mode`) is taken from `now`.
-    """
-    if "memory" in before or "splat" not in before:
-        return before
-    renamed = {name: value for name, value in before.items() if name not in ("splat", "points")}
-    kind = "pixel" if before.get("points") == "pixels" else "latent"
-    if before.get("static_filter") == "KeepNothing":  # how a memory was kept empty
-        kind, renamed["static_filter"] = "none", None
-    return renamed | {"memory": now.get("memory", {}) | {"kind": kind, "readout": before["splat"]}}
-
-
-def _write_text(path: Path, content: str) -> None:
-    path.write_text(content, encoding="utf-8")
-
-
-def _flush(folder: Path) -> None:
-    """Flush every file of a folder, and the folder, to disk."""
-    for path in folder.iterdir():
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-    _flush_folder(folder)
-
-
-def _flush_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -18,17 +19,21 @@ import torch
 from torch import Tensor
 
 from mirage_kernels import CacheMark, Cameras, LatentCache
-from mirage_kernels.io import replace_file
+from mirage_kernels.io import replace_text
 
+from ..checked_files import DamagedFileError
 from ..media import join_videos, save_video
 from ..models.vae import StreamingDecoder, encode_frames, encode_static_frame
 from .checks import check_cameras
+from .chunk_folder import CACHE, DECODER, SEGMENT
 from .chunks import CHUNK_FRAMES, TEMPORAL_COMPRESSION, Chunk, check_num_frames, plan_chunks
-from .run_store import CACHE, DECODER, SEGMENT, RunStore
+from .run_store import RunStore
 from .state import ChunkState, FirstFrame, MirageChunk
 from .steps import ChunkSteps, decode_frames
 
 VIDEO, METRICS_LINES = "video.mp4", "metrics.jsonl"
+
+logger = logging.getLogger(__name__)
 
 
 class MirageSession:
@@ -204,19 +209,32 @@ class MirageSession:
         """
         if not self._store.keeps_all or not self.num_chunks:
             raise ValueError("finish() needs a session with a run_dir and at least one chunk")
-        folder, segments = self._store.folder, self._store.segments()
-        if self._config.decode == "end" or not all(segment.exists() for segment in segments):
-            for segment, piece in zip(segments, self.decode() if frames is None else frames, strict=True):
-                save_video(segment, piece, self._config.fps)
-        join_videos(folder / VIDEO, segments)
-        lines = "".join(json.dumps(self._store.metrics(index)) + "\n" for index in range(self.num_chunks))
+        store = self._store
+        store.settle()
+        self._restore_segments(frames)
+        join_videos(store.folder / VIDEO, [folder.path / SEGMENT for folder in store.folders])
+        lines = "".join(json.dumps(store.metrics(index)) + "\n" for index in range(self.num_chunks))
+        replace_text(store.folder / METRICS_LINES, lines)
+        self.cache.save(store.folder / CACHE)
+        return store.folder / VIDEO
 
-        def write_lines(draft: str) -> None:
-            Path(draft).write_text(lines, encoding="utf-8")
-
-        replace_file(folder / METRICS_LINES, write_lines)
-        self.cache.save(folder / CACHE)
-        return folder / VIDEO
+    def _restore_segments(self, frames: Iterable[Tensor] | None) -> None:
+        """Make the chunks' videos that are not there or damaged, from the latents."""
+        missing = []
+        for index, folder in enumerate(self._store.folders):
+            try:
+                if self._config.decode == "chunk":
+                    folder.check_segment()
+                    continue
+            except DamagedFileError as error:
+                logger.warning("%s: it is made again from the latents", error)
+            missing.append(index)
+        if missing:
+            pieces = self.decode() if frames is None else frames
+            for index, (folder, piece) in enumerate(zip(self._store.folders, pieces, strict=True)):
+                if index in missing:
+                    save_video(folder.path / SEGMENT, piece, self._config.fps)
+                    folder.record_segment()
 
     # How a chunk is made.
 
@@ -249,6 +267,7 @@ class MirageSession:
         chunk = self._next_chunk(len(cameras))
         new_views = cameras[[frame - chunk.start for frame in chunk.keyframes]]
         steps.depth.check(chunk.keyframes)
+        store.settle()
         first_frame, self._mark = steps.first_frame, None
         if chunk.index == 0 and first_frame is not None and not _same(first_frame.camera, cameras[0]):
             raise ValueError("cameras[0] must be the camera that write_first_frame() was given, got another")
@@ -296,13 +315,14 @@ class MirageSession:
             **state.alignment,
         }
         readout = state.readout
-        with store.new_chunk(chunk, state.latents, readout.latents, readout.mask, state.cameras) as draft:
+        with store.new_chunk(chunk, state.latents, readout.latents, readout.mask, state.cameras) as folder:
+            draft = folder.path
             if store.keeps_all:
                 if state.frames is not None:
                     save_video(draft / SEGMENT, state.frames, self._config.fps)
                     self._steps.decoder.save(draft / DECODER)
                     metrics["frames_sha256"] = _digest(state.frames)
-                store.save_random(draft, self._generator)
+                folder.save_random(self._generator)
             metrics |= {
                 "written": state.written.as_dict(),
                 "tokens": len(self.cache),
@@ -314,7 +334,7 @@ class MirageSession:
             if store.keeps_all:
                 self.cache.save(draft / CACHE)
             metrics["seconds"] = state.seconds | {"save": time.perf_counter() - began}
-            store.finish_chunk(chunk, draft, metrics)
+            store.finish_chunk(chunk, folder, metrics)
         return MirageChunk(
             index=chunk.index,
             start=chunk.start,

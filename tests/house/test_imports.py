@@ -22,7 +22,7 @@ LAYERS = {
         ("compat",),
     ),
     "mirage": (
-        ("optional", "media"),
+        ("optional", "media", "checked_files"),
         ("models", "scenes", "perception"),
         ("pipeline",),
         ("zoo",),

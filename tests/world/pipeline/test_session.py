@@ -23,7 +23,7 @@ import mirage.pipeline.steps
 from mirage.media import load_video
 from mirage.models.vae import encode_static_frame
 from mirage.perception.depth import GivenDepth
-from mirage.pipeline import run_store
+from mirage.pipeline import chunk_folder, run_store
 from mirage.pipeline.denoise import ChunkDenoiser
 from mirage.pipeline.memory import MemoryConfig
 from mirage.pipeline.pipeline import MiragePipeline
@@ -366,7 +366,7 @@ def test_the_memory_is_copied_when_it_is_written_and_no_sooner(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("chunk", [0, 1])
-@pytest.mark.parametrize("name", ["save_video", "save_file", "_write_text", "replace"])
+@pytest.mark.parametrize("name", ["save_video", "save_tensors", "write_manifest", "replace"])
 def test_a_full_disk_leaves_session_and_run_as_they_were(
     pipe: MiragePipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int, name: str
 ) -> None:
@@ -381,7 +381,7 @@ def test_a_full_disk_leaves_session_and_run_as_they_were(
 
     place = {"save_video": "mirage.pipeline.session.save_video", "replace": "mirage.pipeline.run_store.os.replace"}
     with monkeypatch.context() as patch:
-        patch.setattr(place.get(name, f"mirage.pipeline.run_store.{name}"), full)
+        patch.setattr(place.get(name, f"mirage.pipeline.chunk_folder.{name}"), full)
         with pytest.raises(OSError, match="No space left"):
             session.step(new)
     assert session.num_chunks == chunk and same_state(session.cache, before)  # though it was written to in place
@@ -408,9 +408,9 @@ def test_run_holds_video_metrics_and_cache(pipe: MiragePipeline, tmp_path: Path)
     assert [line["frames"] for line in lines] == [[0, 9], [9, 17], [17, 21]]
     assert set(lines[0]["seconds"]) == {"read", "denoise", "decode", "depth", "filter", "write", "save"}
     assert same_tokens(LatentCache.load(tmp_path / "cache.safetensors"), output.cache)
-    # Only the newest chunk holds what the next would continue from.
+    # Only the newest two chunks hold what a next one would continue from.
     kept = {path.parent.name for path in (tmp_path / "chunks").glob("*/cache.safetensors")}
-    assert kept == {"0002"} == {path.parent.name for path in (tmp_path / "chunks").glob("*/decoder.safetensors")}
+    assert kept == {"0001", "0002"} == {path.parent.name for path in (tmp_path / "chunks").glob("*/decoder.safetensors")}
 
     with pytest.raises(FileExistsError, match="holds a run already"):
         pipe(**options(21, run_dir=tmp_path))
@@ -482,7 +482,7 @@ def test_a_run_stopped_at_any_file_of_a_commit_resumes_to_the_same_bits(
     with monkeypatch.context() as patch:
         for module, name in (
             (mirage.pipeline.session, "save_video"),
-            (run_store, "save_file"),
+            (chunk_folder, "save_tensors"),
             (run_store.os, "replace"),
         ):
             patch.setattr(module, name, watch(getattr(module, name)))
@@ -510,13 +510,15 @@ def test_a_run_is_resumed_only_as_what_it_was(pipe: MiragePipeline, tmp_path: Pa
     for change, message in changes:
         with pytest.raises(ValueError, match=message):
             pipe(**options(9, run_dir=tmp_path, resume=True, **change))
-    (tmp_path / "run.json").write_text("{}")
-    with pytest.raises(ValueError, match="not the record of a run"):
+    for spoil, message in (
+        (lambda path: path.write_text("{}"), "run.json is damaged: it is not the record of a run"),
+        (Path.unlink, "run.json is missing, though there are chunks of a run"),
+    ):
+        spoil(tmp_path / "run.json")
+        with pytest.raises(ValueError, match=message):  # the first chunk knows that it was started with another prompt
+            pipe(**options(9, run_dir=tmp_path, resume=True, prompt="a garden"))
         pipe(**options(9, run_dir=tmp_path, resume=True))
-    (tmp_path / "run.json").unlink()
-    with pytest.raises(ValueError, match="not the record of a run"):
-        pipe(**options(9, run_dir=tmp_path, resume=True))
-    (tmp_path / "run.json").write_bytes(before[tmp_path / "run.json"])
+        assert (tmp_path / "run.json").read_bytes() == before[tmp_path / "run.json"]
     other = generation.make_pipeline(seed=1)
     with pytest.raises(ValueError, match="transformer was 'MirageTransformer3DModel"):
         other(**options(9, run_dir=tmp_path, resume=True))
@@ -534,6 +536,8 @@ def test_a_run_from_before_memory_configs_is_resumed(pipe: MiragePipeline, tmp_p
     made = pipe(**options(5, memory=name, run_dir=tmp_path))
     path = tmp_path / "run.json"
     content = json.loads(path.read_text())
+    del content["checksum"]
+    (tmp_path / "chunks" / "0000" / "manifest.json").unlink()
     settings = content["settings"]
     memory = settings.pop("memory")
     del settings["attention_kwargs"], settings["latents"]
@@ -575,15 +579,15 @@ def test_an_interrupt_after_the_rename_leaves_the_chunk_counted(
     session = start(pipe, 17, run_dir=tmp_path)
     if chunk:
         session.step(views[:9])
-    replace, flush = run_store.os.replace, run_store._flush_folder
+    replace, flush = run_store.os.replace, run_store.flush_folder
 
-    def interrupted(*args: Any) -> None:
-        (replace if where == "rename" else flush)(*args)
+    def interrupted(*args: Any, **kwargs: Any) -> None:
+        (replace if where == "rename" else flush)(*args, **kwargs)
         if where == "rename" or Path(args[0]).name == "chunks":
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        target = (run_store.os, "replace") if where == "rename" else (run_store, "_flush_folder")
+        target = (run_store.os, "replace") if where == "rename" else (run_store, "flush_folder")
         patch.setattr(*target, interrupted)
         # The commit of the first file that is replaced, the memory's, goes through.
         patch.setattr("mirage_kernels.io.os.replace", replace)
@@ -626,14 +630,19 @@ class Wrong:
 
 @pytest.mark.slow
 def test_what_a_kill_leaves_is_cleaned_up(pipe: MiragePipeline, tmp_path: Path) -> None:
-    pipe(**options(17, run_dir=tmp_path))
+    pipe(**options(25, run_dir=tmp_path))
     left = [tmp_path / ".video.mp4.x.tmp", tmp_path / "chunks" / "0001" / ".cache.safetensors.x.tmp"]
     left += [tmp_path / "chunks" / "0000" / name for name in ("cache.safetensors", "decoder.safetensors")]
     for path in left:
         path.write_bytes(b"left")
-    (tmp_path / "chunks" / ".0002").mkdir()
-    pipe(**options(17, run_dir=tmp_path, resume=True))
-    assert not any(path.exists() for path in left) and not (tmp_path / "chunks" / ".0002").exists()
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "precious").write_text("kept")
+    (tmp_path / "chunks" / ".0003").mkdir()
+    (tmp_path / "chunks" / ".0004").symlink_to(elsewhere)
+    pipe(**options(25, run_dir=tmp_path, resume=True))
+    assert not any(path.exists() for path in left) and not list((tmp_path / "chunks").glob(".*"))
+    assert (elsewhere / "precious").read_text() == "kept"
 
 
 def test_a_lost_segment_is_made_again(pipe: MiragePipeline, tmp_path: Path) -> None:
