@@ -6,10 +6,11 @@ Images are tensors (3, H, W) float in [0, 1], on any device. Writers replace the
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -92,6 +93,7 @@ def contact_sheet(
         columns = (width - 2 * _MARGIN - (len(row) - 1) * _GAP) // len(row)
         return round(columns * row[0].image.shape[1] / row[0].image.shape[2]), columns
 
+    title, lines, footer = _one_line(title), [_one_line(line) for line in lines], _one_line(footer)
     head = _MARGIN + 52 + 30 * len(lines)
     height = head + sum(_GAP + _CAPTION + panel_size(row)[0] for row in rows)
     height += (_GAP + 26 if footer else 0) + _MARGIN
@@ -107,7 +109,7 @@ def contact_sheet(
         for i, panel in enumerate(row):
             left = _MARGIN + i * (columns + _GAP)
             baseline = top + _CAPTION - 11
-            draw.text((left, baseline), panel.caption, _TEXT, font(21), anchor="ls")
+            draw.text((left, baseline), _one_line(panel.caption), _TEXT, font(21), anchor="ls")
             if panel.legend is not None:
                 palette, first, last = panel.legend
                 end = left + columns - draw.textlength(last, font(19))
@@ -133,9 +135,16 @@ def label(image: Tensor, caption: str, width: int = 320) -> Tensor:
     large = image.repeat_interleave(factor, 1).repeat_interleave(factor, 2)
     strip = import_extra("PIL.Image", "demo").new("RGB", (large.shape[2], _STRIP), _BACKGROUND)
     font = import_extra("PIL.ImageFont", "demo").load_default(17)
-    import_extra("PIL.ImageDraw", "demo").Draw(strip).text((8, _STRIP // 2), caption, _TEXT, font, anchor="lm")
+    import_extra("PIL.ImageDraw", "demo").Draw(strip).text(
+        (8, _STRIP // 2), _one_line(caption), _TEXT, font, anchor="lm"
+    )
     pixels = torch.frombuffer(bytearray(strip.tobytes()), dtype=torch.uint8).view(_STRIP, large.shape[2], 3)
     return torch.cat([pixels.permute(2, 0, 1).float().to(large.device) / 255.0, large], 1)
+
+
+def _one_line(text: str) -> str:
+    """Return text as it can be drawn: in one line, without halves of characters, as file names may have them."""
+    return " ".join(text.encode("utf-8", "replace").decode().split())
 
 
 def save_video(path: str | os.PathLike[str], frames: Iterable[Tensor], fps: float) -> None:
@@ -164,7 +173,7 @@ def save_video(path: str | os.PathLike[str], frames: Iterable[Tensor], fps: floa
     source = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}", "-r", f"{fps:g}", "-i", "-"]
     # No B-frames: frames are stored in the order they are shown, so that joined videos need no new timestamps.
     target = ["-an", "-c:v", "libx264", "-pix_fmt", "yuv420p", "-crf", "18", "-bf", "0", *_PLAYABLE]
-    replace_file(Path(path), lambda draft: _run_ffmpeg(ffmpeg, [*source, *target, draft], pixels()))
+    replace_file(Path(path), lambda draft: _run_ffmpeg(ffmpeg, [*source, *target, _file_url(draft)], pixels()))
 
 
 def join_videos(path: str | os.PathLike[str], parts: Sequence[str | os.PathLike[str]]) -> None:
@@ -178,20 +187,40 @@ def join_videos(path: str | os.PathLike[str], parts: Sequence[str | os.PathLike[
     ffmpeg = import_extra("imageio_ffmpeg", "demo").get_ffmpeg_exe()
     if not parts:
         raise ValueError("parts must hold at least one video, got none")
-    quoted = (str(Path(part).resolve()).replace("'", "'\\''") for part in parts)
-    with tempfile.NamedTemporaryFile("w", suffix=".txt", encoding="utf-8") as listing:
-        listing.write("".join(f"file '{part}'\n" for part in quoted))
-        listing.flush()
-        source = ["-f", "concat", "-safe", "0", "-i", listing.name]
-        replace_file(Path(path), lambda draft: _run_ffmpeg(ffmpeg, [*source, "-c", "copy", *_PLAYABLE, draft]))
+    with _plain_names(parts) as (folder, names):
+        quoted = (name.replace("'", "'\\''") for name in names)
+        listing = Path(folder, "list.txt")
+        listing.write_text("".join(f"file '{name}'\n" for name in quoted), encoding="utf-8", errors="surrogateescape")
+        source = ["-f", "concat", "-safe", "0", "-i", _file_url(listing), "-c", "copy"]
+        replace_file(Path(path), lambda draft: _run_ffmpeg(ffmpeg, [*source, *_PLAYABLE, _file_url(draft)]))
 
 
-_PLAYABLE = [
-    "-movflags",
-    "+faststart",
-    "-f",
-    "mp4",
-]  # faststart: the index comes first, so that it plays while it loads
+# faststart: the index comes first, so that it plays while it loads
+_PLAYABLE = ["-movflags", "+faststart", "-f", "mp4"]
+
+
+def _file_url(path: str | os.PathLike[str]) -> str:
+    """Return a file's name as ffmpeg takes it for a file, which it may not with "a:b" or "pipe:1"."""
+    return f"file:{os.path.abspath(path)}"
+
+
+@contextmanager
+def _plain_names(paths: Sequence[str | os.PathLike[str]]) -> Iterator[tuple[str, list[str]]]:
+    """Link files under plain names in a temporary folder: a line break in a name would break a listing.
+
+    Yields:
+        The folder, and a name for each: relative to the folder, or absolute where the system makes no links.
+    """
+    with tempfile.TemporaryDirectory(prefix="mirage-") as folder:
+        names = []
+        for i, path in enumerate(paths):
+            target, name = os.path.realpath(path), f"{i}.mp4"
+            try:
+                os.symlink(target, os.path.join(folder, name))
+            except OSError:  # Windows, where not everyone may; names have no line breaks there
+                name = target
+            names.append(name)
+        yield folder, names
 
 
 def _run_ffmpeg(ffmpeg: str, arguments: list[str], content: Iterable[bytes] = ()) -> None:
@@ -213,6 +242,8 @@ def _run_ffmpeg(ffmpeg: str, arguments: list[str], content: Iterable[bytes] = ()
         complaints.seek(0)
         text = complaints.read().decode(errors="replace").strip()
     if status or text:
+        with suppress(ValueError):  # killed, such as by SIGXFSZ where files may not grow further
+            text = text or f"it was ended by {signal.Signals(-status).name}"
         raise OSError(f"ffmpeg could not write the video (exit status {status}): {text or 'it gave no reason'}")
 
 
@@ -221,13 +252,21 @@ def load_video(path: str | os.PathLike[str]) -> Iterator[Tensor]:
 
     Raises:
         MissingExtraError: imageio-ffmpeg is not installed.
-        OSError: no such video.
+        OSError: no such video, or no whole one.
     """
-    reader = import_extra("imageio_ffmpeg", "demo").read_frames(str(path))
-    width, height = next(reader)["size"]
-    for content in reader:
-        pixels = torch.frombuffer(bytearray(content), dtype=torch.uint8).reshape(height, width, 3)
-        yield pixels.permute(2, 0, 1).float() / 255.0
+    read_frames = import_extra("imageio_ffmpeg", "demo").read_frames
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no video at {path}")
+    with _plain_names([path]) as (folder, [name]):
+        try:
+            reader = read_frames(_file_url(Path(folder, name)))
+            width, height = next(reader)["size"]
+            for content in reader:
+                pixels = torch.frombuffer(bytearray(content), dtype=torch.uint8).reshape(height, width, 3)
+                yield pixels.permute(2, 0, 1).float() / 255.0
+        except (OSError, RuntimeError, LookupError, StopIteration) as error:
+            said = str(error).strip().splitlines() or ["nothing in it"]
+            raise OSError(f"{path}: ffmpeg cannot read it as a video: {said[-1]}") from error
 
 
 def _to_bytes(image: Tensor) -> Any:

@@ -22,7 +22,10 @@ def import_extra(module: str, extra: str) -> ModuleType:
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
-        if error.name is None or error.name.split(".")[0] != top:
-            raise  # it is installed, but something it needs is not
-        package = _PACKAGES.get(top, top)
+        package, absent = _PACKAGES.get(top, top), (error.name or top).split(".")[0]
+        if absent != top:
+            needed = _PACKAGES.get(absent, absent)
+            raise MissingExtraError(
+                f'{package} is installed, but {needed}, which it needs, is not: pip install "mirage-world[{extra}]"'
+            ) from error
         raise MissingExtraError(f'{package} is needed and not installed: pip install "mirage-world[{extra}]"') from None

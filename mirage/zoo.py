@@ -10,6 +10,7 @@ diffusers and transformers are imported where a model is made, so that the names
 from __future__ import annotations
 
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -70,7 +71,6 @@ def load_pipeline(
     from .models.checkpoints import load_published
     from .models.components import check_models
     from .models.lora import load_lora
-    from .pipeline.pipeline import MiragePipeline
 
     torch_dtype = _DTYPES[dtype or ("bfloat16" if device == "cuda" else "float32")]
     if model == TINY_RANDOM:
@@ -80,7 +80,7 @@ def load_pipeline(
     elif model == MIRAGE_TINY:
         pipeline = mirage_tiny_pipeline(torch_dtype)
     else:
-        pipeline = MiragePipeline.from_pretrained(model, dtype=torch_dtype)
+        pipeline = _load_pretrained(model, torch_dtype)
         if lora is None and (beside := Path(model) / LORA).is_file():
             load_lora(pipeline.transformer, beside)
     if adapter is not None:
@@ -103,6 +103,27 @@ def load_pipeline(
         pipeline.enable_model_cpu_offload(device=device)
     else:
         pipeline.to(device)
+    return pipeline
+
+
+def _load_pretrained(model: str, dtype: torch.dtype) -> MiragePipeline:
+    """Load a pipeline of a folder or hub id, in which there may be anything."""
+    from .pipeline.pipeline import MiragePipeline
+
+    try:
+        pipeline: MiragePipeline = MiragePipeline.from_pretrained(model, dtype=dtype)
+    except (ImportError, MemoryError):
+        raise
+    except Exception as error:  # what a damaged or hostile folder makes the loaders raise is not said anywhere
+        if isinstance(error, (OSError, ValueError)):
+            if model in str(error):
+                raise
+            said = str(error)
+        elif isinstance(error, UnpicklingError):
+            said = "its weights are a pickle that holds other things than tensors, which is not read"
+        else:
+            said = f"{type(error).__name__}: {error}"
+        raise ValueError(f"model {model} cannot be loaded: {said}") from error
     return pipeline
 
 

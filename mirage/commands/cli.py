@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from collections.abc import Sequence
 from types import ModuleType
@@ -36,11 +37,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"mirage {__version__}")
         raise SystemExit(0)
     name, options = parse(given)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a folder's name need not be text
     try:
         status: int = COMMANDS[name].run(options)
         return status
     except (OSError, ValueError, MissingExtraError) as error:
-        print(f"mirage {name}: {error}", file=sys.stderr)
+        said = "; ".join(line.strip() for line in str(error).splitlines() if line.strip())
+        print(f"mirage {name}: {said or type(error).__name__}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

@@ -18,9 +18,10 @@ from torch import Tensor
 from mirage_kernels import Cameras
 from mirage_kernels.io import replace_file, replace_text
 
+from ..checked_files import DamagedFileError, digest, digest_json, read_file, read_json
 from ..media import Panel, contact_sheet, load_video
 from ..optional import import_extra
-from ..pipeline.chunk_folder import CACHE
+from ..pipeline.chunk_folder import CACHE, CHUNKS
 from ..pipeline.memory import MemoryConfig, resolve_memory
 from ..scenes.camera_files import load_npz, load_trajectory, save_npz
 from ..scenes.rgbd import stereo_motorcycle
@@ -214,7 +215,6 @@ def _check(options: Options) -> None:
     from ..perception.depth_models import DEPTH_ESTIMATORS
     from ..perception.static_filter_models import STATIC_FILTERS
     from ..pipeline.chunks import check_num_frames
-    from ..pipeline.run_store import CHUNKS
 
     _memory(options)
     check_num_frames("frames", options.frames)
@@ -234,7 +234,7 @@ def _check(options: Options) -> None:
             raise ValueError(f"static-filter must be of {', '.join(STATIC_FILTERS)}, joined by +, got {part!r}")
     if options.depth_estimator not in (None, *DEPTH_ESTIMATORS):
         raise ValueError(f"depth-estimator must be of {', '.join(DEPTH_ESTIMATORS)}, got {options.depth_estimator!r}")
-    if not options.resume and (options.out / CHUNKS / "0000").exists():
+    if not options.resume and _has_chunks(options):
         raise FileExistsError(f"{options.out} holds a run already: add --resume to resume it, or name another --out")
 
 
@@ -259,15 +259,9 @@ def _load_first_frame(options: Options) -> _FirstFrame:
 
 def _load_cameras(options: Options, start: _FirstFrame) -> Cameras | None:
     """Load the path where it is known before anything is generated: from a file, or of the run that is resumed."""
-    saved = options.out / TRAJECTORY
     size = (start.image.height, start.image.width)
-    if options.resume and saved.exists() and options.trajectory in TRAJECTORIES:
-        was = json.loads((options.out / PATH).read_text(encoding="utf-8"))
-        now = _path_config(options)
-        differences = [f"{name} was {was[name]}, got {now[name]}" for name in now if was.get(name) != now[name]]
-        if differences:
-            raise ValueError(f"{options.out} can be resumed only along its path: {'; '.join(differences)}")
-        cameras = load_npz(saved)
+    if options.resume and _has_chunks(options) and options.trajectory in TRAJECTORIES:
+        cameras = _load_path(options)
     elif options.trajectory in TRAJECTORIES:
         return None
     elif Path(options.trajectory).exists():
@@ -293,9 +287,37 @@ def _make_cameras(options: Options, start: _FirstFrame, session: Any) -> Cameras
         raise ValueError("distance must be given: the image's depth is not known anywhere")
     distance = known.median().item() if options.distance is None else options.distance
     cameras = make_trajectory(options.trajectory, camera, options.frames, distance)
-    replace_text(options.out / PATH, json.dumps(_path_config(options)) + "\n")
-    save_npz(options.out / TRAJECTORY, cameras)
+    saved = options.out / TRAJECTORY
+    save_npz(saved, cameras)
+    record = _path_config(options) | {"cameras_sha256": digest(saved.read_bytes())}
+    replace_text(options.out / PATH, json.dumps(record | {"checksum": digest_json(record)}) + "\n")
     return cameras
+
+
+def _has_chunks(options: Options) -> bool:
+    """Return whether there are chunks of a run in the folder to write to."""
+    return any((options.out / CHUNKS).glob("[0-9]*"))
+
+
+def _load_path(options: Options) -> Cameras:
+    """Load the path by name along which the run to resume went, as :func:`_make_cameras` has saved it."""
+    saved = options.out / TRAJECTORY
+    try:
+        was = read_json(options.out / PATH)
+        held = {name: value for name, value in was.items() if name != "checksum"}
+        if was.get("checksum", digest_json(held)) != digest_json(held):  # the first runs had none
+            raise DamagedFileError(f"{options.out / PATH} is damaged: its content is not what its checksum says")
+        now = _path_config(options)
+        differences = [f"{name} was {was.get(name)}, got {now[name]}" for name in now if was.get(name) != now[name]]
+        if differences:
+            raise ValueError(f"{options.out} can be resumed only along its path: {'; '.join(differences)}")
+        if was.get("cameras_sha256", "") not in ("", digest(read_file(options.out, TRAJECTORY))):
+            raise DamagedFileError(f"{saved} is damaged: its content is not what its checksum in {PATH} says")
+    except DamagedFileError as error:
+        raise DamagedFileError(
+            f"{error}; put it back from a copy, or name a file with the cameras of the run with --trajectory"
+        ) from None
+    return load_npz(saved)
 
 
 def _path_config(options: Options) -> dict[str, Any]:
@@ -325,4 +347,4 @@ def _draw_sheet(options: Options, start: _FirstFrame, metrics: list[dict[str, An
         f" {options.trajectory}, {report['chunks']} chunks",
         f"memory: {report['tokens']:,} tokens, {report['cache_bytes'] / 2**20:.2f} MiB",
     ]
-    return contact_sheet(start.prompt or "mirage generate", lines, rows)
+    return contact_sheet(start.prompt.strip() or "mirage generate", lines, rows)

@@ -30,6 +30,8 @@ from ..checked_files import (
 )
 from .chunks import Chunk
 
+CHUNKS = "chunks"
+"""The folder, in a run's, of the chunks' folders."""
 LATENTS, METRICS, SEGMENT = "latents.safetensors", "metrics.json", "segment.mp4"
 CACHE, DECODER, RANDOM = "cache.safetensors", "decoder.safetensors", "random.safetensors"
 STATE = (CACHE, DECODER, RANDOM)

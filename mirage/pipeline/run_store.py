@@ -35,11 +35,11 @@ from mirage_kernels import Cameras
 from mirage_kernels.io import flush_folder, replace_text
 
 from ..checked_files import MANIFEST, DamagedFileError, digest_json, read_manifest, remove
-from .chunk_folder import METRICS, STATE, ChunkFolder
+from .chunk_folder import CHUNKS, METRICS, STATE, ChunkFolder
 from .chunks import Chunk
 from .run_record import check_record, format_record
 
-RUN, LOCK, CHUNKS = "run.json", ".lock", "chunks"
+RUN, LOCK = "run.json", ".lock"
 _CHUNK, _DRAFT = re.compile(r"\d{4,}"), re.compile(r"\.\d{4,}")
 
 logger = logging.getLogger(__name__)

@@ -410,7 +410,9 @@ def test_run_holds_video_metrics_and_cache(pipe: MiragePipeline, tmp_path: Path)
     assert same_tokens(LatentCache.load(tmp_path / "cache.safetensors"), output.cache)
     # Only the newest two chunks hold what a next one would continue from.
     kept = {path.parent.name for path in (tmp_path / "chunks").glob("*/cache.safetensors")}
-    assert kept == {"0001", "0002"} == {path.parent.name for path in (tmp_path / "chunks").glob("*/decoder.safetensors")}
+    assert (
+        kept == {"0001", "0002"} == {path.parent.name for path in (tmp_path / "chunks").glob("*/decoder.safetensors")}
+    )
 
     with pytest.raises(FileExistsError, match="holds a run already"):
         pipe(**options(21, run_dir=tmp_path))
