@@ -19,6 +19,8 @@ from mirage_kernels import Cameras
 from mirage_kernels.io import replace_file, replace_text
 
 from ..checked_files import DamagedFileError, digest, digest_json, read_file, read_json
+from ..depth_files import read_depth
+from ..images import read_image
 from ..media import Panel, contact_sheet, load_video
 from ..optional import import_extra
 from ..pipeline.chunk_folder import CACHE, CHUNKS
@@ -48,7 +50,7 @@ class Options:
     lora: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
     """LoRA of the transformer"""
     image: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
-    """the first frame"""
+    """the first frame; cropped about its centre to the aspect of --size"""
     prompt: str | None = None
     """what the video shows"""
     trajectory: str = "orbit-and-back"
@@ -58,13 +60,17 @@ class Options:
     out: Annotated[Path, tyro.conf.arg(metavar="DIR")] = Path("mirage-out")
     """where to write"""
     size: tuple[int, int] | None = None
-    """of the frames, multiples of 32; default the image's"""
+    """of the frames, multiples of 32; default the image's, rounded down"""
     fov: float = 60.0
     """horizontal field of view of the image in degrees, for paths by name"""
     distance: float | None = None
     """of the point that paths by name go about, world units; default the image's median depth"""
-    depth: Annotated[Path | None, tyro.conf.arg(metavar="FILE.npy")] = None
-    """depth of the image (H, W), or of every frame (N, H, W)"""
+    depth: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
+    """depth of the image (H, W), or of every frame (N, H, W): .npy, .npz, .exr, .tiff or 16-bit .png"""
+    depth_scale: float | None = None
+    """world units per step of integer depth (0.001: millimetres), or per unit of float depth; default 1 for floats"""
+    depth_offset: float = 0.0
+    """world units added to depth from a file"""
     depth_estimator: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
     """depth-anything-v2, depth-pro, map-anything or depth-anything-3; default the model's depth head"""
     static_filter: str = "geometric"
@@ -103,9 +109,9 @@ def run(options: Options) -> int:
 
 @dataclass(frozen=True)
 class _FirstFrame:
-    """The first frame: a PIL image, its camera and its depth where they are known."""
+    """The first frame: pixels (H, W, 3), their camera and depth where they are known."""
 
-    image: Any
+    image: np.ndarray
     prompt: str
     camera: Cameras | None
     depth: Tensor | np.ndarray | None
@@ -146,7 +152,7 @@ def run_generate(options: Options, progress: bool = True) -> dict[str, Any]:
     height, width = options.size or (None, None)
     if options.size is None and options.model in _TINY_ROWS:
         rows = _TINY_ROWS[options.model]
-        height, width = 32 * rows, 32 * max(round(rows * start.image.width / start.image.height), 1)
+        height, width = 32 * rows, 32 * max(round(rows * start.image.shape[1] / start.image.shape[0]), 1)
     total = math.ceil((options.frames - 1) / (options.chunk_frames - 1)) * steps
     with import_extra("tqdm", "generate").tqdm(total=total, disable=not progress, leave=False) as bar:
 
@@ -225,6 +231,8 @@ def _check(options: Options) -> None:
         raise ValueError(f"fov must be degrees between 0 and 180, got {options.fov:g}")
     if options.distance is not None and not 0 < options.distance < math.inf:
         raise ValueError(f"distance must be positive and finite, got {options.distance:g}")
+    if options.depth is None and (options.depth_scale is not None or options.depth_offset):
+        raise ValueError("depth-scale and depth-offset need --depth, got none")
     if options.size is not None and (min(options.size) < 32 or any(side % 32 for side in options.size)):
         raise ValueError(f"size must be multiples of 32, got {options.size[0]}x{options.size[1]}")
     if options.steps is not None and options.steps < 1:
@@ -244,22 +252,22 @@ def _memory(options: Options) -> MemoryConfig:
 
 
 def _load_first_frame(options: Options) -> _FirstFrame:
-    depth: Any = None if options.depth is None else np.load(options.depth, mmap_mode="r")
-    image_module = import_extra("PIL.Image", "generate")
+    depth: Any = None
+    if options.depth is not None:
+        depth = read_depth(options.depth, options.depth_scale, options.depth_offset)
     if options.image is not None:
-        image = image_module.open(options.image).convert("RGB")
-        return _FirstFrame(image, options.prompt or "", None, depth)
+        return _FirstFrame(read_image(options.image), options.prompt or "", None, depth)
     # A real image with a true depth and a known camera, for a first try.
     frames = stereo_motorcycle()
     pixels = (frames.images[0] * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
     prompt = "a motorcycle in a workshop" if options.prompt is None else options.prompt
     known = frames.depth[0] if depth is None and options.depth_estimator is None else depth
-    return _FirstFrame(image_module.fromarray(pixels), prompt, frames.cameras[0], known)
+    return _FirstFrame(pixels, prompt, frames.cameras[0], known)
 
 
 def _load_cameras(options: Options, start: _FirstFrame) -> Cameras | None:
     """Load the path where it is known before anything is generated: from a file, or of the run that is resumed."""
-    size = (start.image.height, start.image.width)
+    size = start.image.shape[:2]
     if options.resume and _has_chunks(options) and options.trajectory in TRAJECTORIES:
         cameras = _load_path(options)
     elif options.trajectory in TRAJECTORIES:
@@ -277,7 +285,7 @@ def _make_cameras(options: Options, start: _FirstFrame, session: Any) -> Cameras
     """Make the path of that name about what the image shows, and save it beside the run."""
     camera = start.camera
     if camera is None:
-        height, width = start.image.height, start.image.width
+        height, width = start.image.shape[:2]
         focal = 0.5 * width / math.tan(math.radians(options.fov) / 2)
         intrinsics = [[focal, 0.0, width / 2], [0.0, focal, height / 2], [0.0, 0.0, 1.0]]
         camera = Cameras(torch.tensor(intrinsics), torch.eye(4)[None], (height, width))

@@ -30,6 +30,8 @@ from torch import Tensor
 from mirage_kernels import Cameras
 from mirage_kernels.io import replace_file
 
+from ..framing import Framing
+from ..images import read_image, to_pil
 from ..media import save_video
 from ..optional import import_extra
 from ..pipeline.chunks import check_num_frames
@@ -134,8 +136,8 @@ def run_worldscore(options: WorldScoreOptions, progress: bool = True) -> dict[st
 def _generate(options: WorldScoreOptions, pipeline: Any, instance: dict[str, Any], folder: Path) -> None:
     began = time.perf_counter()
     height, width = options.size
-    with import_extra("PIL.Image", "generate").open(options.dataset / instance["image"]) as opened:
-        image = crop(opened.convert("RGB"), options.size)
+    pixels = read_image(options.dataset / instance["image"])
+    image = to_pil(Framing(pixels.shape[:2], options.size).fit_pixels(pixels))
     moves = instance["camera_path"]
     total = len(moves) * (options.frames - 1) + 1
     with pipeline.start_session(
@@ -301,16 +303,6 @@ def write_instance(
 def is_complete(folder: Path) -> bool:
     """Check whether an instance is complete: image_data.json is written last."""
     return (folder / "image_data.json").is_file()
-
-
-def crop(image: Any, size: tuple[int, int]) -> Any:
-    """Crop a PIL image about its middle to the aspect of `size` (height, width), and resize it."""
-    height, width = size
-    across, down = image.size
-    scale = min(across / width, down / height)
-    wide, high = scale * width, scale * height
-    left, top = (across - wide) / 2, (down - high) / 2
-    return image.resize((width, height), box=(left, top, left + wide, top + high))
 
 
 def _write(path: Path, values: dict[str, Any]) -> None:

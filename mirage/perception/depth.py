@@ -14,6 +14,8 @@ from torch import Tensor
 
 from mirage_kernels import Cameras
 
+from ..framing import Framing, have_one_aspect
+
 
 @runtime_checkable
 class DepthEstimator(Protocol):
@@ -49,6 +51,7 @@ class GivenDepth:
     Args:
         depth: (H', W') of frame 0, or (N, H', W') of frames 0..N-1: a float tensor or array on any device (a memory
             map too). Only the frames asked for are read and copied.
+        framing: how the image that it is of becomes frames: depth is cropped alike. None where nothing is cropped.
 
     Raises:
         TypeError, ValueError: not floats, or another number of axes.
@@ -57,17 +60,19 @@ class GivenDepth:
     needs_frames = False
     alignment = "none"
 
-    def __init__(self, depth: Tensor | np.ndarray) -> None:
+    def __init__(self, depth: Tensor | np.ndarray, framing: Framing | None = None) -> None:
         if isinstance(depth, Tensor):
             floats = depth.is_floating_point()
         else:
             floats = isinstance(depth, np.ndarray) and depth.dtype.kind == "f"
         if not floats:
             got = getattr(depth, "dtype", type(depth).__name__)
-            raise TypeError(f"depth must be a float tensor or array, (H, W) or (N, H, W), got {got}")
+            hint = ": multiply it by its scale, such as 0.001 for millimetres" if "int" in str(got) else ""
+            raise TypeError(f"depth must be a float tensor or array, (H, W) or (N, H, W), got {got}{hint}")
         if depth.ndim not in (2, 3):
             raise ValueError(f"depth must be (H, W) or (N, H, W) float, got {tuple(depth.shape)}")
         self._depth = depth if depth.ndim == 3 else depth[None]
+        self._framing = framing
 
     @property
     def num_frames(self) -> int:
@@ -78,7 +83,8 @@ class GivenDepth:
         """Hand out depth, see `DepthEstimator`; `frames` only say the device, without them it is that of `cameras`.
 
         Raises:
-            ValueError: a frame beyond the given ones, or an aspect other than that of the cameras' images.
+            ValueError: a frame beyond the given ones, or an aspect other than that of the image, without `framing` the
+                cameras' images.
         """
         if len(frame_numbers) != len(cameras):
             raise ValueError(f"frame_numbers must be {len(cameras)} ints as cameras, got {len(frame_numbers)}")
@@ -86,13 +92,13 @@ class GivenDepth:
         for number in frame_numbers:
             if not 0 <= number < count:
                 raise ValueError(f"depth must hold frame {number}, got {count} frame{'s' * (count != 1)}, from 0")
-        (height, width), (image_height, image_width) = size, cameras.image_size
-        off_by_rows = abs(height - width * image_height / image_width)
-        off_by_columns = abs(width - height * image_width / image_height)
-        if min(off_by_rows, off_by_columns) > 1:
-            image = f"{image_height}x{image_width} images of cameras"
-            raise ValueError(f"depth must have the aspect of the {image}, got {height}x{width}")
+        framing = self._framing
+        rows, columns = cameras.image_size if framing is None else framing.image_size
+        if not have_one_aspect(size, (rows, columns)) and (framing is None or tuple(size) != framing.size):
+            whose = f"{rows}x{columns} images of cameras" if framing is None else f"{rows}x{columns} image"
+            raise ValueError(f"depth must have the aspect of the {whose}, got {size[0]}x{size[1]}")
         asked = self._depth[list(frame_numbers)]
         if not isinstance(asked, Tensor):
             asked = torch.from_numpy(asked.astype(np.float32))
-        return asked.to(cameras.device if frames is None else frames.device, torch.float32)
+        asked = asked.to(cameras.device if frames is None else frames.device, torch.float32)
+        return asked if framing is None else framing.fit_map(asked)

@@ -7,12 +7,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-import PIL.Image
 import torch
 from torch import Tensor
 
 from mirage_kernels import Cameras
 
+from ..framing import Framing
+from ..images import read_image
 from ..models.latent_depth import LatentDepth
 from ..optional import import_extra
 from ..perception.static_filter import StaticFilter
@@ -20,54 +21,35 @@ from .state import DepthSources, SessionConfig
 
 OUTPUT_TYPES = ("np", "pt", "pil", "latent", None)
 
-_ASPECT_TOLERANCE = 0.01
 
-
-def check_image(image: Any) -> Any:
-    """Return one image in three colours, out of all that diffusers takes as one.
+def check_image(image: Any) -> np.ndarray:
+    """Return the pixels of one image, (H, W, 3), out of a path and all that diffusers takes as one image.
 
     Raises:
-        TypeError, ValueError: it is none, or more than one.
+        OSError, TypeError, ValueError: it is none, or more than one, see :func:`~mirage.images.read_image`.
     """
     if isinstance(image, (list, tuple)):
         if len(image) != 1:
             raise ValueError(f"image must be one image: a session has one scene, got {len(image)}")
         image = image[0]
-    if isinstance(image, PIL.Image.Image):
-        return image.convert("RGB")
-    if not isinstance(image, (Tensor, np.ndarray)):
-        raise TypeError(f"image must be a PIL image, an array or a tensor, got {type(image).__name__}")
-    shape, colours = tuple(image.shape), -3 if isinstance(image, Tensor) else -1
-    if len(shape) not in (3, 4) or (len(shape) == 4 and shape[0] != 1) or shape[colours] != 3:
-        expected = "(3, H, W) or (1, 3, H, W)" if isinstance(image, Tensor) else "(H, W, 3) or (1, H, W, 3)"
-        raise ValueError(f"image must be {expected} as one {type(image).__name__}, got {shape}")
-    return image
+    return read_image(image)
 
 
-def measure_image(image: Any) -> tuple[int, int]:
-    """Return (height, width) of one image, see :func:`check_image`."""
-    image = check_image(image)
-    if isinstance(image, PIL.Image.Image):
-        return image.height, image.width
-    rows, columns = image.shape[-2:] if isinstance(image, Tensor) else image.shape[-3:-1]
-    return int(rows), int(columns)
-
-
-def check_cameras(cameras: Cameras, image_size: tuple[int, int]) -> None:
-    """Check that cameras are of the aspect of an image of `image_size` (height, width).
+def fit_cameras(cameras: Cameras, framing: Framing) -> Cameras:
+    """Return the cameras of the frames, out of those of the image.
 
     Raises:
-        TypeError, ValueError: they are not.
+        TypeError, ValueError: they are neither of the image's aspect nor of the frames' size.
     """
     if not isinstance(cameras, Cameras):
         raise TypeError(f"cameras must be mirage_kernels.Cameras, got {type(cameras).__name__}")
-    rows, columns = cameras.image_size
-    ratio = (columns / rows) / (image_size[1] / image_size[0])
-    if abs(ratio - 1.0) > _ASPECT_TOLERANCE:
+    if not framing.fits_cameras(cameras):
+        (rows, columns), (height, width), got = framing.image_size, framing.size, cameras.image_size
         raise ValueError(
-            f"cameras must have the aspect of the image, {image_size[0]}x{image_size[1]}, got image_size"
-            f" {rows}x{columns}: crop the image, and move the principal point along"
+            f"cameras must have the aspect of the image, {rows}x{columns}, or the frames' size, {height}x{width}, got"
+            f" image_size {got[0]}x{got[1]}: crop the image, and move the principal point along"
         )
+    return framing.fit_cameras(cameras)
 
 
 def check_prompts(
@@ -180,12 +162,12 @@ def check_undecoded(decode: str, depth: DepthSources, static_filter: StaticFilte
         )
 
 
-def check_given_depth(depth: DepthSources, image_size: tuple[int, int]) -> Tensor | None:
-    """Return the given depth of frame 0, (1, H, W), which is of the image's aspect; None where none is given.
+def check_given_depth(depth: DepthSources, framing: Framing) -> Tensor | None:
+    """Return the given depth of frame 0, (1, H, W), as the frame shows it; None where none is given.
 
     Raises:
         ValueError: it is of another aspect.
     """
     if depth.given is None:
         return None
-    return depth.given(None, Cameras(torch.eye(3), torch.eye(4)[None], image_size), [0])
+    return depth.given(None, Cameras(torch.eye(3), torch.eye(4)[None], framing.size), [0])

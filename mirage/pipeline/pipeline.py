@@ -25,6 +25,8 @@ from transformers import AutoTokenizer, UMT5EncoderModel
 
 from mirage_kernels import Cameras, LatentCache
 
+from ..framing import Framing, cut_to_multiples
+from ..images import to_tensor
 from ..models.adapter import MirageMemoryAdapter
 from ..models.components import check_models
 from ..models.latent_depth import LatentDepth
@@ -36,7 +38,6 @@ from ..perception.static_filter import StaticFilter
 from ..perception.static_filter_models import make_static_filter
 from .checks import (
     OUTPUT_TYPES,
-    check_cameras,
     check_config,
     check_given_depth,
     check_image,
@@ -44,7 +45,7 @@ from .checks import (
     check_noise_levels,
     check_prompts,
     check_undecoded,
-    measure_image,
+    fit_cameras,
 )
 from .chunks import CHUNK_FRAMES, TEMPORAL_COMPRESSION, check_num_frames, latent_count
 from .conditioning import make_memory_context, make_scores
@@ -214,7 +215,7 @@ class MiragePipeline(LoadablePipeline):
     @replace_example_docstring(EXAMPLE_DOC_STRING)
     def __call__(
         self,
-        image: PipelineImageInput,
+        image: PipelineImageInput | str | os.PathLike[str],
         prompt: str | None = None,
         negative_prompt: str | None = None,
         height: int | None = None,
@@ -255,10 +256,13 @@ class MiragePipeline(LoadablePipeline):
         """Generate a video along `cameras`.
 
         Args:
-            image: the first frame: a PIL image, or an array or tensor as diffusers takes them.
+            image: the first frame: a path, a PIL image, or an array or tensor as diffusers takes them, see
+                :mod:`mirage.images`.
             prompt: what the video shows.
             negative_prompt: what it does not show, with `guidance_scale` above 1.
-            height, width: of the frames, multiples of 32; default the image's, rounded down.
+            height, width: of the frames, multiples of 32; default the image's, rounded down. The image is cropped about
+                its centre to their aspect, then resized; cameras and given depth follow, see
+                :class:`~mirage.framing.Framing`.
             num_frames: 4 n + 1; default as many as `cameras`.
             num_inference_steps: denoising steps of a chunk.
             guidance_scale: above 1, classifier-free guidance.
@@ -271,10 +275,10 @@ class MiragePipeline(LoadablePipeline):
             attention_kwargs: of the transformer: `{"scale": s}` scales loaded LoRA.
             callback_on_step_end, callback_on_step_end_tensor_inputs: as of diffusers, at every denoising step.
             max_sequence_length: tokens of a prompt's embedding; default :attr:`text_length`.
-            cameras: one per frame, at least `num_frames`, of the image's aspect; the first is the image's. World axes
-                and unit are the caller's own.
-            depth: z in world units, of the image (H, W), or of every frame (N, H, W). Without it, and for frames beyond
-                it, `depth_estimator` or the pipeline's `latent_depth` is asked.
+            cameras: one per frame, at least `num_frames`, for the image as it is given, at any size of its aspect, or
+                for exactly the frames' size; the first is the image's. World axes and unit are the caller's own.
+            depth: z in world units, of the image (H, W), or of every frame (N, H, W), of sizes as of `cameras`. Without
+                it, and for frames beyond it, `depth_estimator` or the pipeline's `latent_depth` is asked.
             depth_estimator: for frames whose depth is not given: a name ("depth-anything-v2", "depth-pro",
                 "map-anything", "depth-anything-3") or a :class:`~mirage.perception.depth.DepthEstimator`; None takes
                 the pipeline's `latent_depth`.
@@ -316,13 +320,14 @@ class MiragePipeline(LoadablePipeline):
         check_num_frames("chunk_frames", chunk_frames)
         if len(cameras) < num_frames:
             raise ValueError(f"cameras must be at least num_frames, {num_frames}, got {len(cameras)}")
-        check_cameras(cameras, measure_image(image))
+        pixels = check_image(image)
+        fit_cameras(cameras, self._frame(pixels, height, width))
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f'output_type must be "np", "pt", "pil", "latent" or None, got {output_type!r}')
         if output_type is None and run_dir is None and callback_on_chunk_end is None:
             raise ValueError("output_type None needs a run_dir or a callback_on_chunk_end for the frames to go to")
         session = self.start_session(
-            image,
+            pixels,
             prompt,
             negative_prompt=negative_prompt,
             height=height,
@@ -367,8 +372,8 @@ class MiragePipeline(LoadablePipeline):
                     callback_on_chunk_end(self, chunk)
             if session.num_chunks and keeps_frames:
                 kept = kept or [piece.cpu() for piece in session.decode()]
-                pixels = torch.cat(kept).movedim(0, 1)[None] * 2.0 - 1.0  # postprocess_video takes [-1, 1]
-                frames = self.video_processor.postprocess_video(pixels, output_type=output_type)
+                video_frames = torch.cat(kept).movedim(0, 1)[None] * 2.0 - 1.0  # postprocess_video takes [-1, 1]
+                frames = self.video_processor.postprocess_video(video_frames, output_type=output_type)
             if session.num_chunks and output_type == "latent":
                 frames = session.latents()
             if session.num_chunks and run_dir is not None:
@@ -387,7 +392,7 @@ class MiragePipeline(LoadablePipeline):
     @torch.no_grad()
     def start_session(
         self,
-        image: PipelineImageInput,
+        image: PipelineImageInput | str | os.PathLike[str],
         prompt: str | None = None,
         *,
         negative_prompt: str | None = None,
@@ -434,8 +439,14 @@ class MiragePipeline(LoadablePipeline):
         """
         if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
-        image, image_size = check_image(image), measure_image(image)
-        height, width = self._frame_size(image_size, height, width)
+        given = check_image(image)
+        framing = self._frame(given, height, width)
+        height, width = framing.size
+        if framing.crops:
+            _, _, tall, wide = framing.window
+            level = logging.WARNING if tall * wide < 0.9 * given.shape[0] * given.shape[1] else logging.INFO
+            words = "the image of %dx%d is cropped to %.0fx%.0f about its centre for frames of %dx%d"
+            logger.log(level, words, *framing.image_size, tall, wide, height, width)
         self.check_inputs(
             prompt,
             negative_prompt,
@@ -472,15 +483,15 @@ class MiragePipeline(LoadablePipeline):
         filter_ = make_static_filter(static_filter, device) if isinstance(static_filter, str) else static_filter
         if not isinstance(filter_, StaticFilter):
             raise TypeError(f"static_filter must be a name or a StaticFilter, got {type(filter_).__name__}")
-        sources = self._depth_sources(depth, depth_estimator, num_frames)
+        sources = self._depth_sources(depth, depth_estimator, num_frames, framing)
         check_undecoded(decode, sources, filter_)
-        first_depth = check_given_depth(sources, image_size)
+        first_depth = check_given_depth(sources, framing)
         if run_dir is not None:
             import_extra("imageio_ffmpeg", "generate")
         seed = None if generator is None else generator.initial_seed()
         if generator is None:
             generator = torch.Generator().manual_seed(int(torch.randint(2**31, ()).item()))
-        pixels = self.video_processor.preprocess(image, height=height, width=width).to("cpu", torch.float32)
+        pixels = 2.0 * to_tensor(framing.fit_pixels(given))[None] - 1.0
 
         record: dict[str, Any] = {}
         if run_dir is not None:
@@ -514,7 +525,7 @@ class MiragePipeline(LoadablePipeline):
                 callback_on_step_end,
                 callback_on_step_end_tensor_inputs,
             )
-            steps = ChunkSteps(config, cache, denoiser, self.vae, sources, image_size, filter_, store)
+            steps = ChunkSteps(config, cache, denoiser, self.vae, sources, framing, filter_, store)
             session = MirageSession(steps, pixels.to(device), generator, store)
             if session.num_chunks:
                 logger.info("resuming %s after %d chunks", run_dir, session.num_chunks)
@@ -656,26 +667,28 @@ class MiragePipeline(LoadablePipeline):
             raise ValueError(f"cache must have {channels} channels like {whose}, got {cache.channels}")
         return cache
 
-    def _frame_size(self, image_size: tuple[int, int], height: int | None, width: int | None) -> tuple[int, int]:
-        """Return the frames' (height, width): what is asked for, or the image's rounded down."""
+    def _frame(self, pixels: np.ndarray, height: int | None, width: int | None) -> Framing:
+        """Return how an image (H, W, 3) becomes frames of the size asked for, or of its own cut to multiples."""
         if (height is None) != (width is None):
             raise ValueError(f"height and width must be given together, got {height} and {width}")
-        patch = self.transformer.config.patch_size
-        multiples = [self.vae_scale_factor_spatial * side for side in patch[1:]]
+        rows, columns = pixels.shape[:2]
         if height is None or width is None:
-            height, width = (max(s // m, 1) * m for s, m in zip(image_size, multiples, strict=True))
-            if (height, width) != image_size:
-                logger.info("the image of %dx%d is resized to %dx%d", *image_size, height, width)
-        return height, width
+            patch = self.transformer.config.patch_size
+            multiples = [self.vae_scale_factor_spatial * side for side in patch[1:]]
+            height, width = cut_to_multiples((rows, columns), multiples)
+        elif height < 1 or width < 1:
+            raise ValueError(f"height and width must be positive, got {height} and {width}")
+        return Framing((rows, columns), (height, width))
 
     def _depth_sources(
         self,
         depth: Any,
         depth_estimator: str | DepthEstimator | None,
         num_frames: int | None,
+        framing: Framing,
     ) -> DepthSources:
         """Say where depth comes from, and check that it can be had of the whole video."""
-        given = None if depth is None else GivenDepth(depth)
+        given = None if depth is None else GivenDepth(depth, framing)
         estimator: DepthEstimator | LatentDepth | None = self.latent_depth
         if isinstance(depth_estimator, str):
             estimator = make_depth_estimator(depth_estimator, device=self._execution_device)

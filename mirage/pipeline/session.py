@@ -24,7 +24,7 @@ from mirage_kernels.io import replace_text
 from ..checked_files import DamagedFileError
 from ..media import join_videos, save_video
 from ..models.vae import StreamingDecoder, encode_frames, encode_static_frame
-from .checks import check_cameras
+from .checks import fit_cameras
 from .chunk_folder import CACHE, DECODER, SEGMENT
 from .chunks import CHUNK_FRAMES, TEMPORAL_COMPRESSION, Chunk, check_num_frames, plan_chunks
 from .run_store import RunStore
@@ -43,7 +43,7 @@ class MirageSession:
 
     Args:
         steps: how a chunk is made, and with what.
-        image: (1, 3, H, W) float32 in [-1, 1], resized to the frames' size.
+        image: (1, 3, H, W) float32 in [-1, 1], of the frames' size.
         generator: of the noise.
         store: of the run. What it holds already, the session continues.
 
@@ -118,7 +118,8 @@ class MirageSession:
         """Write the image into the memory, as seen by `camera`. The first :meth:`step` does it otherwise.
 
         Args:
-            camera: one view of the image's aspect. The world's axes and unit are whatever it is given in.
+            camera: one view of the image's aspect, or of exactly the frames' size. The world's axes and unit are
+                whatever it is given in.
 
         Returns:
             (H', W') float32, the image's depth in world units, 0 or NaN where unknown.
@@ -126,14 +127,18 @@ class MirageSession:
         Raises:
             ValueError: no such camera, or the image is in the memory already.
         """
-        steps = self._steps
-        if steps.first_frame is not None or self.num_chunks:
+        if self._steps.first_frame is not None or self.num_chunks:
             raise ValueError(
                 "the image is in the memory already: write_first_frame() comes once, before the first step"
             )
         camera = self._fit(camera)
         if len(camera) != 1:
             raise ValueError(f"camera must be one view, got {len(camera)}")
+        return self._write_first_frame(camera)
+
+    def _write_first_frame(self, camera: Cameras) -> Tensor:
+        """Write the image into the memory, as seen by a camera of the frames; return its depth (H', W')."""
+        steps = self._steps
         latent = encode_frames(steps.vae, self._image[:, :, None]).to(self._denoiser.device)[0].movedim(1, 0)
         frames = (self._image * 0.5 + 0.5).clamp(0, 1)
         depth, confidence, _ = steps.depth_of([0], frames, latent, camera, None)
@@ -276,7 +281,7 @@ class MirageSession:
         try:
             if chunk.index == 0 and first_frame is None:
                 self._mark_memory()
-                self.write_first_frame(cameras[0])
+                self._write_first_frame(cameras[0])
             made = self._generate(self._begin(chunk, cameras, new_views))
         finally:
             # Whatever has happened: the chunk is there and counts, or nothing of it is.
@@ -365,9 +370,8 @@ class MirageSession:
     # Checks.
 
     def _fit(self, cameras: Cameras) -> Cameras:
-        """Return cameras of the image's aspect, for frames of this session's size."""
-        check_cameras(cameras, self._steps.image_size)
-        return cameras.resized(self.image_size).to(self.cache.device)
+        """Return the cameras of this session's frames, out of those of the image."""
+        return fit_cameras(cameras, self._steps.framing).to(self.cache.device)
 
     def _next_chunk(self, count: int) -> Chunk:
         if self.num_chunks == 0:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mirage_kernels import Cameras, LatentCache, Readout, WriteReport
 
+from ..framing import Framing
 from ..models.latent_depth import LatentDepth
 from ..models.vae import StreamingDecoder
 from ..perception.depth import GivenDepth
@@ -35,7 +36,7 @@ class ChunkSteps:
         denoiser: makes target latents.
         vae: encodes a memory of pixels, decodes latents.
         depth: where depth comes from.
-        image_size: (height, width) of the given image, whose aspect given depth has.
+        framing: how the given image becomes frames.
         static_filter: says what belongs in the memory.
         store: holds the latents, readouts and cameras of the chunks so far.
 
@@ -51,7 +52,7 @@ class ChunkSteps:
         denoiser: ChunkDenoiser,
         vae: AutoencoderKLWan,
         depth: DepthSources,
-        image_size: tuple[int, int],
+        framing: Framing,
         static_filter: StaticFilter,
         store: RunStore,
     ) -> None:
@@ -60,7 +61,7 @@ class ChunkSteps:
         self.denoiser = denoiser
         self.vae = vae
         self.depth = depth
-        self.image_size = image_size
+        self.framing = framing
         self.static_filter = static_filter
         self.store = store
         self.decoder = StreamingDecoder(vae)
@@ -189,8 +190,8 @@ class ChunkSteps:
         if isinstance(source, LatentDepth):
             output = source.predict(latents, cameras, readout)
             return output.depth, output.confidence, {}
-        if isinstance(source, GivenDepth):  # of the image's own aspect, which the frames' size may have rounded
-            return source(None, cameras.resized(self.image_size), numbers), None, {}
+        if isinstance(source, GivenDepth):
+            return source(None, cameras, numbers), None, {}
         keyframes = None if frames is None else frames[[number - numbers[-1] - 1 for number in numbers]]
         depth = source(keyframes, cameras, numbers)  # type: ignore[arg-type]  # None only where it needs none
         if not isinstance(depth, Tensor) or depth.ndim != 3 or len(depth) != len(numbers):

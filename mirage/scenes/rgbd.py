@@ -1,7 +1,7 @@
 """`RGBDFrames`: posed colour images with depth, from a folder or from a stereo pair in scikit-image.
 
-What is loaded is ready for a codec with 16x16 patches: images are cropped about their centre to sides that
-are multiples of 16, the depth with them, and the principal point is moved along.
+What is loaded is ready for a codec with 16x16 patches: images are cropped about their centre to sides that are
+multiples of 16, the depth with them, and the principal point is moved along, see :class:`~mirage.framing.Framing`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -19,10 +18,13 @@ from torch import Tensor
 
 from mirage_kernels import Cameras
 
+from ..depth_files import DEPTH_SUFFIXES, MILLIMETRES, read_depth
+from ..framing import Framing, cut_to_multiples
+from ..images import read_image, to_tensor
 from ..optional import import_extra
 
 _MULTIPLE = 16
-_INVALID_DEPTH = 65535  # of 16-bit depth files, beside 0
+_MATRIX_CHARACTERS = 10_000  # of a text file with a matrix, which has some hundreds
 _COLOR_NAME = re.compile(r"frame-\d+\.color\.(?:jpg|jpeg|png)")
 
 
@@ -94,9 +96,8 @@ def stereo_motorcycle() -> RGBDFrames:
     intrinsics[1, 0, 2] += difference
     cam2world = np.stack([np.eye(4)] * 2)
     cam2world[1, 0, 3] = baseline
-    images = np.stack([left, right])
-    depths = np.stack([depth, np.zeros_like(depth)]).astype(np.float32)
-    return _make_frames(images, depths, intrinsics, cam2world, ["left", "right"])
+    depths = [depth.astype(np.float32), np.zeros_like(depth, np.float32)]
+    return _make_frames([left, right], depths, intrinsics, cam2world, ["left", "right"])
 
 
 def list_rgbd_folder(path: str | os.PathLike[str]) -> list[str]:
@@ -121,7 +122,9 @@ def load_rgbd_folder(path: str | os.PathLike[str], frames: slice | None = None, 
     `intrinsics.txt` holds the 3x3 matrix for the images as they are, in continuous pixel coordinates (the
     centre of a 640x480 image is 320, 240). Each frame N (six digits) has `frame-N.color.jpg` (or .png),
     `frame-N.depth.png` of the same size (16 bits, millimetres; 0 and 65535 are unknown) and
-    `frame-N.pose.txt`, the 4x4 camera-to-world matrix in metres.
+    `frame-N.pose.txt`, the 4x4 camera-to-world matrix in metres. Depth may also be a file that
+    :func:`~mirage.depth_files.read_depth` reads, `frame-N.depth.tiff`, .exr, .npy or .npz: integers are millimetres,
+    floats are metres.
 
     Args:
         path: the folder.
@@ -138,16 +141,19 @@ def load_rgbd_folder(path: str | os.PathLike[str], frames: slice | None = None, 
     if not names:
         raise ValueError(f"frames must pick at least one of the frames of {folder}, got {frames}")
     matrix = _read_matrix(folder / "intrinsics.txt", 3)
-    images, depths, poses = [], [], []
+    images: list[np.ndarray] = []
+    depths: list[np.ndarray] = []
+    poses = []
     steps = import_extra("tqdm", "demo").tqdm(names, "read frames", leave=False) if progress else names
     for name in steps:
         stem = name.split(".")[0]
-        color = _read_image(folder / name).convert("RGB")
-        images.append(np.asarray(color))
-        if images[-1].shape != images[0].shape:
-            expected, got = (f"{shape[1]}x{shape[0]}" for shape in (images[0].shape, images[-1].shape))
-            raise ValueError(f"{folder / name}: expected {expected} as {names[0]}, got {got}")
-        depths.append(_read_depth(folder / f"{stem}.depth.png", color.size))
+        images.append(read_image(folder / name))
+        size = images[0].shape[:2]
+        if images[-1].shape[:2] != size:
+            raise ValueError(
+                f"{folder / name}: expected {_across(size)} as {names[0]}, got {_across(images[-1].shape)}"
+            )
+        depths.append(_read_depth(folder, f"{stem}.depth", size))
         pose_file = folder / f"{stem}.pose.txt"
         poses.append(_read_matrix(pose_file, 4))
         try:
@@ -160,64 +166,55 @@ def load_rgbd_folder(path: str | os.PathLike[str], frames: slice | None = None, 
         raise ValueError(f"{folder / 'intrinsics.txt'}: {error}") from None
     intrinsics = np.repeat(matrix[None], len(names), 0)
     try:
-        return _make_frames(
-            np.stack(images), np.stack(depths), intrinsics, np.stack(poses), [n.split(".")[0] for n in names]
-        )
+        return _make_frames(images, depths, intrinsics, np.stack(poses), [name.split(".")[0] for name in names])
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from None
 
 
 def _make_frames(
-    images: np.ndarray, depth: np.ndarray, intrinsics: np.ndarray, cam2world: np.ndarray, names: list[str]
+    images: Sequence[np.ndarray],
+    depths: Sequence[np.ndarray],
+    intrinsics: np.ndarray,
+    cam2world: np.ndarray,
+    names: list[str],
 ) -> RGBDFrames:
-    """Make frames from uint8 images (N, H, W, 3), float32 depth (N, H, W) and intrinsics: cropped, converted."""
-    height, width = images.shape[1:3]
-    h, w = height - height % _MULTIPLE, width - width % _MULTIPLE
-    if not h or not w:
+    """Make frames from images (H, W, 3), float32 depth (H, W) and intrinsics (N, 3, 3): cropped, converted."""
+    height, width = images[0].shape[:2]
+    if min(height, width) < _MULTIPLE:
         raise ValueError(f"images must be at least {_MULTIPLE}x{_MULTIPLE} pixels, got {width}x{height}")
-    top, left = (height - h) // 2, (width - w) // 2
-    intrinsics = intrinsics.copy()
-    intrinsics[:, 0, 2] -= left
-    intrinsics[:, 1, 2] -= top
-    pixels = torch.from_numpy(images[:, top : top + h, left : left + w]).permute(0, 3, 1, 2)
+    framing = Framing((height, width), cut_to_multiples((height, width), (_MULTIPLE, _MULTIPLE)))
     return RGBDFrames(
-        pixels.contiguous().float().div_(255.0),
-        torch.from_numpy(depth[:, top : top + h, left : left + w].copy()),
-        Cameras(intrinsics, cam2world, (h, w)),
+        torch.stack([to_tensor(framing.fit_pixels(pixels)) for pixels in images]),
+        torch.stack([framing.fit_map(torch.tensor(depth)) for depth in depths]),
+        framing.fit_cameras(Cameras(intrinsics, cam2world, (height, width))),
         names,
     )
 
 
-def _read_image(path: Path) -> Any:
-    image_module = import_extra("PIL.Image", "demo")
-    try:
-        image = image_module.open(path)
-        image.load()
-        return image
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path}: no such file") from None
-    except (OSError, SyntaxError) as error:  # what pillow raises for a broken PNG
-        raise ValueError(f"{path}: expected an image, got: {error}") from None
-
-
-def _read_depth(path: Path, size: tuple[int, int]) -> np.ndarray:
+def _read_depth(folder: Path, stem: str, size: tuple[int, ...]) -> np.ndarray:
     """Read depth (H, W) float32 in metres, 0 where unknown."""
-    image = _read_image(path)
-    if image.size != size:
-        expected, got = (f"{w}x{h}" for w, h in (size, image.size))
-        raise ValueError(f"{path}: expected {expected} pixels as the colour image, got {got}")
-    millimetres = np.asarray(image)
-    if millimetres.ndim != 2 or millimetres.dtype.kind not in "ui" or image.mode in ("L", "P"):
-        raise ValueError(f"{path}: expected one channel of 16 bits, millimetres, got mode {image.mode}")
-    depth = np.where(millimetres == _INVALID_DEPTH, 0, millimetres).astype(np.float32)
-    depth /= 1000.0
-    return depth
+    found = (folder / f"{stem}{suffix}" for suffix in DEPTH_SUFFIXES)
+    path = next((path for path in found if path.exists()), folder / f"{stem}.png")
+    depth = read_depth(path, integer_scale=MILLIMETRES)
+    if depth.shape != size:
+        got = _across(depth.shape) if depth.ndim == 2 else f"an array {depth.shape}"
+        raise ValueError(f"{path}: expected {_across(size)} pixels as the colour image, got {got}")
+    return np.where(np.isfinite(depth) & (depth > 0), depth, np.float32(0))
+
+
+def _across(shape: Sequence[int]) -> str:
+    """Write (height, width, ..) as people do: width first."""
+    return f"{shape[1]}x{shape[0]}"
 
 
 def _read_matrix(path: Path, size: int) -> np.ndarray:
     """Read a (size, size) float64 matrix from a text file."""
     try:
-        numbers = [[float(value) for value in line.split()] for line in path.read_text().splitlines() if line.strip()]
+        with path.open(encoding="utf-8") as file:
+            text = file.read(_MATRIX_CHARACTERS + 1)
+        if len(text) > _MATRIX_CHARACTERS:
+            raise ValueError(f"more than {_MATRIX_CHARACTERS} characters")
+        numbers = [[float(value) for value in line.split()] for line in text.splitlines() if line.strip()]
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: no such file") from None
     except ValueError as error:

@@ -22,7 +22,7 @@ LAYERS = {
         ("compat",),
     ),
     "mirage": (
-        ("optional", "media", "checked_files"),
+        ("optional", "media", "checked_files", "images", "framing", "depth_files"),
         ("models", "scenes", "perception"),
         ("pipeline",),
         ("zoo",),

@@ -1,16 +1,14 @@
-"""Read the files of one frame: colour, depth, mask; and a clip's prompt."""
+"""Read the files of one frame: depth, and a clip's prompt."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from ...optional import import_extra
+from ...depth_files import MILLIMETRES, read_depth
 
 
 def find_file(folder: Path, stem: str, suffixes: Sequence[str]) -> Path:
@@ -25,43 +23,17 @@ def find_file(folder: Path, stem: str, suffixes: Sequence[str]) -> Path:
     return found
 
 
-def _open_image(path: Path) -> Any:
-    try:
-        image = import_extra("PIL.Image", "train").open(path)
-        image.load()
-        return image
-    except FileNotFoundError:
-        raise
-    except (OSError, SyntaxError) as error:
-        raise ValueError(f"{path}: expected an image, got: {error}") from None
-
-
-def read_frame(path: Path) -> Tensor:
-    """Read a colour image: (3, H, W) float32 in [0, 1]."""
-    return torch.from_numpy(np.array(_open_image(path).convert("RGB"))).permute(2, 0, 1).float() / 255.0
-
-
-def read_depth(path: Path) -> Tensor:
-    """Read depth: (H, W) float32 in metres, 0 where unknown.
+def read_metres(path: Path) -> Tensor:
+    """Read depth of one frame, metres in floats or millimetres in integers: (H, W) float32 in metres, 0 where unknown.
 
     Raises:
-        ValueError: neither metres in a .npy file nor 16-bit millimetres.
+        OSError, ValueError: it is no such depth, see :func:`~mirage.depth_files.read_depth`.
     """
-    if path.suffix == ".npy":
-        values = np.load(path, allow_pickle=False)
-        unit = 1.0
-    else:
-        values, unit = np.array(_open_image(path)), 1000.0
-        values = np.where(values == 65535, 0, values)
-    if values.ndim != 2 or values.dtype.kind not in "uif" or values.dtype == np.uint8:
-        raise ValueError(f"{path}: expected (H, W) metres, or 16-bit millimetres, got {values.shape} {values.dtype}")
-    depth = torch.from_numpy(values.astype(np.float32)) / unit
+    values = read_depth(path, integer_scale=MILLIMETRES)
+    if values.ndim != 2:
+        raise ValueError(f"{path}: expected (H, W) metres, or 16-bit millimetres, got {values.shape}")
+    depth = torch.tensor(values)
     return torch.where(depth.isfinite() & (depth > 0), depth, 0.0)
-
-
-def read_mask(path: Path) -> Tensor:
-    """Read a mask: (H, W) bool, True where the image is not zero."""
-    return torch.from_numpy(np.array(_open_image(path).convert("L"))) > 0
 
 
 def read_prompt(path: Path) -> str:

@@ -6,8 +6,9 @@ Layouts on disk:
   folders. A `static/frame-000000.png` beside a frame marks by non-zero pixels what is static, `prompt.txt` says what
   there is.
 - "realestate10k": `cameras/CLIP.txt` in RealEstate10K's own format, and for each of its lines
-  `frames/CLIP/TIMESTAMP.jpg` (or .png) and `depth/CLIP/TIMESTAMP.png` (16 bits, millimetres) or `.npy` (metres); if
-  there, `static/CLIP/TIMESTAMP.png` (non-zero: static) and `prompts/CLIP.txt`.
+  `frames/CLIP/TIMESTAMP.jpg` (or .png) and `depth/CLIP/TIMESTAMP.png` (16 bits, millimetres), `.npy` (metres) or
+  another file that :func:`~mirage.depth_files.read_depth` reads; if there, `static/CLIP/TIMESTAMP.png` (non-zero:
+  static) and `prompts/CLIP.txt`. Depth and masks may be of another size than the frames, of their aspect.
 - "packed": `CLIP.safetensors` of :func:`~mirage.training.data.save_clip`, in a folder or in tar shards as WebDataset
   has them, where a `CLIP.txt` beside it is the prompt. Shards must be plain .tar: clips are read where they lie, so
   that a run can resume at any of them.
@@ -22,12 +23,15 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F
 
+from ...depth_files import DEPTH_SUFFIXES
+from ...framing import have_one_aspect
+from ...images import read_image, read_mask, to_tensor
 from ...scenes.camera_files import load_realestate10k
 from ...scenes.rgbd import list_rgbd_folder, load_rgbd_folder
 from ...scenes.synthetic import SyntheticRoom
 from ..config import DataConfig, SourceConfig
-from .clips import Clip, make_clip
-from .images import find_file, read_depth, read_frame, read_mask, read_prompt
+from .clips import TOKEN_PIXELS, Clip, make_clip
+from .images import find_file, read_metres, read_prompt
 from .shards import PackedSource
 
 
@@ -111,9 +115,10 @@ class RGBDSource:
             path = folder / "static" / f"{name}.png"
             if path.exists():
                 rows, columns = static.shape[1:]
-                mask = read_mask(path)
-                top, left = (mask.shape[0] - rows) // 2, (mask.shape[1] - columns) // 2  # as the images are cropped
-                if top < 0 or left < 0:
+                mask = torch.from_numpy(read_mask(path))
+                above, beside = mask.shape[0] - rows, mask.shape[1] - columns  # which the images are cropped by
+                top, left = above // 2, beside // 2
+                if not (0 <= above < TOKEN_PIXELS and 0 <= beside < TOKEN_PIXELS):
                     raise ValueError(f"{path}: must be of the size of the colour image, got {tuple(mask.shape)}")
                 static[i] = mask[top : top + rows, left : left + columns]
         prompt = read_prompt(folder / "prompt.txt")
@@ -148,13 +153,19 @@ class RealEstateSource:
         times = [line.split()[0] for line in lines[begin : begin + self.data.frames]]
         images, depths, masks = [], [], []
         for time in times:
-            images.append(read_frame(find_file(self.root / "frames" / path.stem, time, (".jpg", ".png"))))
-            depths.append(read_depth(find_file(self.root / "depth" / path.stem, time, (".npy", ".png"))))
+            frame = find_file(self.root / "frames" / path.stem, time, (".jpg", ".png"))
+            images.append(to_tensor(read_image(frame)))
+            depths.append(read_metres(find_file(self.root / "depth" / path.stem, time, (".npy", *DEPTH_SUFFIXES))))
             mask = self.root / "static" / path.stem / f"{time}.png"
-            masks.append(read_mask(mask) if mask.exists() else torch.ones(depths[-1].shape, dtype=torch.bool))
+            every = torch.ones(depths[-1].shape, dtype=torch.bool)
+            masks.append(torch.from_numpy(read_mask(mask)) if mask.exists() else every)
         for name, parts in (("frames", images), ("depth", depths), ("static", masks)):
             if len({part.shape for part in parts}) > 1:
                 raise ValueError(f"{self.root / name / path.stem}: must be of one size, got several")
+            got, expected = parts[0].shape[-2:], images[0].shape[-2:]
+            if not have_one_aspect(got, expected):
+                sizes = f"{expected[0]}x{expected[1]}, got {got[0]}x{got[1]}"
+                raise ValueError(f"{self.root / name / path.stem}: must have the aspect of the frames, {sizes}")
         frames, size = torch.stack(images), images[0].shape[1:]
         cameras = load_realestate10k(path, size)[begin : begin + self.data.frames]
         depth, static = (

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from mirage.commands import cli
-from mirage.evaluation.worldscore import MOVES, crop, describe_cameras, instance_folder, move_cameras, write_instance
+from mirage.evaluation.worldscore import MOVES, describe_cameras, instance_folder, move_cameras, write_instance
 from mirage.media import load_video
 from mirage_kernels import Cameras
 
@@ -124,13 +124,6 @@ def test_an_instance_has_what_the_scripts_look_for(tmp_path: Path) -> None:
         write_instance(folder, STATIC, frames[:8], cameras, 5, 1.0, image, 1.5)
     with pytest.raises(ValueError, match="an instance must have the key 'motion_type'"):
         instance_folder({"visual_movement": "dynamic", "visual_style": "stylized", "image": "a.png"})
-
-
-def test_pictures_are_cropped_about_their_middle() -> None:
-    wide = PIL.Image.new("RGB", (400, 100))
-    wide.paste((255, 0, 0), (125, 0, 275, 100))
-    assert np.array(crop(wide, SIZE))[:, 1:-1].min((0, 1)).tolist()[0] > 250 and crop(wide, SIZE).size == (96, 64)
-    assert crop(PIL.Image.new("RGB", (100, 400)), SIZE).size == (96, 64)
 
 
 @pytest.mark.slow

@@ -133,7 +133,7 @@ def test_what_is_ignored_is_said(pipe: MiragePipeline, caplog: pytest.LogCapture
         pipe.start_session(
             **_session_options(5) | {"image": image, "depth": torch.ones(67, 99), "num_frames": None}
         ).close()
-        assert "the image of 67x99 is resized to 64x96" in caplog.text
+        assert "the image of 67x99 is cropped to 64x96 about its centre for frames of 64x96" in caplog.text
 
 
 # Which memory.

@@ -265,6 +265,10 @@ def test_image_may_be_anything_diffusers_takes(pipe: MiragePipeline) -> None:
             image,
             [image],
             with_alpha,
+            np.asarray(image),
+            pixels.byte(),
+            pixels[None] / 127.5 - 1,
+            np.asarray(image).astype(np.uint16) * np.uint16(257),
             (pixels[None] / 255).bfloat16().float(),
             pixels[None] / 255,
             (pixels / 255).permute(1, 2, 0)[None].numpy(),
@@ -437,7 +441,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"cameras": generation.cameras(9).resized((64, 64))}, "cameras must have the aspect of the image, 64x96"),
     ({"depth": None}, "depth is given of 0 frames, frame 8 is needed, and there is nobody to ask"),
     ({"depth": torch.ones(2, *SIZE)}, "depth is given of 2 frames, frame 8 is needed"),
-    ({"depth": torch.ones(9, 64, 64)}, "depth must have the aspect of the 64x96 images"),
+    ({"depth": torch.ones(9, 64, 64)}, "depth must have the aspect of the 64x96 image, got 64x64"),
     ({"depth": torch.ones(9, *SIZE, dtype=torch.int32)}, "depth must be"),
     ({"depth_estimator": "crystal-ball"}, "depth-anything-v2"),
     ({"static_filter": "gometric"}, "geometric"),
@@ -447,10 +451,14 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"prompt_embeds": torch.zeros(1, 4, 32)}, "must not both be given"),
     ({"prompt": None, "prompt_embeds": torch.zeros(1, 4, 31)}, r"prompt_embeds must be \(1, L, 32\)"),
     ({"image": torch.zeros(2, 3, *SIZE)}, r"image must be \(3, H, W\) or \(1, 3, H, W\) as one Tensor, got \(2, 3"),
-    ({"image": np.zeros((*SIZE, 4))}, r"image must be \(H, W, 3\) or \(1, H, W, 3\) as one ndarray"),
+    ({"image": np.zeros((*SIZE, 5))}, r"image must be \(H, W, 3\) or \(1, H, W, 3\) as one ndarray"),
+    ({"image": np.zeros((3, *SIZE), np.float32)}, r"image must be \(H, W, 3\) .* got \(3, 64, 96\)"),
+    ({"image": options(5)["image"] * 255}, r"image must hold floats in \[0, 1\], .*convert it to uint8"),
+    ({"image": options(5)["image"] * float("nan")}, "image must be finite"),
     ({"static_filter": lambda views: None}, "static_filter must be a name or a StaticFilter, got function"),
     ({"depth_estimator": lambda frames: None}, "depth_estimator must be a name or a DepthEstimator, got function"),
-    ({"image": "room.png"}, "image must be a PIL image"),
+    ({"image": 3}, "image must be a path, a PIL image, an array or a tensor, got int"),
+    ({"image": "room.png"}, "room.png: no such file"),
     ({"height": 64}, "height and width must be given together"),
     ({"height": 64, "width": 100}, "multiples of 32 and 32, got 64 and 100"),
     ({"output_type": "gif"}, "output_type must be"),
@@ -474,7 +482,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
 @pytest.mark.parametrize("changes, message", BAD, ids=lambda value: "-".join(value) if isinstance(value, dict) else "")
 def test_bad_arguments_are_named_before_any_work(idle: MiragePipeline, changes: dict[str, Any], message: str) -> None:
     asked = options(9) | {"chunk_frames": 9} | changes
-    with pytest.raises((ValueError, TypeError, MissingExtraError), match=message):
+    with pytest.raises((ValueError, TypeError, MissingExtraError, FileNotFoundError), match=message):
         idle(**asked)
 
 

@@ -219,7 +219,7 @@ def resave(path: Path, array: np.ndarray) -> None:
         (
             lambda f: resave(f / "frame-000010.depth.png", np.ones((41, 53), np.uint8)),
             ValueError,
-            "depth.png: expected one channel of 16 bits, millimetres, got mode L",
+            "depth.png: expected depth, one channel of 16 bits or float, got an image of 8 bits",
         ),
         (
             lambda f: resave(f / "frame-000010.color.png", np.ones((32, 48, 3), np.uint8)),
