@@ -20,10 +20,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load, save
+from safetensors.torch import load
 from torch import Tensor
 
-from mirage_kernels.io import replace_text
+from mirage_kernels.io import replace_text, write_tensors
 
 MANIFEST = "manifest.json"
 FORMAT, VERSION = "mirage-manifest", 1
@@ -170,13 +170,12 @@ def parse_json(path: Path, content: bytes) -> dict[str, Any]:
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Write tensors (of any device) as a safetensors file, under any name that the system allows.
+    """Write tensors as :func:`mirage_kernels.io.write_tensors` does: under any name, the same bytes every time.
 
     Raises:
         OSError: it could not be written, such as on a full disk.
     """
-    on_host = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    path.write_bytes(save(on_host, metadata))
+    write_tensors(path, tensors, metadata)
 
 
 def parse_tensors(path: Path, content: bytes) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -392,7 +392,12 @@ class LatentPointCloud:
             "intrinsics_latent": self.intrinsics_latent,
             "latent_hw": self.latent_hw,
         }
-        replace_file(path, lambda temporary: torch.save(state, temporary))
+
+        def write(draft: str) -> None:
+            with open(draft, "wb") as file:  # with torch's own, a full disk is no OSError
+                torch.save(state, file)
+
+        replace_file(path, write)
 
     @classmethod
     def from_file(cls, path: str | Path, map_location: str | torch.device | None = None) -> LatentPointCloud:

@@ -17,10 +17,9 @@ from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from peft.utils.other import get_pattern_key
-from safetensors.torch import save_file
 from torch import Tensor
 
-from mirage_kernels.io import replace_file
+from mirage_kernels.io import replace_tensors
 
 from .checkpoint_files import (
     Source,
@@ -83,8 +82,7 @@ def save_lora(transformer: MirageTransformer3DModel, path: str | Path, adapter_n
     }
     metadata = {"format": "pt", LORA_ADAPTER_METADATA_KEY: json.dumps(described, sort_keys=True)}
     matrices = get_peft_model_state_dict(transformer, adapter_name=adapter_name)
-    tensors = {f"transformer.{name}": value.detach().cpu().contiguous() for name, value in matrices.items()}
-    replace_file(path, lambda temporary: save_file(tensors, temporary, metadata))
+    replace_tensors(path, {f"transformer.{name}": value for name, value in matrices.items()}, metadata)
 
 
 def read_lora(

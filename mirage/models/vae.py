@@ -18,9 +18,9 @@ from diffusers.utils.accelerate_utils import apply_forward_hook
 from diffusers.utils.torch_utils import get_module_execution_device
 from torch import Tensor
 
-from mirage_kernels.io import replace_file
+from mirage_kernels.io import replace_tensors
 
-from ..checked_files import parse_tensors, save_tensors
+from ..checked_files import parse_tensors
 
 FORMAT = "mirage-streaming-decoder"
 VERSION = 1
@@ -249,7 +249,7 @@ class StreamingDecoder:
     def save(self, path: str | Path) -> None:
         """Write the state as a safetensors file, in one step: a crash leaves the old file or the new one."""
         metadata = {"format": FORMAT, "version": str(VERSION)}
-        replace_file(path, lambda temporary: save_tensors(Path(temporary), self.state_dict(), metadata))
+        replace_tensors(path, self.state_dict(), metadata)
 
     def load(self, path: str | Path) -> None:
         """Continue from a saved state: the frames that follow are the same bits as without the break.

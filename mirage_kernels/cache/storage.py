@@ -18,11 +18,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ..constants import MAX_SCALE, MIN_SCALE
-from ..io import replace_file
+from ..io import replace_tensors
 
 FORMAT = "mirage-latent-cache"
 _REQUIRED = ("channels", "dtype", "write_policy", "capacity")  # in the config
@@ -51,8 +50,7 @@ def save_cache(path: str | Path, tensors: dict[str, Tensor], config: dict[str, A
     """Save a cache's tensors (on any device) and config."""
     metadata = {"format": FORMAT, "version": format_version(config), "settings": json.dumps(config)}
     named = {_FILE_NAMES.get(name, name): tensor for name, tensor in tensors.items()}
-    on_host = {name: named[name].detach().cpu().contiguous() for name in _names(config)}
-    replace_file(path, lambda temporary: save_file(on_host, temporary, metadata))
+    replace_tensors(path, {name: named[name] for name in _names(config)}, metadata)
 
 
 def read_metadata(path: str | Path) -> tuple[dict[str, Any], dict[str, tuple[int, ...]]]:

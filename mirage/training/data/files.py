@@ -8,10 +8,9 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
-from safetensors.torch import save as save_tensors
 
 from mirage_kernels import Cameras
-from mirage_kernels.io import replace_bytes
+from mirage_kernels.io import replace_tensors
 
 from .clips import Clip
 
@@ -36,8 +35,7 @@ def save_clip(path: Path, clip: Clip) -> None:
         tensors["prompt_embeds"] = clip.prompt_embeds
     metadata = {"format": FORMAT, "version": str(VERSION)}
     metadata |= {"name": clip.name, "prompt": clip.prompt, "vae": clip.vae or ""}
-    content = save_tensors({name: value.cpu().contiguous() for name, value in tensors.items()}, metadata)
-    replace_bytes(path, content)
+    replace_tensors(path, tensors, metadata)
 
 
 def load_clip(name: str, content: bytes) -> Clip:

@@ -17,7 +17,7 @@ from comparison import as_array, assert_equal_bits, assert_same_view, assert_sam
 from hypothesis import given
 from hypothesis import strategies as st
 
-import mirage_kernels.cache.storage
+import mirage_kernels.io
 from mirage_kernels import Cameras, LatentCache, WriteReport, bounded_write, cache_compact, cache_write, splat_aligned
 from mirage_kernels.ops import checks
 
@@ -826,7 +826,7 @@ def crash(*args, **kwargs):
     raise Crash
 
 
-def write_half(tensors, path, *args, **kwargs):
+def write_half(path, tensors, *args, **kwargs):
     with open(path, "wb") as file:
         file.write(b"\x10\x00\x00")
     raise OSError(28, "No space left on device")
@@ -837,8 +837,8 @@ def write_half(tensors, path, *args, **kwargs):
     [
         (os, "replace", crash, Crash),
         (os, "fsync", crash, Crash),
-        (mirage_kernels.cache.storage, "save_file", crash, Crash),
-        (mirage_kernels.cache.storage, "save_file", write_half, OSError),
+        (mirage_kernels.io, "write_tensors", crash, Crash),
+        (mirage_kernels.io, "write_tensors", write_half, OSError),
     ],
 )
 @pytest.mark.parametrize("exists", [False, True])

@@ -23,10 +23,10 @@ from test_transformer import (
 )
 from torch import Tensor, nn
 
-from mirage.models import lora
 from mirage.models.checkpoints import load_published
 from mirage.models.lora import load_lora, save_lora
 from mirage.models.transformer import MirageTransformer3DModel
+from mirage_kernels import io
 
 State = dict[str, Any]
 
@@ -587,11 +587,11 @@ def test_a_failed_save_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.M
     save_lora(trained, path)
     before = path.read_bytes()
 
-    def fail(tensors: State, where: str, metadata: dict[str, str]) -> None:
+    def fail(where: str, tensors: State, metadata: dict[str, str]) -> None:
         Path(where).write_bytes(b"half")
         raise OSError("disk full")
 
-    monkeypatch.setattr(lora, "save_file", fail)
+    monkeypatch.setattr(io, "write_tensors", fail)
     with pytest.raises(OSError, match="disk full"):
         save_lora(trained, path)
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
