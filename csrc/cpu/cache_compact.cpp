@@ -28,7 +28,7 @@ void evict(const int32_t* frame_ids, index_t excess, std::vector<uint8_t>& kept)
 }
 
 void close_gaps(Tensor& buffer, const std::vector<uint8_t>& kept) {
-  if (buffer.size(0) == 0) return;
+  if (buffer.numel() == 0) return;
   char* data = output<char>(buffer);
   const size_t bytes = static_cast<size_t>(buffer.numel() / buffer.size(0)) * buffer.element_size();
   size_t to = 0;

@@ -10,6 +10,8 @@ Arguments are checked here, once: operators are launched without checks of their
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,9 +27,12 @@ from ..quantization import dequantize_rows
 from . import launch
 from .buffers import TokenBuffers
 from .config import MERGES, READOUT_DTYPES, WRITE_POLICIES, CacheConfig
+from .inputs import Array, as_write_inputs
+from .loose_points import as_points, write_points
 from .mark import CacheMark
 from .offload import Offloaded, find_far, find_touched, gather_all, move
 from .report import WriteReport
+from .selection import check_frames, near_the_surface, read_frames, winners
 from .storage import load_cache, save_cache
 
 __all__ = [
@@ -50,7 +55,7 @@ class LatentCache:
     """Remember latent tokens in world space.
 
     Args:
-        channels: C of the latents.
+        channels: C of the latents; 0 keeps positions only, for visibility and retrieval.
         dtype: of the stored features: float32, float16, bfloat16 or float8_e4m3fn. The last takes C + 21 bytes a token,
             69 at 48 channels where bfloat16 takes 116: latents are rounded to four significant bits, with one scale a
             token (:func:`mirage_kernels.cache_write`).
@@ -236,10 +241,10 @@ class LatentCache:
 
     def write(
         self,
-        latents: Tensor,
-        depth: Tensor,
+        latents: Array,
+        depth: Array,
         cameras: Cameras,
-        mask: Tensor | None = None,
+        mask: Array | None = None,
         *,
         depth_sampling: str = "median",
         min_depth: float = 0.0,
@@ -251,10 +256,14 @@ class LatentCache:
         the views may see, and what may share a voxel with the new. One that may evict brings back everything.
 
         Args:
-            latents: (T, C, h, w) float32, float16 or bfloat16 on the cache's device.
-            depth: (T, H, W) float, z in world units, H >= h and W >= w; 0, negative, NaN and Inf mean unknown.
+            latents: (T, C, h, w) float on the cache's device, or (1, C, T, h, w) as pipelines give them.
+            depth: (T, H, W) or (T, 1, H, W) float, z in world units, H >= h and W >= w; 0, negative, NaN and Inf mean
+                unknown.
             cameras: of the T views; moved to the cache's device and resized to the depth map where they differ.
-            mask: (T, H', W') bool, True = static, keep; None keeps everything.
+            mask: (T, H', W') or (T, 1, H', W'), True = static, keep; None keeps everything. Bool, or 0 and 1 in any
+                other dtype, which are looked at: that waits for the device.
+
+            Numpy arrays are moved to the cache's device; float64 is rounded to float32.
             depth_sampling: ``"median"`` or ``"bilinear"``, see :func:`mirage_kernels.back_project`.
             min_depth, max_depth: token depths outside are not written.
 
@@ -265,13 +274,15 @@ class LatentCache:
             ValueError, TypeError: naming the argument, what was expected and what came; the cache is as it was.
         """
         _check_cameras(cameras)
-        if isinstance(latents, Tensor) and latents.dim() == 4 and len(cameras) != latents.shape[0]:
-            raise ValueError(f"cameras must be {latents.shape[0]} views like latents, got {len(cameras)}")
+        views = len(cameras)
+        tokens, depths, static = as_write_inputs(latents, depth, mask, views, self.channels, self.device)
+        if isinstance(tokens, Tensor) and tokens.dim() == 4 and views != tokens.shape[0]:
+            raise ValueError(f"cameras must be {tokens.shape[0]} views like latents, got {views}")
         cameras = cameras.to(self.device)
-        if isinstance(depth, Tensor) and depth.dim() == 3 and 0 not in depth.shape[1:]:
-            cameras = cameras.resized((depth.shape[1], depth.shape[2]))
+        if isinstance(depths, Tensor) and depths.dim() == 3 and 0 not in depths.shape[1:]:
+            cameras = cameras.resized((depths.shape[1], depths.shape[2]))
         return self.write_views(
-            latents, depth, cameras.intrinsics, cameras.cam2world, mask, depth_sampling, min_depth, max_depth
+            tokens, depths, cameras.intrinsics, cameras.cam2world, static, depth_sampling, min_depth, max_depth
         )
 
     def write_views(
@@ -311,6 +322,41 @@ class LatentCache:
         )
         return WriteReport(counts)
 
+    def write_points(
+        self,
+        points: Array,
+        features: Array,
+        *,
+        footprint: float | Array,
+        frame: int | None = None,
+        center: Array | Sequence[float] | None = None,
+    ) -> WriteReport:
+        """Write tokens that come from no depth map: surfels, a scan, another system's cloud.
+
+        No view says what they cover or see through. A bounded cache writes, in their order, those whose voxel holds
+        fewer than ``views_per_voxel`` tokens, and refuses the others; nothing is replaced, merged or carved. It waits
+        for the device, and brings back what was offloaded where it may evict or refuse.
+
+        Args:
+            points: (N, 3) float, world positions.
+            features: (N, C) float.
+            footprint: world size of what a token stands for, such as a surfel's diameter: one for all, or (N,).
+            frame: number of the written view that they belong to; None counts them as one view more, and
+                :attr:`frame_ids` has its number.
+            center: (3,), the camera's centre of such a view, from which aligned reads know the side that the points
+                were seen from; None: unknown.
+
+        Returns:
+            :class:`WriteReport`: ``written``, ``refused``, ``non_finite``, ``evicted``.
+
+        Raises:
+            ValueError, TypeError: naming the argument, what was expected and what came; the cache is as it was.
+        """
+        rows = as_points(points, features, footprint, frame, center, self.channels, self.num_frames, self.device)
+        if self._config.changes_in_place:
+            self.onload()
+        return WriteReport(write_points(self._buffers, self._config, rows))
+
     def read(
         self,
         cameras: Cameras,
@@ -320,6 +366,8 @@ class LatentCache:
         sharpness: float = SHARPNESS,
         near: float = NEAR,
         dtype: torch.dtype | None = None,
+        frames: Sequence[int] | None = None,
+        per_frame: bool = False,
     ) -> Readout:
         """Render what T cameras see of the cache, on a latent grid.
 
@@ -335,6 +383,10 @@ class LatentCache:
             sharpness: of ``"aligned"``: 0 is a blur, infinity the best token alone.
             near: least depth, world units.
             dtype: of the latents returned, float32, float16 or bfloat16; default the cache's, bfloat16 of a float8 one.
+            frames: numbers of written views; only the tokens that these wrote are there. None: all. Given, it waits for
+                the device, and so does ``per_frame``.
+            per_frame: render the tokens of each written view apart, as if the cache held no others: all results get a
+                leading axis of the ``frames``, by default of the ``num_frames`` written.
 
         Returns:
             :class:`Readout`: latents (T, C, h, w), mask, depth and index (T, h, w); holes are 0, False, 0 and -1. Depth
@@ -354,18 +406,56 @@ class LatentCache:
             dtype = self._readout_dtype
         elif dtype not in READOUT_DTYPES:
             raise TypeError(f"dtype must be float32, float16, bfloat16 or float64, got {dtype}")
+        if per_frame or frames is not None:
+            frames = check_frames(range(self.num_frames) if frames is None else frames, self.num_frames)
         buffers, intrinsics, cam2world = self._buffers, cameras.intrinsics_at(size), cameras.cam2world
         if self._offloaded is not None:
             self._move(set(), self._touched(Cameras.trusted(intrinsics, cam2world, size)))
         if cam2world.device != buffers.device:
             intrinsics, cam2world = intrinsics.to(buffers.device), cam2world.to(buffers.device)
-        if splat == "aligned":
+        if frames is not None:
+            views: dict[str, Any] = dict(intrinsics=intrinsics, cam2world=cam2world, size=size, near=near, dtype=dtype)
+            aligned = partial(launch.read_aligned, sharpness=sharpness, **views)
+            render = aligned if splat == "aligned" else partial(launch.read_nearest, **views)
+            readout = read_frames(buffers, frames, per_frame, render)
+        elif splat == "aligned":
             readout = launch.read_aligned(buffers, intrinsics, cam2world, size, near, sharpness, dtype)
         else:
             readout = launch.read_nearest(buffers, intrinsics, cam2world, size, near, dtype)
         if self._offloaded is not None:
             readout = readout._replace(index=self._offloaded.all_rows(readout.index))
         return readout
+
+    def visible(
+        self, cameras: Cameras, size: tuple[int, int], *, depth_tolerance: float = 0.0, near: float = NEAR
+    ) -> Tensor:
+        """Say which tokens T cameras see, for matching views or counting what they share. Waits for the device.
+
+        A token is visible to a camera if it is the nearest of the cell that it falls into, as ``splat="nearest"`` reads
+        it: at equal depth the one of the lowest row. With a tolerance, so is what lies in the same cell and is at most
+        so much deeper, which on a coarse grid is the rest of the same surface.
+
+        Args:
+            cameras: T views; their intrinsics are resized to the grid.
+            size: (h, w) of the grid.
+            depth_tolerance: as a part of the nearest depth; 0.01 is one percent.
+            near: least depth, world units.
+
+        Returns:
+            (T, N) bool, in the order of :attr:`points`.
+        """
+        if not 0 <= depth_tolerance < math.inf:
+            raise ValueError(f"depth_tolerance must be a finite part >= 0 of the depth, got {depth_tolerance!r}")
+        nearest = self.read(cameras, size, splat="nearest", near=near)
+        shown = winners(nearest.index, len(self))
+        if depth_tolerance > 0:
+            points = self._buffers.points[: self._buffers.count_live()]
+            rows = torch.arange(len(points), device=self.device)
+            if self._offloaded is not None:
+                rows = self._offloaded.all_rows(rows)
+            views = cameras.resized(size).to(self.device)
+            shown[:, rows] |= near_the_surface(points, nearest.depth, views, near, depth_tolerance)
+        return shown
 
     def view_overlap(
         self, cameras: Cameras, targets: Cameras, size: tuple[int, int], *, voxel_size: float = 0.1, near: float = NEAR

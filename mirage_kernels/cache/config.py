@@ -35,8 +35,8 @@ class CacheConfig:
 
     def __post_init__(self) -> None:
         channels, capacity = self.channels, self.capacity
-        if isinstance(channels, bool) or not isinstance(channels, int) or channels < 1:
-            raise ValueError(f"channels must be a positive int, got {channels!r}")
+        if isinstance(channels, bool) or not isinstance(channels, int) or channels < 0:
+            raise ValueError(f"channels must be an int >= 0, got {channels!r}")
         if self.dtype not in STORED_DTYPES:
             raise TypeError(f"dtype must be float32, float16, bfloat16 or float8_e4m3fn, got {self.dtype}")
         if capacity is not None and (isinstance(capacity, bool) or not isinstance(capacity, int) or capacity < 0):

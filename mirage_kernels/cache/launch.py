@@ -6,7 +6,7 @@ Nothing here is checked again, neither those arguments nor what the cache guaran
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -29,8 +29,27 @@ from .offload import Offloaded, rows_of
 _NO_LIMIT = 2**62
 
 
+class Tokens(Protocol):
+    """Tokens to read: all of the buffers, or some."""
+
+    @property
+    def points(self) -> Tensor: ...
+    @property
+    def features(self) -> Tensor: ...
+    @property
+    def frame_ids(self) -> Tensor: ...
+    @property
+    def scales(self) -> Tensor | None: ...
+    @property
+    def frame_centers(self) -> Tensor: ...
+    @property
+    def bounds(self) -> Tensor: ...
+    @property
+    def count(self) -> Tensor | None: ...
+
+
 def read_aligned(
-    buffers: TokenBuffers,
+    buffers: Tokens,
     intrinsics: Tensor,
     cam2world: Tensor,
     size: tuple[int, int],
@@ -59,7 +78,7 @@ def read_aligned(
 
 
 def read_nearest(
-    buffers: TokenBuffers,
+    buffers: Tokens,
     intrinsics: Tensor,
     cam2world: Tensor,
     size: tuple[int, int],
@@ -108,15 +127,7 @@ def write(
     buffers.reserve_frames(views)
     buffers.frame_centers[buffers.num_frames : buffers.num_frames + views] = cam2world[:, :3, 3]
     violations = buffers.free_space_violations
-    held: dict[str, Any] = dict(
-        points=plain(buffers.points),
-        features=plain(buffers.features),
-        frame_ids=buffers.frame_ids,
-        count=buffers.count,
-        bounds=buffers.bounds,
-        scales=buffers.scales,
-    )
-    kept: dict[str, Any] = dict(free_space_violations=violations, num_observations=buffers.num_observations)
+    held, kept = _written_in_place(buffers)
     views_of: dict[str, Any] = dict(
         latents=latents,
         depth=depth,
@@ -149,11 +160,32 @@ def write(
         # Slices: a list of places would be copied to the device, and no graph could capture the write.
         counts[:1], counts[4:9] = appended[:1], appended[1:]
     if config.changes_in_place:
-        max_tokens = _NO_LIMIT if config.max_tokens is None else config.max_tokens
-        counts[-1] = launch_cache_compact(**held, **kept, max_tokens=max_tokens)
+        counts[-1] = compact(buffers, config)
     buffers.num_frames += views
     buffers.max_live = min(buffers.max_live + tokens, buffers.rows)
     return counts, offloaded
+
+
+def compact(buffers: TokenBuffers, config: CacheConfig) -> Tensor:
+    """Remove invalid tokens, and the oldest beyond what the config allows; return how many of the latter."""
+    held, kept = _written_in_place(buffers)
+    max_tokens = _NO_LIMIT if config.max_tokens is None else config.max_tokens
+    evicted: Tensor = launch_cache_compact(**held, **kept, max_tokens=max_tokens)
+    return evicted
+
+
+def _written_in_place(buffers: TokenBuffers) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return what any write changes in place, and what a bounded write does besides."""
+    held = dict(
+        points=plain(buffers.points),
+        features=plain(buffers.features),
+        frame_ids=buffers.frame_ids,
+        count=buffers.count,
+        bounds=buffers.bounds,
+        scales=buffers.scales,
+    )
+    kept = dict(free_space_violations=buffers.free_space_violations, num_observations=buffers.num_observations)
+    return held, kept
 
 
 def view_overlap(

@@ -73,6 +73,7 @@ def given() -> dict[str, Any]:
         "latents": latents,
         "depth": depth,
         "static": static,
+        "points": torch.rand(500, 3) + torch.tensor([-0.5, -0.5, 1.5]),
         "chunks": [chunk, chunk],
         "my_world_model": lambda chunk, memory: (latents, depth, static),
         "image": torch.rand(3, 64, 96),
