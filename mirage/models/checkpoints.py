@@ -43,8 +43,10 @@ def load_published(
     """Load weights of the published release (microsoft/LatentSpatialMemory), under its key names, into our models.
 
     A source is a state dict; a `.safetensors`, `.pt`, `.pth`, `.ckpt` or `.bin` file of one (read with
-    `weights_only=True`); or a sequence of such files, the shards of one. It may be wrapped, as
-    `{"vace": ...}`, `{"generator": {"vace": ...}}` or `{"state_dict": ...}`, and its keys may carry the usual prefixes.
+    `weights_only=True`); or the shards of one: a sequence of files, their index, or the folder. It may be wrapped, as
+    `{"vace": ...}`, `{"generator": {"vace": ...}}`, `{"state_dict": ...}`, `{"model": ...}` or `{"module": ...}`, and
+    its keys may carry the usual prefixes, ComfyUI's, `torch.compile`'s and FSDP's among them. `dit` may have diffusers'
+    names as well. Weights in fp8 are multiplied by their scales, where the file has some.
 
     A model that is not given is built from the state dict's shapes, in its dtypes, on the CPU, with 128 channels a head
     as every Wan model has. Shapes do not say where the adapter's N blocks belong: they are spread evenly over the

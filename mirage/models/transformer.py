@@ -12,12 +12,15 @@ Same weights and configuration as diffusers' `WanTransformer3DModel`: it loads t
 
 from __future__ import annotations
 
-from functools import partial
-from typing import Any
+import os
+from functools import partial, wraps
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers.configuration_utils import register_to_config
 from diffusers.hooks import FirstBlockCacheConfig, MagCacheConfig, SeaCacheConfig
+from diffusers.loaders.single_file_utils import load_single_file_checkpoint
 from diffusers.models._modeling_parallel import ContextParallelInput, ContextParallelOutput
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.modeling_utils import ModelMixin  # noqa: F401  # diffusers asks this module for it when it loads
@@ -27,9 +30,15 @@ from torch import Tensor, nn
 
 from .adapter import MirageMemoryAdapter
 from .blocks import FrameIndex, MirageRotaryPosEmbed, MirageTransformerBlock, is_context_parallel, modulate
+from .lora_folder import ENTRY, plain_names, remove_stale, restore_loras, save_loras
+from .scaled_weights import is_scaled, restore_weights
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 _SKIPPING_CACHES = (FirstBlockCacheConfig, MagCacheConfig, SeaCacheConfig)
 _SKIPPING_HOOKS = ("fbc_", "mag_cache", "sea_cache")
+_DOWNLOAD_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")
 
 
 class MirageTransformer3DModel(WanTransformer3DModel):
@@ -105,6 +114,81 @@ class MirageTransformer3DModel(WanTransformer3DModel):
         # Both have no weights; context parallelism splits what passes through them.
         self.frame_index = FrameIndex()
         self.hint = nn.Identity()
+
+    # Files.
+
+    @wraps(WanTransformer3DModel.save_pretrained, assigned=())  # a pipeline looks up which arguments there are
+    def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
+        """Save to a folder as diffusers' models do, LoRA apart: see :mod:`mirage.models.lora_folder`.
+
+        :meth:`from_pretrained` loads the same outputs; diffusers' own class loads the weights without LoRA. Fused LoRA
+        is part of the weights.
+
+        Args:
+            save_directory: folder; made where it is not there.
+            kwargs: as of `ModelMixin.save_pretrained`.
+        """
+        folder = Path(save_directory)
+        if not kwargs.get("is_main_process", True):
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        entry = save_loras(self, folder)
+        config = self.config
+        if entry is not None:
+            self.register_to_config(**{ENTRY: entry})
+        try:
+            with plain_names(self):
+                super().save_pretrained(folder, **kwargs)
+        finally:
+            self._internal_dict = config
+        remove_stale(folder, entry)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> Self:
+        """Load a folder or a model of the hub as diffusers' models do, with the LoRA that was saved with it.
+
+        Raises:
+            ValueError: weights are missing, or a LoRA that its configuration names does not fit.
+            FileNotFoundError: a LoRA that its configuration names is not there.
+        """
+        loaded = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        model: Self = loaded[0] if isinstance(loaded, tuple) else loaded  # with output_loading_info
+        if kwargs.get("device_map") is None:
+            model._refuse_missing(f"{pretrained_model_name_or_path}")
+        options = {name: kwargs[name] for name in (*_DOWNLOAD_OPTIONS, "subfolder") if name in kwargs}
+        entry = cls.load_config(pretrained_model_name_or_path, **options).get(ENTRY)
+        if entry is not None:
+            restore_loras(model, entry, Path(pretrained_model_name_or_path) / (kwargs.get("subfolder") or ""))
+            model.eval()
+        return loaded  # type: ignore[no-any-return]
+
+    @classmethod
+    def extract_init_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        return super().extract_init_dict({name: v for name, v in config_dict.items() if name != ENTRY}, **kwargs)
+
+    @classmethod
+    def from_single_file(cls, pretrained_model_link_or_path_or_dict: Any = None, **kwargs: Any) -> Self:
+        """Load a single file as diffusers' models do; weights in fp8 are multiplied by their scales, if there are any.
+
+        Raises:
+            ValueError: a quantised format that is not known, or missing weights.
+        """
+        source = pretrained_model_link_or_path_or_dict
+        if not isinstance(source, dict) and not str(source).endswith(".gguf"):
+            options = {name: kwargs[name] for name in (*_DOWNLOAD_OPTIONS, "disable_mmap") if name in kwargs}
+            source = load_single_file_checkpoint(source, **options)
+        if isinstance(source, dict) and is_scaled(source):
+            source = restore_weights(f"{pretrained_model_link_or_path_or_dict}", source)
+        model: Self = super().from_single_file(source, **kwargs)
+        return model
+
+    def _refuse_missing(self, label: str) -> None:
+        """Refuse a model some of whose weights no file had."""
+        if absent := [name for name, value in self.state_dict().items() if value.is_meta]:
+            raise ValueError(
+                f"{label}: {len(absent)} weights are missing: {', '.join(absent[:5])}; was it saved with a LoRA on, by"
+                " another version? Its names are those of peft's layers then"
+            )
 
     def enable_cache(self, config: Any) -> None:
         """Enable a cache as diffusers' models do, except those that skip whole blocks, which the memory's hints would

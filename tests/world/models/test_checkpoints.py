@@ -486,8 +486,8 @@ def test_a_second_lora_beside_the_first() -> None:
         (lambda state: {**state, "blocks.9.attn1.to_q.lora_A.weight": torch.zeros(4, 48)}, "left over: blocks.9.attn1"),
         (lambda state: {**state, "blocks.0.norm2.lora_A.weight": torch.zeros(4, 48)}, "left over: blocks.0.norm2"),
         (
-            lambda state: {**state, "transformer.blocks.0.attn1.to_q.lora_B.bias": torch.zeros(48)},
-            "56 of 57 keys match the transformer's linear layers; left over: .*0.attn1.to_q.lora_B.bias; nothing",
+            lambda state: {**state, "transformer.blocks.0.attn1.to_q.lora_A.bias": torch.zeros(48)},
+            "56 of 57 keys match the transformer's linear layers; left over: .*0.attn1.to_q.lora_A.bias; nothing",
         ),
         (
             lambda state: {
