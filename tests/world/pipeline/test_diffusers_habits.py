@@ -286,7 +286,7 @@ def test_attention_kwargs_scale_a_lora_at_call(tmp_path: Path) -> None:
     torch.testing.assert_close(latents(pipe, attention_kwargs={"scale": 0.0}), plain, rtol=0, atol=1e-5)
     half = latents(pipe, attention_kwargs={"scale": 0.5})
     assert not torch.equal(half, whole) and pipe.attention_kwargs == {"scale": 0.5}
-    pipe.set_adapters("default", 0.5)
+    pipe.set_adapters("default_0", 0.5)
     torch.testing.assert_close(latents(pipe), half, rtol=0, atol=1e-5)
     pipe.unload_lora_weights()
     assert torch.equal(latents(pipe), plain)
