@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKLWan
+from diffusers.utils.torch_utils import unwrap_module
 from torch import Tensor
 
 from . import TEMPORAL_COMPRESSION
@@ -25,9 +26,10 @@ def tensor_bytes(tensor: Tensor) -> bytes:
 
 def fingerprint(component: Any) -> str | None:
     """Return a string that changes with a component's class, dtype, shapes and weights (the first few of each tensor),
-    wherever it was loaded from; None for None."""
+    wherever it was loaded from and whether or not it is compiled; None for None."""
     if component is None:
         return None
+    component = unwrap_module(component)
     digest = hashlib.sha256()
     if isinstance(component, torch.nn.Module):
         for name, weight in sorted(component.state_dict().items()):
@@ -69,6 +71,27 @@ def check_models(
         raise ValueError(f"memory_adapter must name blocks 0 to {config.num_layers - 1} of the transformer, got {last}")
 
 
+def check_dtypes(transformer: MirageTransformer3DModel, memory_adapter: MirageMemoryAdapter | None) -> None:
+    """Check that the transformer and the adapter that it calls compute in one dtype, unless autocast sees to it.
+
+    Quantised models, and those that store another dtype than they compute in, count by what they compute in. All other
+    models are given tensors of their own dtype.
+
+    Raises:
+        ValueError: they do not; the message names both dtypes, and what to do.
+    """
+    if memory_adapter is None or torch.is_autocast_enabled(transformer.device.type):
+        return
+    ours, theirs = transformer.dtype, memory_adapter.dtype
+    if ours != theirs and ours.is_floating_point and theirs.is_floating_point:
+        name = str(ours).removeprefix("torch.")
+        raise ValueError(
+            f"memory_adapter must be {name} like the transformer, which calls it, got"
+            f" {str(theirs).removeprefix('torch.')}: load both with dtype=torch.{name}, or call"
+            f" pipe.memory_adapter.to(torch.{name})"
+        )
+
+
 def _check_against_vae(
     vae: AutoencoderKLWan,
     transformer: MirageTransformer3DModel | None,
@@ -80,7 +103,7 @@ def _check_against_vae(
         raise ValueError(
             f"vae must pack {TEMPORAL_COMPRESSION} frames in a latent one, got {vae.config.scale_factor_temporal}"
         )
-    if transformer is not None and not isinstance(transformer, MirageTransformer3DModel):
+    if transformer is not None and not isinstance(unwrap_module(transformer), MirageTransformer3DModel):
         raise TypeError(f"transformer must be MirageTransformer3DModel, got {type(transformer).__name__}")
     if transformer is not None and {transformer.config.in_channels, transformer.config.out_channels} != {channels}:
         raise ValueError(

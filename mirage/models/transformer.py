@@ -8,6 +8,9 @@ Same weights and configuration as diffusers' `WanTransformer3DModel`: it loads t
 - Time steps are per frame, and so is the modulation of the blocks: one vector a frame instead of one a token, which
   gives the same bits in a thousandth of the memory.
 - A memory adapter adds its hints to all but the reference tokens, after the blocks that it names.
+
+It also stands in for the stock class in diffusers' own Wan pipelines, without references; :meth:`set_memory` gives it a
+memory there.
 """
 
 from __future__ import annotations
@@ -114,6 +117,7 @@ class MirageTransformer3DModel(WanTransformer3DModel):
         # Both have no weights; context parallelism splits what passes through them.
         self.frame_index = FrameIndex()
         self.hint = nn.Identity()
+        self._memory: tuple[MirageMemoryAdapter, Tensor, float] | None = None  # in a tuple, so as to be no submodule
 
     # Files.
 
@@ -201,6 +205,31 @@ class MirageTransformer3DModel(WanTransformer3DModel):
             raise ValueError(_skipping_reason(type(config).__name__))
         super().enable_cache(config)
 
+    def set_memory(
+        self,
+        memory_adapter: MirageMemoryAdapter | None,
+        memory_context: Tensor | None = None,
+        memory_scale: float = 1.0,
+    ) -> None:
+        """Set what calls without a memory of their own are given, as those of diffusers' pipelines are.
+
+        Args:
+            memory_adapter, memory_context, memory_scale: as of :meth:`forward`; the adapter is neither moved nor saved
+                with the transformer. None and None for no memory again.
+
+        Raises:
+            ValueError: one of adapter and context is given, and not the other.
+        """
+        _check_together(memory_adapter, memory_context)
+        self._memory = None
+        if memory_adapter is not None and memory_context is not None:
+            self._memory = (memory_adapter, memory_context, memory_scale)
+
+    @property
+    def has_memory(self) -> bool:
+        """Whether :meth:`set_memory` has set one."""
+        return self._memory is not None
+
     def _refuse_skipping_hooks(self) -> None:
         """Refuse such caches put on without :meth:`enable_cache`."""
         for block in self.blocks:
@@ -221,13 +250,15 @@ class MirageTransformer3DModel(WanTransformer3DModel):
         memory_scale: float = 1.0,
         return_dict: bool = True,
         attention_kwargs: dict[str, Any] | None = None,
+        encoder_hidden_states_image: None = None,
     ) -> Transformer2DModelOutput | tuple[Tensor]:
         """Predict the flow of all frames; what is predicted for references and preceding frames means nothing.
 
         Args:
             hidden_states: (B, C, F, h, w) latents, along time [references | target | preceding]; h and w are multiples
                 of the patch.
-            timestep: (B, F), one per frame: 0 for frames that are clean (references, preceding, the first frame).
+            timestep: (B, F), one per frame: 0 for frames that are clean (references, preceding, the first frame). As
+                diffusers' pipelines give it, (B,), one for all frames, or (B, tokens), the same for all of a frame.
             encoder_hidden_states: (B, L, D) text embeddings.
             num_reference_frames: R, how many of the F are references.
             memory_adapter: adds its hints to all but the reference tokens.
@@ -236,6 +267,7 @@ class MirageTransformer3DModel(WanTransformer3DModel):
                 adapter is.
             memory_scale: factor of the hints.
             attention_kwargs: `{"scale": s}` scales loaded LoRA.
+            encoder_hidden_states_image: None, as diffusers' pipelines give it without an image encoder.
 
         Returns:
             `Transformer2DModelOutput` with `sample` (B, C, F, h, w), or a tuple of it.
@@ -252,20 +284,24 @@ class MirageTransformer3DModel(WanTransformer3DModel):
                 f"hidden_states must have frames, rows and columns that are multiples of {self.config.patch_size},"
                 f" got {(frames, height, width)}"
             )
-        if tuple(timestep.shape) != (batch, frames):
-            raise ValueError(f"timestep must be (B, F) = {(batch, frames)}, one per frame, got {tuple(timestep.shape)}")
+        if encoder_hidden_states_image is not None:
+            raise ValueError(
+                "encoder_hidden_states_image must be None: the first frame is conditioned by its latents, as in"
+                f" Wan2.2-TI2V, got {tuple(encoder_hidden_states_image.shape)}"
+            )
+        tokens = (height // patch_height) * (width // patch_width)
+        timestep = _timestep_per_frame(timestep, batch, frames, patch_time, tokens)
         if not 0 <= num_reference_frames < frames or num_reference_frames % patch_time:
             raise ValueError(
                 f"num_reference_frames must be in [0, {frames}), a multiple of {patch_time}, got {num_reference_frames}"
             )
-        if (memory_adapter is None) != (memory_context is None):
-            given, missing = ("memory_context", "memory_adapter")[:: 1 if memory_adapter is None else -1]
-            raise ValueError(f"{missing} must be given with {given}, got None")
+        _check_together(memory_adapter, memory_context)
+        if memory_adapter is None and self._memory is not None:
+            memory_adapter, memory_context, memory_scale = self._memory
         if memory_adapter is not None:
             self._refuse_skipping_hooks()
 
         post_frames = frames // patch_time
-        tokens = (height // patch_height) * (width // patch_width)
         references = num_reference_frames // patch_time * tokens
         rotary_emb = self.rope(hidden_states, num_reference_frames)
         parallel = is_context_parallel(self)
@@ -323,6 +359,27 @@ class MirageTransformer3DModel(WanTransformer3DModel):
         if not return_dict:
             return (output,)
         return Transformer2DModelOutput(sample=output)
+
+
+def _check_together(memory_adapter: object, memory_context: object) -> None:
+    if (memory_adapter is None) != (memory_context is None):
+        given, missing = ("memory_context", "memory_adapter")[:: 1 if memory_adapter is None else -1]
+        raise ValueError(f"{missing} must be given with {given}, got None")
+
+
+def _timestep_per_frame(timestep: Tensor, batch: int, frames: int, patch_time: int, tokens: int) -> Tensor:
+    """Return time steps (B, F) of those of frames (B, F), of videos (B,), or of tokens (B, F / patch_time * tokens)."""
+    shape = tuple(timestep.shape)
+    if shape == (batch, frames):
+        return timestep
+    if shape == (batch,):
+        return timestep[:, None].expand(batch, frames)
+    if shape != (batch, frames // patch_time * tokens):
+        raise ValueError(f"timestep must be (B, F) = {(batch, frames)}, one per frame, got {shape}")
+    of_tokens = timestep.unflatten(1, (-1, tokens))
+    if not bool((of_tokens == of_tokens[..., :1]).all()):
+        raise ValueError("timestep must be the same for all tokens of a frame, got different ones")
+    return of_tokens[..., 0].repeat_interleave(patch_time, dim=1)
 
 
 def _check_video(name: str, value: Tensor) -> tuple[int, ...]:

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan, WanCausalConv3d, unpatchify
 from diffusers.utils.accelerate_utils import apply_forward_hook
-from diffusers.utils.torch_utils import get_module_execution_device
+from diffusers.utils.torch_utils import get_module_execution_device, unwrap_module
 from torch import Tensor
 
 from mirage_kernels.io import replace_tensors
@@ -141,6 +141,7 @@ class StreamingDecoder:
     """
 
     def __init__(self, vae: AutoencoderKLWan) -> None:
+        vae = unwrap_module(vae)  # what it calls is inside, where a compiled module is not
         if not isinstance(vae, AutoencoderKLWan):
             raise TypeError(f"vae must be AutoencoderKLWan, got {type(vae).__name__}")
         self.vae = vae

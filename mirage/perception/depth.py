@@ -25,6 +25,8 @@ class DepthEstimator(Protocol):
         needs_frames: whether it looks at `frames`; where False the loop need not decode them.
         alignment: ``"none"``, ``"scale"`` or ``"scale_shift"``: what is to be fitted to the memory, the `mode` of
             `align_depth`.
+
+    One that also has `marks_sky` True may know no depth at all in a chunk, as of sky; of any other, that is an error.
     """
 
     needs_frames: bool

@@ -47,7 +47,7 @@ class _LearnedDepth:
         """Estimate depth, see `DepthEstimator`; it is (T, H, W).
 
         Raises:
-            ValueError: shapes or counts that do not belong together.
+            ValueError: shapes or counts that do not belong together, or the network gives nothing that is finite.
         """
         size = cameras.image_size
         expected = (len(cameras), 3, *size)
@@ -60,6 +60,8 @@ class _LearnedDepth:
         for begin in range(0, len(cameras), self.batch_size):
             batch = slice(begin, begin + self.batch_size)
             depth = self._estimate(frames[batch], cameras[batch])
+            if not bool(depth.isfinite().any()):
+                raise ValueError(f"depth from {type(self).__name__} must be finite, got NaN or Inf everywhere")
             result[batch] = torch.where(depth.isfinite() & (depth > 0), depth, 0.0)
         return result
 
@@ -183,6 +185,8 @@ class MapAnything(_LearnedDepth):
         MissingExtraError: the package mapanything is not installed.
     """
 
+    marks_sky = True
+
     def __init__(
         self,
         model: str | os.PathLike[str] | nn.Module = "facebook/map-anything",
@@ -238,6 +242,8 @@ class DepthAnything3(_LearnedDepth):
         MissingExtraError: the package depth-anything-3 is not installed.
         ValueError: not a ``da3metric`` model.
     """
+
+    marks_sky = True
 
     def __init__(
         self,

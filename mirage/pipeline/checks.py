@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -62,7 +60,7 @@ def check_prompts(
     """Check that there is one prompt, as text or as embeddings (1, L, `width`).
 
     Raises:
-        TypeError, ValueError: there is none, or two, or of another shape.
+        TypeError, ValueError: there is none, or two, or of another shape, or not finite.
         MissingExtraError: a package that text needs is not installed.
     """
     for name, text, embeds in (
@@ -75,6 +73,8 @@ def check_prompts(
             raise TypeError(f"{name} must be one str: a session has one scene, got {type(text).__name__}")
         if embeds is not None and (embeds.ndim != 3 or embeds.shape[0] != 1 or embeds.shape[2] != width):
             raise ValueError(f"{name}_embeds must be (1, L, {width}), got {tuple(embeds.shape)}")
+        if embeds is not None and not embeds.isfinite().all():
+            raise ValueError(f"{name}_embeds must be finite, got NaN or Inf")
     if prompt is None and prompt_embeds is None:
         raise ValueError("prompt or prompt_embeds must be given, got neither")
     if prompt_embeds is None or negative_prompt_embeds is None:
@@ -104,31 +104,11 @@ def check_config(config: SessionConfig) -> None:
         raise TypeError(f'attention_kwargs must be a dict such as {{"scale": 0.5}} or None, got {got}')
 
 
-def check_noise_levels(
-    sigmas: Sequence[float] | Callable[[int], Sequence[float]] | None, num_inference_steps: int, scheduler: Any
-) -> tuple[float, ...] | None:
-    """Return the noise levels that are asked for; None are the scheduler's own.
-
-    Raises:
-        ValueError: not numbers, or the scheduler takes none.
-    """
-    if sigmas is None:
-        return None
-    if isinstance(sigmas, str):
-        raise ValueError(f"sigmas must be numbers, a function such as published_sigmas or None, got {sigmas!r}")
-    levels = tuple(float(level) for level in (sigmas(num_inference_steps) if callable(sigmas) else sigmas))
-    if "sigmas" not in inspect.signature(scheduler.set_timesteps).parameters:
-        raise ValueError(f"sigmas must be None with {type(scheduler).__name__}, which takes none")
-    if not scheduler.config.get("use_flow_sigmas", True):
-        raise ValueError("sigmas must be None: the scheduler has use_flow_sigmas=False and takes none")
-    return levels
-
-
 def check_latents(latents: Tensor | None, channels: int, num_latents: int | None, size: tuple[int, int]) -> None:
     """Check noise that is given: (1, `channels`, F, h, w), F at least `num_latents` where that is known.
 
     Raises:
-        TypeError, ValueError: it is none, or of another shape.
+        TypeError, ValueError: it is none, of another shape, or not finite.
     """
     if latents is None:
         return
@@ -139,6 +119,21 @@ def check_latents(latents: Tensor | None, channels: int, num_latents: int | None
     shape = tuple(latents.shape)
     if latents.ndim != 5 or shape[:2] != (1, channels) or shape[3:] != size or num_latents not in (None, shape[2]):
         raise ValueError(f"latents must be {expected}, got {shape}")
+    if not latents.isfinite().all():
+        raise ValueError("latents must be finite, got NaN or Inf")
+
+
+def check_generator(generator: Any) -> None:
+    """Check that a generator is one, or None.
+
+    Raises:
+        TypeError: it is a seed, a list, or anything else.
+    """
+    if generator is not None and not isinstance(generator, torch.Generator):
+        why = ": a session has one scene" if isinstance(generator, (list, tuple)) else ""
+        got = f"{generator}: pass torch.Generator().manual_seed({generator})"
+        got = got if isinstance(generator, int) else type(generator).__name__
+        raise TypeError(f"generator must be one torch.Generator{why}, got {got}")
 
 
 def check_undecoded(decode: str, depth: DepthSources, static_filter: StaticFilter) -> None:

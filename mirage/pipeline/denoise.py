@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, Protocol, TypeAlias
 
@@ -10,14 +10,17 @@ import numpy as np
 import torch
 from diffusers import UniPCMultistepScheduler
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+from diffusers.utils.torch_utils import unwrap_module
 from torch import Tensor
 
 from ..models.adapter import MirageMemoryAdapter
 from .chunks import TEMPORAL_COMPRESSION
 from .conditioning import CleanFrames
+from .results import FiniteTrace, check_finite
+from .scheduling import set_timesteps, take_step
 from .state import Prompt, SessionConfig
 
-Callback: TypeAlias = Callable[..., dict[str, Any]] | PipelineCallback | MultiPipelineCallbacks
+Callback: TypeAlias = Callable[..., dict[str, Any] | None] | PipelineCallback | MultiPipelineCallbacks
 
 
 def published_sigmas(num_inference_steps: int) -> list[float]:
@@ -71,7 +74,7 @@ class ChunkDenoiser:
             its `interrupt` is heeded.
         prompt: embeddings.
         config: of the session.
-        generator: of the noise.
+        generator: of the noise, and of what the scheduler draws.
         latents: (1, C, F, h, w), noise of the whole video, taken instead of the generator's; None draws.
         callback_on_step_end, callback_on_step_end_tensor_inputs: as of diffusers.
     """
@@ -115,6 +118,7 @@ class ChunkDenoiser:
         readout: Tensor,
         visible: Tensor,
         start: int = 0,
+        where: str = "the chunk",
     ) -> Tensor | None:
         """Generate one chunk's target latents.
 
@@ -125,9 +129,13 @@ class ChunkDenoiser:
             readout, visible: (T + P, C, h, w) and (T + P, h, w) bool, what the memory shows at target and preceding
                 frames.
             start: the target's first frame in the whole video, from 0.
+            where: how messages call the chunk.
 
         Returns:
-            (T, C, h, w) float32; None where a callback set `interrupt`.
+            (T, C, h, w) float32, finite; None where a callback set `interrupt`.
+
+        Raises:
+            ValueError: the models gave what is not finite; the message says which of them, and at which step.
         """
         pipeline, config = self.pipeline, self.config
         device, dtype = self.device, pipeline.transformer.dtype
@@ -146,6 +154,10 @@ class ChunkDenoiser:
         timesteps = self._set_timesteps()
         latents = self._draw_noise(num_latents, start, first)
         denoised = clean.denoised(num_latents)
+        trace = FiniteTrace()
+        trace.watch("the clean frames it was given", clean.around(latents[:, :, :1]))
+        if memory_context is not None:
+            trace.watch("memory_context", memory_context)
 
         tensors: dict[str, Tensor | None] = {
             "prompt_embeds": self.prompt.positive,
@@ -169,25 +181,47 @@ class ChunkDenoiser:
                     attention_kwargs=config.attention_kwargs,
                 )
                 flow = clean.target(self._guide(predict, tensors), num_latents)
-                latents = pipeline.scheduler.step(flow, t, latents, return_dict=False)[0]
+                trace.watch(f"the flow of step {i + 1} of {len(timesteps)}", flow)
+                latents = take_step(pipeline.scheduler, flow, t, latents, self.generator)
+                trace.watch(f"what the scheduler made of it in step {i + 1} of {len(timesteps)}", latents)
                 if self._callback is not None:
-                    held = {"latents": latents, **tensors}
-                    held |= self._callback(pipeline, i, t, {name: held[name] for name in self._callback_tensor_inputs})
-                    latents = held["latents"]
-                    tensors = {name: held[name] for name in tensors}
+                    latents, tensors = self._call_back(i, t, latents, tensors)
                 progress_bar.update()
         pipeline._current_timestep = None
         if pipeline.interrupt:
             return None
-        return torch.cat([first, latents[:, :, 1:]], dim=2)[0].movedim(1, 0)
+        generated = torch.cat([first, latents[:, :, 1:]], dim=2)[0].movedim(1, 0)
+        if not bool(generated.isfinite().all()):
+            began = trace.first() or "what callback_on_step_end gave"
+            model = f"{type(unwrap_module(pipeline.transformer)).__name__} in {str(dtype).removeprefix('torch.')}"
+            check_finite(generated, f"{model} (first in {began})", "latents", where)
+        return generated
+
+    def _call_back(
+        self, step: int, timestep: Tensor, latents: Tensor, tensors: dict[str, Tensor | None]
+    ) -> tuple[Tensor, dict[str, Tensor | None]]:
+        """Return latents and the other tensors after the callback has seen them; its None changes nothing."""
+        assert self._callback is not None
+        held = {"latents": latents, **tensors}
+        changed = self._callback(
+            self.pipeline, step, timestep, {name: held[name] for name in self._callback_tensor_inputs}
+        )
+        if changed is None:
+            return latents, tensors
+        if not isinstance(changed, Mapping):
+            raise TypeError(
+                "callback_on_step_end must return a dict of the tensors that it changes, or None, got"
+                f" {type(changed).__name__}"
+            )
+        given = changed.get("latents", latents)
+        if not isinstance(given, Tensor) or given.shape != latents.shape:
+            got = tuple(given.shape) if isinstance(given, Tensor) else type(given).__name__
+            raise ValueError(f"callback_on_step_end must return latents of shape {tuple(latents.shape)}, got {got}")
+        return given, {name: changed.get(name, tensor) for name, tensor in tensors.items()}
 
     def _set_timesteps(self) -> Tensor:
         pipeline, config = self.pipeline, self.config
-        if config.sigmas is None:
-            pipeline.scheduler.set_timesteps(config.num_inference_steps, device=self.device)
-        else:
-            pipeline.scheduler.set_timesteps(sigmas=np.array(config.sigmas), device=self.device)
-        timesteps: Tensor = pipeline.scheduler.timesteps
+        timesteps = set_timesteps(pipeline.scheduler, config.sigmas, config.num_inference_steps, self.device)
         pipeline._num_timesteps = len(timesteps)
         pipeline._guidance_scale = config.guidance_scale
         pipeline._attention_kwargs = config.attention_kwargs

@@ -12,13 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import numpy as np
 import torch
 from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanImageToVideoPipeline
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import PipelineImageInput
 from diffusers.utils import BaseOutput, logging, replace_example_docstring
-from diffusers.utils.torch_utils import randn_tensor
+from diffusers.utils.torch_utils import randn_tensor, unwrap_module
 from diffusers.video_processor import VideoProcessor
 from torch import Tensor
 from transformers import AutoTokenizer, UMT5EncoderModel
@@ -28,7 +29,7 @@ from mirage_kernels import Cameras, LatentCache
 from ..framing import Framing, cut_to_multiples
 from ..images import to_tensor
 from ..models.adapter import MirageMemoryAdapter
-from ..models.components import check_models
+from ..models.components import check_dtypes, check_models
 from ..models.latent_depth import LatentDepth
 from ..models.transformer import MirageTransformer3DModel
 from ..optional import import_extra
@@ -39,10 +40,10 @@ from ..perception.static_filter_models import make_static_filter
 from .checks import (
     OUTPUT_TYPES,
     check_config,
+    check_generator,
     check_given_depth,
     check_image,
     check_latents,
-    check_noise_levels,
     check_prompts,
     check_undecoded,
     fit_cameras,
@@ -54,8 +55,10 @@ from .loading import LoadablePipeline
 from .memory import MemoryConfig, fit_memory
 from .offload import take_turns
 from .pixel_memory import CHANNELS, make_pixel_cache
+from .results import check_finite
 from .run_record import describe_run
 from .run_store import RunStore
+from .scheduling import check_noise_levels, check_scheduler
 from .session import MirageSession
 from .state import DepthSources, MirageChunk, Prompt, SessionConfig
 from .steps import ChunkSteps
@@ -266,14 +269,15 @@ class MiragePipeline(LoadablePipeline):
             num_frames: 4 n + 1; default as many as `cameras`.
             num_inference_steps: denoising steps of a chunk.
             guidance_scale: above 1, classifier-free guidance.
-            generator: of the noise; its state is saved with a run.
+            generator: of the noise, and of what a stochastic scheduler draws; its state is saved with a run.
             latents: (1, C, F, h, w) float, noise of all latent frames, F = (num_frames + 3) / 4; None draws it.
             prompt_embeds, negative_prompt_embeds: (1, L, D), instead of the texts.
             output_type: "np", "pt", "pil" or "latent"; None keeps no frames: they go to `run_dir` and the callback
                 only, and memory stays flat however long the video is.
             return_dict: False returns a tuple of the frames.
             attention_kwargs: of the transformer: `{"scale": s}` scales loaded LoRA.
-            callback_on_step_end, callback_on_step_end_tensor_inputs: as of diffusers, at every denoising step.
+            callback_on_step_end, callback_on_step_end_tensor_inputs: as of diffusers, at every denoising step; one that
+                returns None changes nothing.
             max_sequence_length: tokens of a prompt's embedding; default :attr:`text_length`.
             cameras: one per frame, at least `num_frames`, for the image as it is given, at any size of its aspect, or
                 for exactly the frames' size; the first is the image's. World axes and unit are the caller's own.
@@ -291,8 +295,9 @@ class MiragePipeline(LoadablePipeline):
             cache: the memory to use, which may hold a scene already, in whose world `cameras` are then. Default a new
                 one as `memory` says, in the transformer's dtype.
             memory_scale: factor of the memory's hints.
-            sigmas: noise levels before the scheduler's shift, or a function that gives them for a number of steps; None
-                takes the scheduler's own, as diffusers' Wan pipelines do.
+            sigmas: noise levels before the scheduler's shift, descending in (0, 1] (a final 0 is the scheduler's to
+                add, and may be there), or a function that gives them for a number of steps; None takes the scheduler's
+                own, as diffusers' Wan pipelines do.
             max_reference_frames: earlier latent frames, at most, that see what the chunk will see, by `view_overlap`.
             reference_threshold: least overlap (IoU of voxel sets) of a reference frame.
             reference_voxel_size: edge of these voxels in world units.
@@ -476,6 +481,10 @@ class MiragePipeline(LoadablePipeline):
             attention_kwargs=attention_kwargs,
         )
         check_config(config)
+        if unwrap_module(self.transformer).has_memory:
+            raise ValueError("transformer must have no memory of set_memory(), which is for diffusers' own pipelines")
+        check_dtypes(self.transformer, self.memory_adapter if config.memory.mode == "adapter" else None)
+        check_scheduler(self.scheduler, config.sigmas, num_inference_steps)
         if negative_prompt is not None and guidance_scale <= 1:
             logger.warning("negative_prompt is ignored: guidance_scale is %s, not above 1", guidance_scale)
         device = self._execution_device
@@ -552,6 +561,9 @@ class MiragePipeline(LoadablePipeline):
             max_sequence_length=self.text_length if max_sequence_length is None else max_sequence_length,
             device=self._execution_device,
         )
+        for given in (embeds, negative_embeds):
+            if given is not None:
+                check_finite(given, "the text encoder", "embeddings", "the prompt")
         dtype = self.transformer.dtype
         return Prompt(embeds.to(dtype), None if negative_embeds is None else negative_embeds.to(dtype))
 
@@ -639,8 +651,7 @@ class MiragePipeline(LoadablePipeline):
                 f" got {', '.join(sorted(unknown))}"
             )
         check_prompts(prompt, negative_prompt, prompt_embeds, negative_prompt_embeds, self.transformer.config.text_dim)
-        if isinstance(generator, (list, tuple)):
-            raise TypeError("generator must be one torch.Generator: a session has one scene, got a list")
+        check_generator(generator)
         ratio = self.vae_scale_factor_spatial
         num_latents = None if num_frames is None else latent_count(num_frames)
         check_latents(latents, self.vae.config.z_dim, num_latents, (height // ratio, width // ratio))
@@ -661,6 +672,7 @@ class MiragePipeline(LoadablePipeline):
             return make_pixel_cache(device)
         if cache is None:
             dtype, policy = self.transformer.dtype, memory.write_policy
+            dtype = torch.float32 if dtype == torch.float64 else dtype  # which memories have not
             return LatentCache(channels, dtype=dtype, device=device, write_policy=policy)
         if cache.channels != channels:
             whose = "a cloud of pixels" if pixels else "the VAE"
@@ -700,3 +712,7 @@ class MiragePipeline(LoadablePipeline):
         sources = DepthSources(given, estimator)
         sources.check([0 if num_frames is None else num_frames - 1])
         return sources
+
+
+# `DiffusionPipeline.from_pretrained` looks a folder's class up here, by name.
+diffusers.MiragePipeline = MiragePipeline

@@ -27,6 +27,7 @@ from ..models.vae import StreamingDecoder, encode_frames, encode_static_frame
 from .checks import fit_cameras
 from .chunk_folder import CACHE, DECODER, SEGMENT
 from .chunks import CHUNK_FRAMES, TEMPORAL_COMPRESSION, Chunk, check_num_frames, plan_chunks
+from .results import FIRST_FRAME, check_finite, check_first_write, describe_chunk
 from .run_store import RunStore
 from .state import ChunkState, FirstFrame, MirageChunk
 from .steps import ChunkSteps, decode_frames
@@ -125,7 +126,8 @@ class MirageSession:
             (H', W') float32, the image's depth in world units, 0 or NaN where unknown.
 
         Raises:
-            ValueError: no such camera, or the image is in the memory already.
+            ValueError: no such camera, the image is in the memory already, or nothing of it could be remembered. The
+            session is as before then.
         """
         if self._steps.first_frame is not None or self.num_chunks:
             raise ValueError(
@@ -134,19 +136,31 @@ class MirageSession:
         camera = self._fit(camera)
         if len(camera) != 1:
             raise ValueError(f"camera must be one view, got {len(camera)}")
-        return self._write_first_frame(camera)
+        self._mark_memory()
+        try:
+            return self._write_first_frame(camera)
+        except BaseException:
+            assert self._mark is not None
+            self.cache.rollback(self._mark)
+            raise
+        finally:
+            self._mark = None
 
     def _write_first_frame(self, camera: Cameras) -> Tensor:
         """Write the image into the memory, as seen by a camera of the frames; return its depth (H', W')."""
         steps = self._steps
         latent = encode_frames(steps.vae, self._image[:, :, None]).to(self._denoiser.device)[0].movedim(1, 0)
+        check_finite(latent, "the VAE's encoder", "latents", FIRST_FRAME)
         frames = (self._image * 0.5 + 0.5).clamp(0, 1)
         depth, confidence, _ = steps.depth_of([0], frames, latent, camera, None)
         static = steps.static_of((1,), frames, depth, confidence, camera)
         kept = latent
         if self._config.memory.kind != "pixel":
             kept = encode_static_frame(steps.vae, self._image).to(self._denoiser.device)[0].movedim(1, 0)
-        steps.write(kept, frames, depth, camera, static)
+            check_finite(kept, "the VAE's encoder", "latents", FIRST_FRAME)
+        report = steps.write(kept, frames, depth, camera, static)
+        if self._config.memory.kind != "none":
+            check_first_write(report)
         steps.first_frame = FirstFrame(camera, latent)
         return depth[0]
 
@@ -195,10 +209,17 @@ class MirageSession:
 
     @torch.no_grad()
     def decode(self) -> Iterator[Tensor]:
-        """Decode the latents of each chunk so far to frames (N, 3, H, W) float32 in [0, 1], one chunk at a time."""
+        """Decode the latents of each chunk so far to frames (N, 3, H, W) float32 in [0, 1], one chunk at a time.
+
+        Raises:
+            ValueError: the VAE gives frames that are not finite.
+        """
         decoder = StreamingDecoder(self._steps.vae)
         for chunk in self._store.chunks:
-            yield decode_frames(decoder, self._store.latents(chunk.latents))
+            frames = decode_frames(decoder, self._store.latents(chunk.latents))
+            then = "its latents are kept, and can be decoded again with a repaired VAE"
+            check_finite(frames, "the VAE's decoder", "frames", describe_chunk(chunk), then)
+            yield frames
 
     def finish(self, frames: Iterable[Tensor] | None = None) -> Path:
         """Write video.mp4, metrics.jsonl and cache.safetensors into the run's folder.

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKLWan
+from diffusers.utils import logging
 from torch import Tensor
 
 from mirage_kernels import Cameras, LatentCache, Readout, WriteReport
@@ -23,8 +24,11 @@ from ..perception.static_filter import ChunkViews, StaticFilter
 from .conditioning import choose_references, show_rays
 from .denoise import ChunkDenoiser
 from .pixel_memory import read_pixels, write_pixels
+from .results import FIRST_FRAME, check_finite, check_known, describe_chunk, is_known
 from .run_store import RunStore
 from .state import ChunkState, DepthSources, FirstFrame, SessionConfig
+
+logger = logging.get_logger(__name__)
 
 
 class ChunkSteps:
@@ -131,6 +135,7 @@ class ChunkSteps:
             readout=state.shown[0],
             visible=state.shown[1],
             start=state.chunk.latent_start - state.num_shared,
+            where=describe_chunk(state.chunk),
         )
         state.shown = None
         state.latents = None if latents is None else latents[state.num_shared :]
@@ -140,19 +145,30 @@ class ChunkSteps:
         assert state.latents is not None
         if self.config.decode == "chunk":
             state.frames = decode_frames(self.decoder, state.latents)
+            check_finite(state.frames, "the VAE's decoder", "frames", describe_chunk(state.chunk))
 
     def estimate_depth(self, state: ChunkState) -> None:
         """Estimate depth at the new latent frames, and align it with the memory's."""
         assert state.latents is not None
         state.depth, state.confidence, state.alignment = self.depth_of(
-            state.chunk.keyframes, state.frames, state.latents, state.cameras, state.readout
+            state.chunk.keyframes,
+            state.frames,
+            state.latents,
+            state.cameras,
+            state.readout,
+            where=describe_chunk(state.chunk),
         )
 
     def filter_dynamic(self, state: ChunkState) -> None:
         """Keep what moves, and what the filter rejects otherwise, out of the memory."""
         assert state.depth is not None
         state.static = self.static_of(
-            state.chunk.frames_per_latent, state.frames, state.depth, state.confidence, state.cameras
+            state.chunk.frames_per_latent,
+            state.frames,
+            state.depth,
+            state.confidence,
+            state.cameras,
+            where=describe_chunk(state.chunk),
         )
 
     def write_memory(self, state: ChunkState) -> None:
@@ -169,7 +185,13 @@ class ChunkSteps:
     # What the first frame goes through too.
 
     def depth_of(
-        self, numbers: list[int], frames: Tensor | None, latents: Tensor, cameras: Cameras, readout: Readout | None
+        self,
+        numbers: list[int],
+        frames: Tensor | None,
+        latents: Tensor,
+        cameras: Cameras,
+        readout: Readout | None,
+        where: str = FIRST_FRAME,
     ) -> tuple[Tensor, Tensor | None, dict[str, Any]]:
         """Estimate the depth of these frames of the video.
 
@@ -179,25 +201,36 @@ class ChunkSteps:
             latents: (F, C, h, w), theirs.
             cameras: of the F frames.
             readout: what the memory shows of them; None where it is empty.
+            where: how messages call the frames.
 
         Returns:
             Depth (F, H', W') float32; its confidence, or None where there is none; how it was aligned.
 
         Raises:
-            ValueError: an estimator gives another shape.
+            ValueError: an estimator gives another shape, or depth that is known nowhere.
         """
         source = self.depth.source(numbers)
+        name = type(source).__name__
         if isinstance(source, LatentDepth):
             output = source.predict(latents, cameras, readout)
+            check_finite(output.depth, name, "depth", where)
+            check_finite(output.confidence, name, "confidence of depth", where)
             return output.depth, output.confidence, {}
         if isinstance(source, GivenDepth):
-            return source(None, cameras, numbers), None, {}
+            given = source(None, cameras, numbers)
+            if self.config.memory.kind != "none" and not is_known(given):
+                logger.warning("the given depth of %s is unknown everywhere: nothing of it is remembered", where)
+            return given, None, {}
         keyframes = None if frames is None else frames[[number - numbers[-1] - 1 for number in numbers]]
         depth = source(keyframes, cameras, numbers)  # type: ignore[arg-type]  # None only where it needs none
         if not isinstance(depth, Tensor) or depth.ndim != 3 or len(depth) != len(numbers):
             got = tuple(depth.shape) if isinstance(depth, Tensor) else type(depth).__name__
-            raise ValueError(f"depth from {type(source).__name__} must be ({len(numbers)}, H, W) float, got {got}")
+            raise ValueError(f"depth from {name} must be ({len(numbers)}, H, W) float, got {got}")
         depth = depth.to(cameras.device, torch.float32)
+        if not getattr(source, "marks_sky", False):
+            check_known(depth, name, where)
+        elif not is_known(depth):
+            logger.warning("%s knows no depth in %s, as of sky: nothing of it is remembered", name, where)
         if source.alignment == "none" or readout is None:
             return depth, None, {}
         aligned = align_depth(depth, readout.depth, readout.mask, source.alignment)
@@ -211,6 +244,7 @@ class ChunkSteps:
         depth: Tensor,
         confidence: Tensor | None,
         cameras: Cameras,
+        where: str = FIRST_FRAME,
     ) -> Tensor:
         """Ask the static filter what belongs in the memory, (F, H', W') bool for depth of that shape.
 
@@ -230,10 +264,14 @@ class ChunkSteps:
             confidence=confidence,
         )
         static = self.static_filter(views)
-        if static.shape != depth.shape or static.dtype != torch.bool:
-            got = f"{tuple(static.shape)} {str(static.dtype).removeprefix('torch.')}"
-            name = type(self.static_filter).__name__
+        name = type(self.static_filter).__name__
+        if not isinstance(static, Tensor) or static.shape != depth.shape or static.dtype != torch.bool:
+            got = type(static).__name__
+            if isinstance(static, Tensor):
+                got = f"{tuple(static.shape)} {str(static.dtype).removeprefix('torch.')}"
             raise ValueError(f"mask from {name} must be {tuple(depth.shape)} bool like depth, got {got}")
+        if not bool(static.any()):
+            logger.warning("%s finds nothing static in %s: nothing of it is remembered", name, where)
         return static
 
     def write(

@@ -12,7 +12,7 @@ from typing import Any
 import generation
 import pytest
 import torch
-from diffusers import WanImageToVideoPipeline
+from diffusers import DiffusionPipeline, WanImageToVideoPipeline
 from generation import LATENT, SIZE, options
 from peft import LoraConfig
 from PIL import Image
@@ -239,7 +239,70 @@ def test_dtype_and_variants(tmp_path: Path) -> None:
         MiragePipeline.from_pretrained(tmp_path, variant="no-such")
 
 
+def test_dtypes_that_do_not_go_together_are_refused_before_any_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe = generation.make_pipeline()
+    monkeypatch.setattr(pipe.text_encoder, "forward", lambda *_, **__: pytest.fail("worked"))
+    pipe.transformer.to(torch.bfloat16)
+    with pytest.raises(
+        ValueError,
+        match="memory_adapter must be bfloat16 like the transformer, which calls it, got float32: load both with"
+        r" dtype=torch.bfloat16, or call pipe.memory_adapter.to\(torch.bfloat16\)",
+    ):
+        latents(pipe)
+    monkeypatch.undo()
+    assert latents(pipe, memory=MemoryConfig(mode="none")).isfinite().all()  # which calls no adapter
+    with torch.autocast("cpu", torch.bfloat16):
+        assert latents(pipe).isfinite().all()
+    for model in (pipe.transformer, pipe.memory_adapter, pipe.latent_depth):  # beside VAE and text encoder in float32
+        model.to(torch.bfloat16)
+    assert latents(pipe, depth=None).isfinite().all()
+    double = generation.make_pipeline()
+    for model in (double.transformer, double.memory_adapter):
+        model.to(torch.float64)
+    torch.testing.assert_close(latents(double), latents(generation.make_pipeline()), rtol=0, atol=1e-4)
+
+
+def test_compiled_models_are_the_models_that_they_were(pipe: MiragePipeline, tmp_path: Path) -> None:
+    """A run begun with compiled models is resumed with plain ones."""
+    compiled = generation.make_pipeline()
+    for name in ("transformer", "memory_adapter", "vae"):
+        setattr(compiled, name, torch.compile(getattr(compiled, name), backend="eager"))
+    begun = latents(compiled, run_dir=tmp_path, num_inference_steps=1)
+    assert torch.equal(latents(pipe, run_dir=tmp_path, num_inference_steps=1, resume=True), begun)
+    assert MiragePipeline(**compiled.components).transformer is compiled.transformer
+
+
+def test_diffusion_pipeline_finds_the_class(pipe: MiragePipeline, tmp_path: Path) -> None:
+    pipe.save_pretrained(tmp_path)
+    loaded = DiffusionPipeline.from_pretrained(tmp_path)
+    assert type(loaded) is MiragePipeline
+    loaded.set_progress_bar_config(disable=True)
+    assert torch.equal(latents(loaded), latents(pipe))
+
+
 # Callbacks and progress.
+
+
+def test_callbacks_may_return_nothing_and_no_nonsense(pipe: MiragePipeline) -> None:
+    seen: list[int] = []
+    assert torch.equal(latents(pipe, callback_on_step_end=lambda _, i, *__: seen.append(i)), latents(pipe))
+    assert seen == [0, 1]
+    for given, message in (
+        (torch.zeros(1), "callback_on_step_end must return a dict of the tensors that it changes, or None, got Tensor"),
+        ({"latents": torch.zeros(1)}, r"must return latents of shape \(1, 48, 2, 4, 6\), got \(1,\)"),
+        ({"latents": None}, r"must return latents of shape \(1, 48, 2, 4, 6\), got NoneType"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=message):
+            latents(pipe, callback_on_step_end=lambda *_, given=given: given)
+    spoil = {"latents": torch.full((1, 48, 2, *LATENT), float("nan"))}
+    with pytest.raises(ValueError, match="first in what callback_on_step_end gave"):
+        latents(pipe, num_inference_steps=1, callback_on_step_end=lambda *_: spoil)
+
+
+@pytest.mark.parametrize("given, got", [(1, r"1: pass torch.Generator\(\).manual_seed\(1\)"), ("seed", "str")])
+def test_generators_are_generators(pipe: MiragePipeline, given: Any, got: str) -> None:
+    with pytest.raises(TypeError, match=f"generator must be one torch.Generator, got {got}"):
+        latents(pipe, generator=given)
 
 
 def test_callbacks_may_see_every_tensor_and_change_guidance(pipe: MiragePipeline) -> None:
