@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor
 
-from mirage_kernels.io import replace_text, write_tensors
+from mirage_kernels.io import replace_text
 
 MANIFEST = "manifest.json"
 FORMAT, VERSION = "mirage-manifest", 1
@@ -167,15 +167,6 @@ def parse_json(path: Path, content: bytes) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise DamagedFileError(f"{path} is damaged: it must hold a JSON object, got {type(values).__name__}")
     return values
-
-
-def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Write tensors as :func:`mirage_kernels.io.write_tensors` does: under any name, the same bytes every time.
-
-    Raises:
-        OSError: it could not be written, such as on a full disk.
-    """
-    write_tensors(path, tensors, metadata)
 
 
 def parse_tensors(path: Path, content: bytes) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from mirage_kernels import Cameras
+from mirage_kernels.io import write_tensors
 
 from ..checked_files import (
     MANIFEST,
@@ -24,7 +25,6 @@ from ..checked_files import (
     parse_tensors,
     read_file,
     read_manifest,
-    save_tensors,
     take_tensor,
     write_manifest,
 )
@@ -179,11 +179,11 @@ class ChunkFolder:
             "cam2world": cameras.cam2world,
             "image_size": torch.tensor(cameras.image_size),
         }
-        save_tensors(self.path / LATENTS, named)
+        write_tensors(self.path / LATENTS, named)
 
     def save_random(self, generator: torch.Generator) -> None:
         """Write random.safetensors."""
-        save_tensors(self.path / RANDOM, {"state": generator.get_state()}, {"device": generator.device.type})
+        write_tensors(self.path / RANDOM, {"state": generator.get_state()}, {"device": generator.device.type})
 
     def write_manifest(self, index: int, follows: str) -> None:
         """Write the manifest, when all else is there."""

@@ -3,65 +3,56 @@
     metrics.jsonl          one line per step: loss and its parts, learning rate, gradient norm, seconds
     config.json            what the run was started with
     summary.json           figures of the whole run, when it has ended: see :func:`summarise`
-    checkpoints/00000500/  what was trained, optimizer, schedule, random states
+    checkpoints/00000500/  what was trained, optimizer, schedule: see :mod:`mirage.training.checkpoints`
     vae/ transformer/ memory_adapter/ latent_depth/ lora.safetensors    what the stage has trained, when it has ended
     tensorboard/
 
 A run that is killed at any moment and started again resumes at its newest checkpoint, and every step after it is what
-it would have been: which clips a step sees, and every draw in it, are functions of the seed and the step.
+it would have been: which clips a step sees, and every draw in it, are functions of the seed and the step. One process
+at a time (or one launch of several) holds the folder. A run whose files are damaged is refused, and left as it is.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import os
-import shutil
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from contextlib import nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from mirage_kernels.io import flush_folder, replace_text
+from mirage_kernels.io import replace_text
 
+from ..checked_files import DamagedFileError
 from ..optional import import_extra
 from .batches import DiffusionBatchMaker
-from .config import TrainConfig, make_config
+from .checkpoints import Checkpoint, list_checkpoints, read_config_digest, read_newest, remove_drafts, save_checkpoint
+from .config import TrainConfig
 from .data import BatchSampler, ClipDataset, Sample, list_broken
 from .models import Models, load_models, mark_trained, save_models, trained
 from .objective import DiffusionObjective
 from .optimizer import make_optimizer
+from .record import CONFIG, METRICS, Metrics, check_config, digest_config, locked, record_config
 from .seeds import derive_seed
 from .vae_objective import VaeObjective, VideoBatchMaker, measure_latents
 
-METRICS, CONFIG, CHECKPOINTS, TENSORBOARD = "metrics.jsonl", "config.json", "checkpoints", "tensorboard"
-SUMMARY = "summary.json"
-TRAINED = "trained.safetensors"
-
-# What may change when a run is resumed.
-_FREE = ("out", "steps", "save_every", "keep", "save_dtype", "resume", "tensorboard")
+CHECKPOINTS, TENSORBOARD, SUMMARY = "checkpoints", "tensorboard", "summary.json"
 
 
 @dataclass
 class Progress:
-    """How far a run is: accelerate saves and loads it with the rest."""
+    """How far a run is."""
 
     step: int = 0
     broken: dict[str, str] = field(default_factory=dict)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"step": self.step, "broken": dict(self.broken)}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.step, self.broken = state["step"], state["broken"]
 
 
 def train(config: TrainConfig, progress: bool = True) -> dict[str, Any]:
@@ -76,6 +67,8 @@ def train(config: TrainConfig, progress: bool = True) -> dict[str, Any]:
 
     Raises:
         FileExistsError: there is a run in `out`, and `resume` is False.
+        BlockingIOError: another training runs in `out`.
+        DamagedFileError: a file of the run in `out` is not what was written; the message says what can be done.
         OSError, ValueError: naming what cannot be used.
         MissingExtraError: a package of the extra `train` is not installed.
     """
@@ -90,15 +83,16 @@ def train(config: TrainConfig, progress: bool = True) -> dict[str, Any]:
         log_with="tensorboard" if config.tensorboard else None,
         project_dir=str(out),
     )
-    _check_record(config, out)
-    set_seed(config.seed)
-    clips = ClipDataset(config.data, config.seed)
-    models = load_models(config, accelerator.device)
-    _record(accelerator, config, out)  # only now: what was mistyped may be put right
-    run = _Run(config, accelerator, clips, models)
-    with run.logging(progress) as log:
-        run.go(log)
-    return run.finish()
+    with locked(out) if accelerator.is_main_process else nullcontext():
+        check_config(config, out, read_config_digest(out / CHECKPOINTS))
+        set_seed(config.seed)
+        clips = ClipDataset(config.data, config.seed)
+        models = load_models(config, accelerator.device)
+        run = _Run(config, accelerator, clips, models)
+        run.settle()  # only now: what was mistyped may be put right, and what is refused is as it was
+        with run.logging(progress) as log:
+            run.go(log)
+        return run.finish()
 
 
 class _Run:
@@ -118,63 +112,73 @@ class _Run:
         # Not prepared: accelerate would step it once a process.
         self.schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(config, step))
         self.objective, self.optimizer = accelerator.prepare(objective, optimizer)
-        accelerator.register_for_checkpointing(self.schedule, self.progress)
-        accelerator.register_save_state_pre_hook(self._save_trained)
-        accelerator.register_load_state_pre_hook(self._load_trained)
         self.losses: list[float] = []
+        self.metrics: Metrics | None = None  # in the main process
         self._restore()
 
     # Checkpoints.
 
-    def _save_trained(self, modules: list[nn.Module], weights: list[Any], folder: str) -> None:
-        """Save only what is trained of the models; the rest is where it came from."""
-        if self.accelerator.is_main_process:
-            for module in modules:
-                named = trained(self.accelerator.unwrap_model(module))
-                tensors = {name: value.detach().cpu().contiguous() for name, value in named.items()}
-                save_file(tensors, Path(folder) / TRAINED)
-        weights.clear()
-
-    def _load_trained(self, modules: list[nn.Module], folder: str) -> None:
-        while modules:
-            named = trained(self.accelerator.unwrap_model(modules.pop()))
-            tensors = load_file(Path(folder) / TRAINED)
-            if tensors.keys() != named.keys():
-                raise ValueError(f"{folder}: a checkpoint of other parameters than this run trains")
-            with torch.no_grad():
-                for name, parameter in named.items():
-                    parameter.copy_(tensors[name])
+    def _trained(self) -> dict[str, Tensor]:
+        """Return what is trained of the models; the rest is where it came from."""
+        return trained(self.accelerator.unwrap_model(self.objective))
 
     def _restore(self) -> None:
+        """Take up the run at its newest checkpoint. Nothing on disk is changed."""
         folder = self.out / CHECKPOINTS
+        checkpoint = read_newest(folder)
+        if checkpoint is not None:
+            self._load(checkpoint, list_checkpoints(folder)[-1])
         if self.accelerator.is_main_process:
-            folder.mkdir(parents=True, exist_ok=True)
-            for unfinished in folder.glob(".[0-9]*"):
-                shutil.rmtree(unfinished)
+            self.metrics = Metrics(self.out, self.progress.step, checkpoint.metrics if checkpoint else None)
+
+    def _load(self, checkpoint: Checkpoint, path: Path) -> None:
+        named = self._trained()
+        if {name: value.shape for name, value in checkpoint.trained.items()} != {
+            name: value.shape for name, value in named.items()
+        }:
+            raise ValueError(f"{path}: a checkpoint of other parameters than this run trains")
+        with torch.no_grad():
+            for name, parameter in named.items():
+                parameter.copy_(checkpoint.trained[name])
+        try:
+            self.optimizer.load_state_dict(checkpoint.optimizer)
+            self.schedule.load_state_dict(checkpoint.schedule)
+            if checkpoint.scaler is not None and self.accelerator.scaler is not None:
+                self.accelerator.scaler.load_state_dict(checkpoint.scaler)
+        except (LookupError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+            raise DamagedFileError(f"{path}: the state of optimizer and schedule does not fit ({error})") from error
+        self.progress = Progress(checkpoint.step, checkpoint.broken)
+
+    def settle(self) -> None:
+        """Write config.json and remove what an earlier process left behind, before the first step."""
+        if self.metrics is not None:
+            record_config(self.config, self.out)
+            (self.out / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
+            remove_drafts(self.out / CHECKPOINTS)
+            self.metrics.open()
         self.accelerator.wait_for_everyone()
-        newest = max(folder.glob("[0-9]*"), default=None)
-        if newest is not None:
-            self.accelerator.load_state(str(newest))
-        if self.accelerator.is_main_process:
-            _keep_lines(self.out / METRICS, self.progress.step)
 
     def _save(self) -> None:
-        folder = self.out / CHECKPOINTS
-        draft, final = (folder / f"{dot}{self.progress.step:08d}" for dot in (".", ""))
-        self.accelerator.save_state(str(draft))
         self.accelerator.wait_for_everyone()
-        if self.accelerator.is_main_process:
-            flush_folder(draft, content=True)
-            os.replace(draft, final)
-            flush_folder(folder)
-            for old in sorted(folder.glob("[0-9]*"))[: -self.config.keep]:
-                shutil.rmtree(old)
+        if self.metrics is not None:
+            scaler = self.accelerator.scaler
+            checkpoint = Checkpoint(
+                step=self.progress.step,
+                trained=self._trained(),
+                optimizer=self.optimizer.state_dict(),
+                schedule=self.schedule.state_dict(),
+                scaler=None if scaler is None else scaler.state_dict(),
+                broken=self.progress.broken,
+                metrics=self.metrics.position(),
+                config=digest_config(self.config),
+            )
+            save_checkpoint(self.out / CHECKPOINTS, checkpoint, self.config.keep)
         self.accelerator.wait_for_everyone()
 
     # Steps.
 
     def logging(self, progress: bool) -> Any:
-        return _Log(self.accelerator, self.config, self.out, self.progress.step, progress)
+        return _Log(self.accelerator, self.config, self.metrics, self.progress.step, progress)
 
     def _batches(self) -> Iterator[list[Sample]]:
         config, accelerator = self.config, self.accelerator
@@ -265,7 +269,8 @@ class _Run:
                 mean, std = measure_latents(self.models, [self.clips[i].clip for i in range(count)], accelerator.device)
                 self.models.vae.register_to_config(latents_mean=mean, latents_std=std)
             saved = save_models(self.out, self.models, config.stage, config.train_adapter, dtype)
-            replace_text(self.out / SUMMARY, json.dumps(summarise(self.out), indent=2) + "\n")
+            if (self.out / METRICS).stat().st_size:  # it may have been deleted
+                replace_text(self.out / SUMMARY, json.dumps(summarise(self.out), indent=2) + "\n")
         accelerator.wait_for_everyone()
         accelerator.end_training()
         tail = self.losses[-max(len(self.losses) // 10, 1) :]
@@ -287,7 +292,7 @@ def summarise(out: Path) -> dict[str, Any]:
     lines = [json.loads(line) for line in (out / METRICS).read_text(encoding="utf-8").splitlines()]
     last = lines[-max(len(lines) // 10, 1) :]
     means = {name: sum(line[name] for line in last) / len(last) for name in ("loss", "psnr") if name in last[0]}
-    return {"steps": len(lines), "seconds": sum(line["seconds"] for line in lines), **means}
+    return {"steps": lines[-1]["step"], "seconds": sum(line["seconds"] for line in lines), **means}
 
 
 def _rate(config: TrainConfig, step: int) -> float:
@@ -298,52 +303,16 @@ def _rate(config: TrainConfig, step: int) -> float:
     return {"constant": 1.0, "linear": 1.0 - part, "cosine": 0.5 * (1.0 + math.cos(math.pi * part))}[config.schedule]
 
 
-def _check_record(config: TrainConfig, out: Path) -> None:
-    """Check that a run which is there was started with the same configuration."""
-    path, now = out / CONFIG, json.loads(json.dumps(asdict(config)))
-    if not path.exists():
-        return
-    before = json.loads(path.read_text(encoding="utf-8"))
-    splat = before["objective"].pop("splat", None)  # of runs from before there were other memories
-    memory = before["objective"].setdefault("memory", "nearest" if splat == "nearest" else "aligned")
-    if memory == "ours":  # what "aligned" was called
-        before["objective"]["memory"] = "aligned"
-    # A key that the record lacks had no choice yet: it is the default.
-    before = json.loads(json.dumps(asdict(make_config(before))))
-    for values in (before, now):
-        for name in _FREE:
-            values.pop(name, None)
-        values["data"].pop("workers", None)
-    names = sorted(name for name in {*before, *now} if before.get(name) != now.get(name))
-    if names:
-        listed = "; ".join(f"{name} was {before.get(name)!r}, got {now.get(name)!r}" for name in names)
-        raise ValueError(f"{path}: a run can be resumed only with what it was started with: {listed}")
-
-
-def _record(accelerator: Accelerator, config: TrainConfig, out: Path) -> None:
-    """Record what a run is started with, where it has not been started."""
-    if accelerator.is_main_process and not (out / CONFIG).exists():
-        out.mkdir(parents=True, exist_ok=True)
-        replace_text(out / CONFIG, json.dumps(asdict(config), indent=2) + "\n")
-    accelerator.wait_for_everyone()
-
-
-def _keep_lines(path: Path, steps: int) -> None:
-    """Drop the lines of steps that are taken again."""
-    if path.exists():
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)[:steps]
-        replace_text(path, "".join(lines))
-
-
 class _Log:
     """Write metrics.jsonl, TensorBoard and a progress bar; in the main process alone."""
 
-    def __init__(self, accelerator: Accelerator, config: TrainConfig, out: Path, step: int, progress: bool) -> None:
-        self.accelerator, self.config = accelerator, config
+    def __init__(
+        self, accelerator: Accelerator, config: TrainConfig, metrics: Metrics | None, step: int, progress: bool
+    ) -> None:
+        self.accelerator, self.config, self.metrics = accelerator, config, metrics
         self.is_main = accelerator.is_main_process
         if config.tensorboard:
             accelerator.init_trackers(TENSORBOARD, init_kwargs={TENSORBOARD: {"purge_step": step + 1}})
-        self.file = (out / METRICS).open("a", encoding="utf-8") if self.is_main else None
         tqdm = import_extra("tqdm", "train").tqdm
         self.bar = tqdm(total=config.steps, initial=step, disable=not (progress and self.is_main), desc=config.stage)
 
@@ -352,13 +321,12 @@ class _Log:
 
     def __exit__(self, *_: object) -> None:
         self.bar.close()
-        if self.file is not None:
-            self.file.close()
+        if self.metrics is not None:
+            self.metrics.close()
 
     def write(self, step: int, values: dict[str, float], seconds: float) -> None:
-        if self.file is not None:
-            self.file.write(json.dumps({"step": step, **values, "seconds": seconds}) + "\n")
-            self.file.flush()
+        if self.metrics is not None:
+            self.metrics.write({"step": step, **values, "seconds": seconds})
         if self.config.tensorboard:
             self.accelerator.log(values, step=step)
         self.bar.set_postfix(loss=f"{values['loss']:.4g}")

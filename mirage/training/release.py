@@ -30,7 +30,8 @@ from ..models.latent_depth import LatentDepth
 from ..models.transformer import MirageTransformer3DModel
 from ..pipeline.pipeline import MiragePipeline
 from ..zoo import LORA, MIRAGE_TINY, MIRAGE_TINY_FOLDER, tiny_random_pipeline
-from .loop import CONFIG, SUMMARY
+from .loop import SUMMARY
+from .record import CONFIG
 
 CARD, FACTS, EVALUATION = "README.md", "training.json", "evaluation-{frames}.json"
 RESULTS = Path("benchmarks", "results", MIRAGE_TINY)

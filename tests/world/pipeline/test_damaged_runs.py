@@ -123,7 +123,6 @@ DAMAGES: dict[str, Callable[[Path], Any]] = {
 FAST = {
     ("chunks/0000/latents.safetensors", "a bit flipped near the end"),
     ("chunks/0001/cache.safetensors", "exchanged"),
-    ("chunks/0001/segment.mp4", "a bit flipped"),
     ("chunks/0001/manifest.json", "a folder"),
 }
 CASES = [
@@ -200,6 +199,7 @@ def test_a_refused_resumption_changes_nothing(
     assert content(copy) == before
 
 
+@pytest.mark.slow
 def test_a_chunk_of_another_run_is_not_adopted(pipe: MiragePipeline, runs: tuple[Path, Path], copy: Path) -> None:
     """Of the same scene and settings, made again: what differs is the time that it took."""
     other = copy.parent / "other"

@@ -366,7 +366,7 @@ def test_the_memory_is_copied_when_it_is_written_and_no_sooner(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("chunk", [0, 1])
-@pytest.mark.parametrize("name", ["save_video", "save_tensors", "write_manifest", "replace"])
+@pytest.mark.parametrize("name", ["save_video", "write_tensors", "write_manifest", "replace"])
 def test_a_full_disk_leaves_session_and_run_as_they_were(
     pipe: MiragePipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int, name: str
 ) -> None:
@@ -484,7 +484,7 @@ def test_a_run_stopped_at_any_file_of_a_commit_resumes_to_the_same_bits(
     with monkeypatch.context() as patch:
         for module, name in (
             (mirage.pipeline.session, "save_video"),
-            (chunk_folder, "save_tensors"),
+            (chunk_folder, "write_tensors"),
             (run_store.os, "replace"),
         ):
             patch.setattr(module, name, watch(getattr(module, name)))
@@ -496,6 +496,7 @@ def test_a_run_stopped_at_any_file_of_a_commit_resumes_to_the_same_bits(
     assert torch.equal(resumed.latents(), expected.frames) and same_tokens(resumed.cache, expected.cache)
 
 
+@pytest.mark.slow
 def test_a_run_is_resumed_only_as_what_it_was(pipe: MiragePipeline, tmp_path: Path) -> None:
     pipe(**options(9, run_dir=tmp_path))
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
