@@ -6,6 +6,10 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <exception>
+#include <string>
+#include <vector>
+
 #include "macros.h"
 
 namespace mirage {
@@ -15,6 +19,19 @@ using torch::stable::Tensor;
 
 inline Tensor as_contiguous(const Tensor& tensor) {
   return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+}
+
+// Returns what `make` allocates. What torch says when it cannot does not pass the stable ABI, so it is said here;
+// `why` is what may have happened.
+template <typename F>
+inline Tensor allocate(const std::vector<int64_t>& size, const char* why, const F& make) {
+  try {
+    return make();
+  } catch (const std::exception&) {
+    std::string shape;
+    for (const int64_t side : size) shape += (shape.empty() ? "" : ", ") + std::to_string(side);
+    STD_TORCH_CHECK(false, why, ": could not allocate a tensor of (", shape, ")");
+  }
 }
 
 template <typename T>

@@ -23,7 +23,9 @@ inline Tensor checked(const Tensor& tensor, ScalarType dtype, const char* name) 
   return as_contiguous(tensor);
 }
 
-inline Tensor new_tensor(std::vector<int64_t> size, ScalarType dtype) { return torch::stable::empty(size, dtype); }
+inline Tensor new_tensor(std::vector<int64_t> size, ScalarType dtype) {
+  return allocate(size, "out of memory", [&] { return torch::stable::empty(size, dtype); });
+}
 
 // Calls f with a value of the C++ type of a feature dtype.
 template <typename F>

@@ -42,7 +42,8 @@ inline Tensor checked_points(const Tensor& points_) {
 }
 
 inline Tensor new_tensor(const Tensor& like, std::vector<int64_t> size, ScalarType dtype) {
-  return torch::stable::new_empty(like, size, dtype);
+  return allocate(size, "out of memory, or an earlier kernel failed",
+                  [&] { return torch::stable::new_empty(like, size, dtype); });
 }
 
 inline void fill_bytes(const Tensor& tensor, int byte, cudaStream_t stream) {

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..ops.checks import describe
+from ..ops.checks import describe, require_tensor
 
 Array = Tensor | np.ndarray
 
@@ -45,7 +45,13 @@ def as_write_inputs(
 
 
 def as_tensor(name: str, value: Any, device: torch.device) -> Any:
-    """Make a tensor on the device of a numpy array; anything else is returned as it is."""
+    """Make a tensor on the device of a numpy array; return anything else as it is.
+
+    Raises:
+        TypeError: an array of no numbers, or a sparse or nested tensor.
+    """
+    if isinstance(value, Tensor):
+        require_tensor(name, value, "of numbers")
     if not isinstance(value, np.ndarray):
         return value
     if value.dtype.kind not in "fiub":

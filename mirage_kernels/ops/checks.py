@@ -37,9 +37,12 @@ def require(condition: bool, name: str, expected: str, value: object) -> None:
 
 
 def require_tensor(name: str, value: object, expected: str) -> None:
-    """Raise a TypeError unless the value is a tensor."""
+    """Raise a TypeError unless the value is a dense tensor."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor, {expected}, got {describe(value)}")
+    if value.layout is not torch.strided or value.is_nested:
+        layout = "nested" if value.is_nested else str(value.layout).removeprefix("torch.")
+        raise TypeError(f"{name} must be a dense tensor, {expected}, got one of layout {layout}")
 
 
 def require_dtype(name: str, value: Tensor, expected: str, dtypes: tuple[torch.dtype, ...]) -> None:

@@ -88,6 +88,7 @@ REFUSED = {
         r"cameras must be 4 views like latents, got 2",
     ),
     "object": (lambda x: (x[0].numpy().astype(object), *x[1:]), TypeError, r"latents must be of numbers, got .*object"),
+    "sparse mask": (lambda x: (*x[:3], x[3].to_sparse()), TypeError, r"mask must be a dense tensor, .*sparse_coo"),
     "list": (lambda x: (x[0].tolist(), *x[1:]), TypeError, r"latents must be a tensor"),
     "integer depth": (
         lambda x: (x[0], (x[1] * 1000).short(), x[2], x[3]),

@@ -364,6 +364,37 @@ def test_tensors_on_another_device(operator):
 # ---------------------------------------------------------------------------------------------- backends
 
 
+OTHER_LAYOUTS = {
+    "sparse_coo": lambda x: x.to_sparse(),
+    "sparse_csr": lambda x: x.reshape(1, -1).to_sparse_csr(),
+    "nested": lambda x: torch.nested.nested_tensor([x, x]),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*(Sparse CSR|nested tensors)")
+@pytest.mark.parametrize("operator", CASES, ids=lambda operator: operator.__name__)
+@pytest.mark.parametrize("layout", OTHER_LAYOUTS)
+def test_tensors_of_another_layout(operator, layout):
+    arguments = good(operator)
+    tensors = [name for name, value in arguments.items() if isinstance(value, torch.Tensor)]
+    assert len(tensors) >= 4
+    for name in tensors:
+        spoilt = {**arguments, name: OTHER_LAYOUTS[layout](arguments[name])}
+        with pytest.raises(TypeError, match=f"^{name} must be a dense tensor, .*got one of layout {layout}"):
+            operator(**spoilt)
+
+
+def test_a_read_that_does_not_fit(cpu_backend):
+    """As torch says it: an error that speaks of memory, whatever the operator allocates first."""
+    points, features = scenes.cloud(np.random.default_rng(0), 5, 4)
+    cameras = (
+        torch.eye(3, dtype=torch.float64).repeat(2**16, 1, 1),
+        torch.eye(4, dtype=torch.float64).repeat(2**16, 1, 1),
+    )
+    with pytest.raises(RuntimeError, match=r"out of memory: could not allocate a tensor of \(65536, .*32768"):
+        splat(points, features, *cameras, (2**15, 2**15))
+
+
 def test_every_backend_says_why():
     status = available_backends()
     assert list(status) == ["cuda", "triton", "cpu", "reference"]
