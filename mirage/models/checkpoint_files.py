@@ -256,7 +256,7 @@ def list_some(names: Iterable[str]) -> str:
 
 
 def check_weights(weights: Weights, shapes: dict[str, tuple[int, ...]], model: str) -> None:
-    """Check that weights are exactly the model's, name by name and shape by shape.
+    """Check that weights are exactly the model's, name by name and shape by shape, and finite numbers.
 
     Raises:
         ValueError: they are not.
@@ -272,6 +272,20 @@ def check_weights(weights: Weights, shapes: dict[str, tuple[int, ...]], model: s
     if left_over or missing or reshaped:
         matching = len(given) - len(left_over) - len(reshaped)
         refuse(weights.label, matching, len(given), f"{model}'s {len(shapes)}", left_over, missing, reshaped)
+    for name, value in weights.tensors.items():
+        check_values(weights.label, weights.keys[name], value)
+
+
+def check_values(label: str, key: str, value: Tensor) -> None:
+    """Check that a tensor is of finite floating point numbers.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if not value.is_floating_point():
+        raise ValueError(f"{label}: {key} must be of floating point numbers, got {value.dtype}; nothing loaded")
+    if value.numel() and not value.float().isfinite().all():
+        raise ValueError(f"{label}: {key} must be finite, got NaN or infinity; nothing loaded")
 
 
 def refuse(

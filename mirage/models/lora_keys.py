@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from .checkpoint_files import describe_shape, refuse, strip_prefixes
+from .checkpoint_files import check_values, describe_shape, refuse, strip_prefixes
 
 if TYPE_CHECKING:
     from .transformer import MirageTransformer3DModel
@@ -177,8 +177,8 @@ def match_keys(label: str, state: Mapping[str, Any], targets: Targets) -> dict[s
     if left_over or missing or reshaped or not found:
         _refuse(label, len(keys), state, left_over, missing, reshaped)
     for (name, kind), key in keys.items():
-        if name in found:
-            _check_values(label, key, found[name].tensors[kind])
+        if name in found and isinstance(found[name].tensors[kind], Tensor):
+            check_values(label, key, found[name].tensors[kind])
     return found
 
 
@@ -217,14 +217,6 @@ def _check_supported(label: str, key: str, value: Any) -> None:
     for pattern, what in _UNSUPPORTED:
         if pattern.fullmatch(key):
             raise ValueError(f"{label}: {what}, cannot be loaded ({key} {describe_shape(value)}); nothing loaded")
-
-
-def _check_values(label: str, key: str, value: Any) -> None:
-    """Check that a tensor, or an alpha, is of finite floating point numbers."""
-    if isinstance(value, Tensor) and not value.is_floating_point():
-        raise ValueError(f"{label}: {key} must be of floating point numbers, got {value.dtype}")
-    if isinstance(value, Tensor) and not value.float().isfinite().all():
-        raise ValueError(f"{label}: {key} must be finite, got NaN or infinity")
 
 
 def _check_width(label: str, found: Mapping[str, Part], targets: Targets) -> None:
