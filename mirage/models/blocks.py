@@ -98,8 +98,3 @@ class MirageTransformerBlock(WanTransformerBlock):
 def is_context_parallel(model: Any) -> bool:
     """Return whether diffusers' context parallelism splits this model's sequence."""
     return getattr(model._parallel_config, "context_parallel_config", None) is not None
-
-
-def uncompiled(module: Any) -> Any:
-    """Return the module that `torch.compile` was given, or the module itself."""
-    return getattr(module, "_orig_mod", module)

@@ -14,6 +14,7 @@ from torch import Tensor
 from . import TEMPORAL_COMPRESSION
 from .adapter import MirageMemoryAdapter
 from .latent_depth import LatentDepth
+from .lora_folder import describe_weights
 from .transformer import MirageTransformer3DModel
 
 _SAMPLED_WEIGHTS = 64
@@ -25,8 +26,8 @@ def tensor_bytes(tensor: Tensor) -> bytes:
 
 
 def fingerprint(component: Any) -> str | None:
-    """Return a string that changes with a component's class, dtype, shapes and weights (the first few of each tensor),
-    wherever it was loaded from and whether or not it is compiled; None for None."""
+    """Return a string that changes with a component's class, dtype, shapes, weights (the first few of each tensor) and
+    the weights of its LoRA, wherever it was loaded from and whether or not it is compiled; None for None."""
     if component is None:
         return None
     component = unwrap_module(component)
@@ -39,6 +40,7 @@ def fingerprint(component: Any) -> str | None:
         control = getattr(getattr(component, "config", None), "control", "memory")
         if control != "memory":  # the same weights are another model then
             digest.update(control.encode())
+        digest.update(describe_weights(component).encode())
     elif hasattr(component, "config"):
         known = {name: value for name, value in component.config.items() if not name.startswith("_")}
         digest.update(json.dumps(known, sort_keys=True, default=str).encode())

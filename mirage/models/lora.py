@@ -7,6 +7,7 @@ it as it was.
 from __future__ import annotations
 
 import json
+import warnings
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 from diffusers.utils.peft_utils import _create_lokr_config
+from diffusers.utils.torch_utils import unwrap_module
 from peft import LoHaConfig, LoraConfig, PeftConfig, inject_adapter_in_model
 from peft.tuners.lora.layer import LoraLayer
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
@@ -22,7 +24,6 @@ from torch import Tensor, nn
 
 from mirage_kernels.io import replace_tensors
 
-from .blocks import uncompiled
 from .checkpoint_files import Source, label_source, read_state
 from .lora_keys import Part, Targets, is_lycoris, list_targets, match_keys
 from .lora_layers import LoraNorm, make_lycoris, make_matrices
@@ -54,7 +55,7 @@ def load_lora(transformer: MirageTransformer3DModel, source: Source, adapter_nam
             was then.
         FileNotFoundError: no such file.
     """
-    plain = uncompiled(transformer)
+    plain = unwrap_module(transformer)
     inject_lora(plain, read_lora("source", source, plain, adapter_name), adapter_name)
 
 
@@ -68,7 +69,7 @@ def save_lora(transformer: MirageTransformer3DModel, path: str | Path, adapter_n
     Raises:
         ValueError: no such LoRA on the transformer, or `path` does not end in `.safetensors`.
     """
-    transformer = uncompiled(transformer)
+    transformer = unwrap_module(transformer)
     names = list(getattr(transformer, "peft_config", {}))
     if adapter_name not in names:
         raise ValueError(f"adapter_name must be a LoRA of this transformer, one of {names}, got {adapter_name!r}")
@@ -79,7 +80,9 @@ def save_lora(transformer: MirageTransformer3DModel, path: str | Path, adapter_n
         f"transformer.{name}": sorted(value) if isinstance(value, set) else value for name, value in config.items()
     }
     metadata = {"format": "pt", LORA_ADAPTER_METADATA_KEY: json.dumps(described, sort_keys=True)}
-    matrices = get_peft_model_state_dict(transformer, adapter_name=adapter_name)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*have invalid shape", UserWarning)  # peft's, of biases
+        matrices = get_peft_model_state_dict(transformer, adapter_name=adapter_name)
     for name, module in transformer.named_modules():
         if isinstance(module, LoraNorm) and adapter_name in module.lora_A:
             scale = config["alpha_pattern"].get(f"^{name}", config["lora_alpha"])  # its rank is 1
@@ -282,7 +285,11 @@ def inject_lora(transformer: MirageTransformer3DModel, lora: ReadLora, adapter_n
         config._register_custom_module({nn.LayerNorm: LoraNorm, nn.RMSNorm: LoraNorm})
     active = transformer.active_adapters() if getattr(transformer, "peft_config", None) else None
     try:
-        inject_adapter_in_model(config, transformer, adapter_name)
+        with warnings.catch_warnings():
+            warnings.filterwarnings(
+                "ignore", "Already found a `peft_config`", UserWarning
+            )  # a second LoRA is no mistake
+            inject_adapter_in_model(config, transformer, adapter_name)
         result = set_peft_model_state_dict(transformer, lora.tensors, adapter_name)
         missing = [
             name for name in result.missing_keys if name.endswith((f".{adapter_name}", f".{adapter_name}.weight"))

@@ -111,7 +111,22 @@ def remove_stale(folder: Path, entry: dict[str, Any] | None) -> None:
             path.unlink()
 
 
-def _list_layers(transformer: MirageTransformer3DModel) -> dict[str, Any]:
+def describe_weights(model: Any) -> str:
+    """Return the weights that the LoRA of a model are set to, where one is not simply on; "" else.
+
+    Tensors do not say them, but two models that differ in them are not the same.
+    """
+    said = []
+    for layer, module in _list_layers(model).items():
+        for name in module.scaling:
+            off = module.disable_adapters or module.merged or name not in module.active_adapters
+            weight = 0.0 if off else _weight(module, name)
+            if abs(weight - 1.0) > 1e-9:
+                said.append(f"{layer} {name} {weight:.9g}")
+    return "\n".join(sorted(said))
+
+
+def _list_layers(transformer: Any) -> dict[str, Any]:
     return {name: module for name, module in transformer.named_modules() if isinstance(module, BaseTunerLayer)}
 
 

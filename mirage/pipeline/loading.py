@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any
 from diffusers import DiffusionPipeline
 from diffusers.loaders import WanLoraLoaderMixin
 from diffusers.utils import logging
+from diffusers.utils.torch_utils import unwrap_module
 from safetensors import SafetensorError
 
 from .._moved import OLD_MODULES
 from ..models.adapter import MirageMemoryAdapter
-from ..models.blocks import uncompiled
 from ..models.checkpoint_files import looks_like_path
 from ..models.lora import inject_lora, read_lora, replace_lora
 from ..models.lora_source import HUB_OPTIONS, find_lora
@@ -124,7 +124,7 @@ class LoadablePipeline(DiffusionPipeline, WanLoraLoaderMixin):
                 "pretrained_model_name_or_path_or_dict must be a path, an id or a state dict, got"
                 f" {type(source).__name__}"
             )
-        transformer = uncompiled(self.transformer)
+        transformer = unwrap_module(self.transformer)
         present = getattr(transformer, "peft_config", {})
         if hotswap:
             replace_lora(transformer, source, adapter_name or next(iter(present), "default_0"))
@@ -145,7 +145,7 @@ class LoadablePipeline(DiffusionPipeline, WanLoraLoaderMixin):
     @contextmanager
     def _without_offloading(self) -> Iterator[None]:
         """Take the hooks of offloading off for as long as layers change, and put them on again."""
-        whole, sequential, _ = uncompiled(self.transformer)._optionally_disable_offloading(self)
+        whole, sequential, _ = unwrap_module(self.transformer)._optionally_disable_offloading(self)
         try:
             yield
         finally:
@@ -161,9 +161,9 @@ def _on_plain_transformer(method: Callable[..., Any]) -> Any:
     @wraps(method)
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         given = self.transformer
-        if uncompiled(given) is given:
+        if unwrap_module(given) is given:
             return method(self, *args, **kwargs)
-        self.transformer = uncompiled(given)
+        self.transformer = unwrap_module(given)
         try:
             return method(self, *args, **kwargs)
         finally:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from mirage.models.components import fingerprint
 from mirage.models.lora import load_lora
 from mirage.pipeline.pipeline import MiragePipeline
 from mirage.zoo import load_pipeline, tiny_random_pipeline
@@ -190,6 +191,17 @@ def test_a_compiled_transformer_takes_lora(pipe: MiragePipeline) -> None:
     assert pipe.transformer is compiled and pipe.get_active_adapters() == ["style"]
     assert pipe.get_list_adapters() == {"transformer": ["style"]}
     torch.testing.assert_close(output(pipe), half, atol=1e-5, rtol=0)
+
+
+def test_a_run_is_another_with_a_lora_at_another_weight(pipe: MiragePipeline) -> None:
+    pipe.load_lora_weights(lora(1), adapter_name="style")
+    seen = [fingerprint(pipe.transformer)]
+    for weight in (0.5, 0.25, 1.0):
+        pipe.set_adapters("style", weight)
+        seen.append(fingerprint(pipe.transformer))
+    pipe.disable_lora()
+    seen.append(fingerprint(pipe.transformer))
+    assert len(set(seen)) == 4 and seen[0] == seen[3]
 
 
 # Folders
