@@ -99,6 +99,8 @@ class Options:
     """move models to the GPU only while they are used"""
     resume: bool = False
     """resume the run in DIR"""
+    resume_last_good: bool = False
+    """resume it after its last chunk that is finite and undamaged, and move the later ones aside"""
 
 
 def run(options: Options) -> int:
@@ -173,7 +175,7 @@ def run_generate(options: Options, progress: bool = True) -> dict[str, Any]:
             decode=options.decode,
             generator=torch.Generator().manual_seed(options.seed),
             run_dir=options.out,
-            resume=options.resume,
+            resume="last-good" if options.resume_last_good else options.resume,
             fps=options.fps,
             callback_on_step_end=step_done,
             static_filter=options.static_filter,
@@ -242,7 +244,7 @@ def _check(options: Options) -> None:
             raise ValueError(f"static-filter must be of {', '.join(STATIC_FILTERS)}, joined by +, got {part!r}")
     if options.depth_estimator not in (None, *DEPTH_ESTIMATORS):
         raise ValueError(f"depth-estimator must be of {', '.join(DEPTH_ESTIMATORS)}, got {options.depth_estimator!r}")
-    if not options.resume and _has_chunks(options):
+    if not (options.resume or options.resume_last_good) and _has_chunks(options):
         raise FileExistsError(f"{options.out} holds a run already: add --resume to resume it, or name another --out")
 
 
@@ -268,7 +270,7 @@ def _load_first_frame(options: Options) -> _FirstFrame:
 def _load_cameras(options: Options, start: _FirstFrame) -> Cameras | None:
     """Load the path where it is known before anything is generated: from a file, or of the run that is resumed."""
     size = start.image.shape[:2]
-    if options.resume and _has_chunks(options) and options.trajectory in TRAJECTORIES:
+    if (options.resume or options.resume_last_good) and _has_chunks(options) and options.trajectory in TRAJECTORIES:
         cameras = _load_path(options)
     elif options.trajectory in TRAJECTORIES:
         return None

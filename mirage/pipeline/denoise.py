@@ -197,6 +197,14 @@ class ChunkDenoiser:
             check_finite(generated, f"{model} (first in {began})", "latents", where)
         return generated
 
+    def draw(self, first_latent: Tensor, num_latents: int, start: int) -> None:
+        """Draw the random numbers of a chunk, and generate nothing. Arguments are those of the call."""
+        first = first_latent.movedim(0, 1)[None].to(self.device, torch.float32)
+        timesteps = self._set_timesteps()
+        latents = self._draw_noise(num_latents, start, first)
+        for t in timesteps:  # what a stochastic scheduler draws depends on no values
+            latents = take_step(self.pipeline.scheduler, torch.zeros_like(latents), t, latents, self.generator)
+
     def _call_back(
         self, step: int, timestep: Tensor, latents: Tensor, tensors: dict[str, Tensor | None]
     ) -> tuple[Tensor, dict[str, Tensor | None]]:

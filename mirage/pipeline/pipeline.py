@@ -57,7 +57,7 @@ from .offload import take_turns
 from .pixel_memory import CHANNELS, make_pixel_cache
 from .results import check_finite
 from .run_record import describe_run
-from .run_store import RunStore
+from .run_store import LAST_GOOD, RunStore
 from .scheduling import check_noise_levels, check_scheduler
 from .session import MirageSession
 from .state import DepthSources, MirageChunk, Prompt, SessionConfig
@@ -252,7 +252,7 @@ class MiragePipeline(LoadablePipeline):
         chunk_frames: int = CHUNK_FRAMES,
         decode: str = "chunk",
         run_dir: str | os.PathLike[str] | None = None,
-        resume: bool = False,
+        resume: bool | str = False,
         fps: float = 24.0,
         callback_on_chunk_end: Callable[[MiragePipeline, MirageChunk], None] | None = None,
     ) -> MiragePipelineOutput | tuple[Any]:
@@ -306,7 +306,9 @@ class MiragePipeline(LoadablePipeline):
             decode: "chunk" decodes every chunk (streaming: the frames are those of decoding all at once); "end" decodes
                 nothing until the end, which needs depth and filters that look at no frames.
             run_dir: folder where every chunk is saved, so that a killed run can be resumed; None saves nothing.
-            resume: continue the run in `run_dir`, if there is one. Pass what it was started with.
+            resume: continue the run in `run_dir`, if there is one. Pass what it was started with. "last-good" continues
+                after the last chunk up to which all is finite and undamaged, moves the others aside, and makes what is
+                missing again from the chunks' latents.
             fps: of the video in `run_dir`.
             callback_on_chunk_end: called with the pipeline and each :class:`~mirage.pipeline.state.MirageChunk`.
 
@@ -427,7 +429,7 @@ class MiragePipeline(LoadablePipeline):
         preceding_frames: int = 2,
         decode: str = "chunk",
         run_dir: str | os.PathLike[str] | None = None,
-        resume: bool = False,
+        resume: bool | str = False,
         fps: float = 24.0,
     ) -> MirageSession:
         """Start a session for interactive use: its `step(cameras)` generates one chunk.
@@ -442,6 +444,8 @@ class MiragePipeline(LoadablePipeline):
         Raises:
             ValueError, TypeError, MissingExtraError: before any heavy work, naming the argument.
         """
+        if resume not in (True, False, LAST_GOOD):
+            raise ValueError(f'resume must be True, False or "{LAST_GOOD}", got {resume!r}')
         if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
         given = check_image(image)

@@ -24,6 +24,7 @@ import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from itertools import count as count_up
 from pathlib import Path
 from typing import Any
 
@@ -35,14 +36,21 @@ from mirage_kernels import Cameras
 from mirage_kernels.io import flush_folder, replace_text
 
 from ..checked_files import MANIFEST, DamagedFileError, digest_json, read_manifest, remove
-from .chunk_folder import CHUNKS, METRICS, STATE, ChunkFolder
+from .chunk_folder import CACHE, CHUNKS, METRICS, STATE, ChunkFolder
 from .chunks import Chunk
 from .run_record import check_record, format_record
 
 RUN, LOCK = "run.json", ".lock"
+VIDEO, METRICS_LINES = "video.mp4", "metrics.jsonl"
+LAST_GOOD = "last-good"
+_FINISHED = (VIDEO, METRICS_LINES, CACHE)
 _CHUNK, _DRAFT = re.compile(r"\d{4,}"), re.compile(r"\.\d{4,}")
 
 logger = logging.getLogger(__name__)
+
+
+class NonFiniteChunkError(ValueError):
+    """A chunk of a run holds NaN or Inf, as chunks of earlier releases may; the message says which."""
 
 
 class RunStore:
@@ -51,7 +59,9 @@ class RunStore:
     Args:
         folder: of the run; None keeps only the latents, in a temporary folder that goes with this object.
         record: what the run is started with, plain JSON values.
-        resume: whether to continue a run that is there already. A run without a chunk is none.
+        resume: whether to continue a run that is there already. A run without a chunk is none. "last-good" continues
+            after the last chunk up to which nothing is damaged and all latents are finite; the chunks after it, and
+            what was made of them, are moved to the folder `set-aside-1`, or another number, by the first write.
 
     Attributes:
         chunks: of the run, in order.
@@ -61,11 +71,14 @@ class RunStore:
         FileExistsError: there is a run with chunks in `folder`, and `resume` is False.
         BlockingIOError: another process, or another session of this one, is using `folder`.
         DamagedFileError: a file of the run there is not what was written; the message says what can be done.
-        ValueError: the run there was started with something else; the message names each value that differs.
+        ValueError: the run there was started with something else; the message names each value that differs. Or a
+            chunk of it is not finite.
         In all cases the folder is as it was.
     """
 
-    def __init__(self, folder: str | os.PathLike[str] | None, record: dict[str, Any], resume: bool = False) -> None:
+    def __init__(
+        self, folder: str | os.PathLike[str] | None, record: dict[str, Any], resume: bool | str = False
+    ) -> None:
         self._temporary = tempfile.TemporaryDirectory(prefix="mirage-") if folder is None else None
         self.folder = Path(self._temporary.name if self._temporary else folder)  # type: ignore[arg-type]
         self.chunks: list[Chunk] = []
@@ -74,6 +87,9 @@ class RunStore:
         self._new_folder: ChunkFolder | None = None  # of a chunk that is about to be one
         self._lost_record: str | None = None  # run.json, where it is to be written again
         self._settled = False
+        self._spoiled: list[int] = []  # numbers of the chunks to be set aside
+        self.has_state = True
+        """Whether what the next chunk continues from is there, with the newest chunk."""
         (self.folder / CHUNKS).mkdir(parents=True, exist_ok=True)
         self._lock = _lock(self.folder)
         try:
@@ -82,7 +98,7 @@ class RunStore:
             self.close()
             raise
 
-    def _open(self, record: dict[str, Any], resume: bool) -> None:
+    def _open(self, record: dict[str, Any], resume: bool | str) -> None:
         path, count = self.folder / RUN, self._count_chunks()
         if not count:
             replace_text(path, format_record(record))
@@ -95,10 +111,25 @@ class RunStore:
         for index in range(count):
             try:
                 self._adopt(index)
-                if index == count - 1:
-                    self._folders[index].check_state()
             except DamagedFileError as error:
-                raise DamagedFileError(f"{error}; {self._advise(index, count)}") from None
+                if resume != LAST_GOOD:
+                    raise DamagedFileError(f"{error}; {self._advise(index, count)}") from None
+                logger.warning("%s", error)
+            except NonFiniteChunkError as error:
+                if resume != LAST_GOOD:
+                    raise ValueError(f"{error}; {self._offer(index, count)}") from None
+                logger.warning("%s", error)
+            if len(self.chunks) == index:
+                self._spoiled = list(range(index, count))
+                break
+        if self.chunks:
+            try:
+                self._folders[-1].check_state()
+            except DamagedFileError as error:
+                if resume != LAST_GOOD:
+                    raise DamagedFileError(f"{error}; {self._advise(count - 1, count, state=True)}") from None
+                logger.warning("%s", error)
+                self.has_state = False
         unchecked = [folder.path.name for folder in self._folders if not folder.has_manifest]
         if unchecked:
             logger.warning(
@@ -139,17 +170,33 @@ class RunStore:
         folder = ChunkFolder.open(self._path(index), index, self._last_identity())
         chunk = folder.load_chunk(index, self.chunks[-1].stop if self.chunks else 0)
         cameras = folder.load_cameras(chunk)
+        finite = folder.load_latents(chunk)["latents"].isfinite()
+        if not finite.all():
+            bad = finite.numel() - int(finite.sum())
+            raise NonFiniteChunkError(
+                f"{folder.path} holds latents that are not finite, {bad} of {finite.numel()} values: an earlier release"
+                " kept what a model had spoiled"
+            )
         self.chunks.append(chunk)
         self.cameras.append(cameras)
         self._folders.append(folder)
+
+    def _offer(self, index: int, count: int) -> str:
+        """Say what "last-good" does about chunk `index` of `count`."""
+        after = f"continues after chunk {index - 1:04d}" if index else "begins again"
+        later = f"chunk {index:04d}" if index == count - 1 else f"chunks {index:04d} to {count - 1:04d}"
+        return f'resume="{LAST_GOOD}" (--resume-last-good) {after}, and moves {later} aside; nothing is deleted'
 
     def _last_identity(self) -> str:
         """Return what the next chunk follows: the chunk before, or the run's settings."""
         return self._folders[-1].identity() if self._folders else self._settings
 
-    def _advise(self, index: int, count: int) -> str:
-        """Say what can be done where a file of chunk `index` of `count` is damaged."""
-        copy = "put it back from a copy"
+    def _advise(self, index: int, count: int, state: bool = False) -> str:
+        """Say what can be done where a file of chunk `index` of `count` is damaged, or one that it continues from."""
+        offer = self._offer(index, count)
+        if state:
+            offer = f'resume="{LAST_GOOD}" (--resume-last-good) makes it again from the latents of the chunks'
+        copy = f"{offer}. Or put it back from a copy"
         if not index:
             return f"{copy}, or delete {self.folder / CHUNKS} and begin again"
         try:
@@ -174,8 +221,24 @@ class RunStore:
             remove(draft)
         for draft in (*self.folder.glob(".*.tmp"), *chunks.glob("*/.*.tmp")):
             remove(draft)
+        self._set_aside()
         self._tidy(len(self.chunks))
         self._settled = True
+
+    def _set_aside(self) -> None:
+        """Move the chunks that the run does not continue from, and what was made of them, into a folder of their own.
+
+        The newest one goes first: a process killed in between leaves a run without gaps.
+        """
+        if not self._spoiled:
+            return
+        aside = next(path for n in count_up(1) if not (path := self.folder / f"set-aside-{n}").exists())
+        aside.mkdir()
+        for path in (*(self._path(index) for index in reversed(self._spoiled)), *map(self.folder.joinpath, _FINISHED)):
+            if path.exists():
+                os.replace(path, aside / path.name)
+        flush_folder(self.folder / CHUNKS)
+        logger.warning("%s: chunks from %04d on are in %s now", self.folder, self._spoiled[0], aside.name)
 
     def close(self) -> None:
         """Let others use the folder. The temporary one is removed."""
@@ -195,6 +258,16 @@ class RunStore:
 
     def _path(self, index: int) -> Path:
         return self.folder / CHUNKS / f"{index:04d}"
+
+    @contextmanager
+    def rewound(self, count: int) -> Iterator[None]:
+        """Within the block, be as after the first `count` chunks."""
+        held = self.chunks, self.cameras, self._folders
+        try:
+            self.chunks, self.cameras, self._folders = (part[:count] for part in held)  # type: ignore[assignment]
+            yield
+        finally:
+            self.chunks, self.cameras, self._folders = held
 
     @contextmanager
     def new_chunk(

@@ -27,12 +27,13 @@ from ..models.vae import StreamingDecoder, encode_frames, encode_static_frame
 from .checks import fit_cameras
 from .chunk_folder import CACHE, DECODER, SEGMENT
 from .chunks import CHUNK_FRAMES, TEMPORAL_COMPRESSION, Chunk, check_num_frames, plan_chunks
+from .replay import replay
 from .results import FIRST_FRAME, check_finite, check_first_write, describe_chunk
+from .run_store import METRICS_LINES as METRICS_LINES
+from .run_store import VIDEO as VIDEO
 from .run_store import RunStore
 from .state import ChunkState, FirstFrame, MirageChunk
 from .steps import ChunkSteps, decode_frames
-
-VIDEO, METRICS_LINES = "video.mp4", "metrics.jsonl"
 
 logger = logging.getLogger(__name__)
 
@@ -60,8 +61,12 @@ class MirageSession:
         self._generator = generator
         self._store = store
         self._mark: CacheMark | None = None  # of the memory, before what a step under way writes
-        if store.chunks:
+        if store.chunks and store.has_state:
             self._load_newest()
+        elif store.chunks:
+            logger.warning("%s: memory and decoder are made again from the latents of the chunks", store.folder)
+            with torch.no_grad():
+                replay(steps, store, generator, self._write_first_frame, self._begin)
 
     def _load_newest(self) -> None:
         """Take memory, generator and decoder from the run's newest chunk."""

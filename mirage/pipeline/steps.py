@@ -122,13 +122,8 @@ class ChunkSteps:
         """Generate the new latent frames; they stay None where a callback interrupts."""
         assert state.shown is not None
         store = self.store
-        if state.num_shared:
-            first_latent = store.latents([store.num_latents - 1])
-        else:
-            assert self.first_frame is not None
-            first_latent = self.first_frame.latent
         latents = self.denoiser(
-            first_latent=first_latent,
+            first_latent=self._first_latent(state),
             num_latents=len(state.targets),
             references=store.latents(state.references) if state.references else None,
             preceding=store.latents(state.preceding) if state.preceding else None,
@@ -139,6 +134,19 @@ class ChunkSteps:
         )
         state.shown = None
         state.latents = None if latents is None else latents[state.num_shared :]
+
+    def skip_denoising(self, state: ChunkState) -> None:
+        """Draw what :meth:`denoise` draws, and leave it at that."""
+        start = state.chunk.latent_start - state.num_shared
+        self.denoiser.draw(self._first_latent(state), len(state.targets), start)
+        state.shown = None
+
+    def _first_latent(self, state: ChunkState) -> Tensor:
+        """Return the target's first frame (1, C, h, w), which is there already."""
+        if state.num_shared:
+            return self.store.latents([self.store.num_latents - 1])
+        assert self.first_frame is not None
+        return self.first_frame.latent
 
     def decode(self, state: ChunkState) -> None:
         """Decode the new latent frames, where frames are wanted before the end."""
