@@ -127,7 +127,8 @@ def open_image(path: str | os.PathLike[str], single: bool = False) -> Any:
         except MemoryError:
             raise
         except Exception as error:  # Pillow's decoders raise all kinds: SyntaxError, KeyError, struct.error, ..
-            reason = str(error).replace(f"{file!r}", "the file") or type(error).__name__
+            unknown = isinstance(error, image_module.UnidentifiedImageError)
+            reason = "no format that Pillow knows" if unknown else str(error) or type(error).__name__
             raise ValueError(f"{path}: expected an image, got: {reason}") from None
 
 
@@ -202,5 +203,6 @@ def _check_range(values: np.ndarray, name: str, alpha: bool) -> np.ndarray:
         return values.clip(0.0, 1.0)
     if -1 - _ROUNDING <= least <= _CLEARLY_NEGATIVE and most <= 1 + _ROUNDING and not alpha:
         return (values / 2 + 0.5).clip(0.0, 1.0)
-    hint = ": convert it to uint8" if least >= 0 and most <= 255 + _ROUNDING else ""
+    is_near, is_bytes = least >= -1.1 and most <= 1.1, least >= 0 and most <= 255 + _ROUNDING
+    hint = ": clamp it" if is_near else ": convert it to uint8" if is_bytes else ""
     raise ValueError(f"{name} must hold floats in [0, 1], or in [-1, 1], got {least:.4g} to {most:.4g}{hint}")

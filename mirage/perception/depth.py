@@ -51,8 +51,8 @@ class GivenDepth:
     """The user's own depth, handed out frame by frame as it is.
 
     Args:
-        depth: (H', W') of frame 0, or (N, H', W') of frames 0..N-1: a float tensor or array on any device (a memory
-            map too). Only the frames asked for are read and copied.
+        depth: (H', W') of frame 0, or (N, H', W') or (N, 1, H', W') of frames 0..N-1: a float tensor or array on any
+            device (a memory map too). Only the frames asked for are read and copied.
         framing: how the image that it is of becomes frames: depth is cropped alike. None where nothing is cropped.
 
     Raises:
@@ -71,6 +71,8 @@ class GivenDepth:
             got = getattr(depth, "dtype", type(depth).__name__)
             hint = ": multiply it by its scale, such as 0.001 for millimetres" if "int" in str(got) else ""
             raise TypeError(f"depth must be a float tensor or array, (H, W) or (N, H, W), got {got}{hint}")
+        if depth.ndim == 4 and depth.shape[1] == 1:
+            depth = depth[:, 0]
         if depth.ndim not in (2, 3):
             raise ValueError(f"depth must be (H, W) or (N, H, W) float, got {tuple(depth.shape)}")
         self._depth = depth if depth.ndim == 3 else depth[None]

@@ -6,9 +6,9 @@ Layouts on disk:
   folders. A `static/frame-000000.png` beside a frame marks by non-zero pixels what is static, `prompt.txt` says what
   there is.
 - "realestate10k": `cameras/CLIP.txt` in RealEstate10K's own format, and for each of its lines
-  `frames/CLIP/TIMESTAMP.jpg` (or .png) and `depth/CLIP/TIMESTAMP.png` (16 bits, millimetres), `.npy` (metres) or
-  another file that :func:`~mirage.depth_files.read_depth` reads; if there, `static/CLIP/TIMESTAMP.png` (non-zero:
-  static) and `prompts/CLIP.txt`. Depth and masks may be of another size than the frames, of their aspect.
+  `frames/CLIP/TIMESTAMP.jpg` (.jpeg, .png, .webp) and `depth/CLIP/TIMESTAMP.png` (16 bits, millimetres), `.npy`
+  (metres) or another file that :func:`~mirage.depth_files.read_depth` reads; if there, `static/CLIP/TIMESTAMP.png`
+  (non-zero: static) and `prompts/CLIP.txt`. Depth and masks may be of another size than the frames, of their aspect.
 - "packed": `CLIP.safetensors` of :func:`~mirage.training.data.save_clip`, in a folder or in tar shards as WebDataset
   has them, where a `CLIP.txt` beside it is the prompt. Shards must be plain .tar: clips are read where they lie, so
   that a run can resume at any of them.
@@ -153,7 +153,7 @@ class RealEstateSource:
         times = [line.split()[0] for line in lines[begin : begin + self.data.frames]]
         images, depths, masks = [], [], []
         for time in times:
-            frame = find_file(self.root / "frames" / path.stem, time, (".jpg", ".png"))
+            frame = find_file(self.root / "frames" / path.stem, time, (".jpg", ".jpeg", ".png", ".webp"))
             images.append(to_tensor(read_image(frame)))
             depths.append(read_metres(find_file(self.root / "depth" / path.stem, time, (".npy", *DEPTH_SUFFIXES))))
             mask = self.root / "static" / path.stem / f"{time}.png"

@@ -160,6 +160,9 @@ BAD: list[tuple[list[str], str]] = [
     (["--trajectory", "loop-the-loop"], "trajectory must be a file, or one of orbit"),
     (["--image", "nowhere.png"], "nowhere.png"),
     (["--depth", "nowhere.npy"], "nowhere.npy"),
+    (["--depth", "/dev/null"], "/dev/null: expected depth, got an empty file"),
+    (["--depth-scale", "0.001"], "depth-scale and depth-offset need --depth"),
+    (["--image", "/dev/null"], "/dev/null: expected an image"),
 ]
 
 

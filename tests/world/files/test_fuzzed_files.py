@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import os
 import random
@@ -59,9 +60,17 @@ def images() -> list[bytes]:
     ]
 
 
-def depths() -> list[bytes]:
+def depths(folder: Path) -> list[bytes]:
     metres = STEPS / np.float32(1000)
+    exr = []
+    if importlib.util.find_spec("OpenEXR"):
+        openexr, path = importlib.import_module("OpenEXR"), folder / "d.exr"
+        for compression in (openexr.ZIP_COMPRESSION, openexr.PIZ_COMPRESSION, openexr.NO_COMPRESSION):
+            with openexr.File({"compression": compression, "type": openexr.scanlineimage}, {"Z": metres}) as file:
+                file.write(str(path))
+            exr.append(path.read_bytes())
     return [
+        *exr,
         encode(STEPS, "PNG"),
         encode(metres, "TIFF"),
         encode(metres, "TIFF", compression="tiff_deflate"),
@@ -126,7 +135,7 @@ def check(read: Callable[[], np.ndarray], what: str, held: int = 0) -> bool:
 @pytest.mark.parametrize("parser", [read_image, read_mask, lambda path: read_depth(path, 0.001)], ids=["i", "m", "d"])
 def test_fuzzed_files(tmp_path: Path, parser: Callable[[Path], np.ndarray], request: pytest.FixtureRequest) -> None:
     depth = "[d]" in request.node.name
-    whole = depths() if depth else images()
+    whole = depths(tmp_path) if depth else images()
     rng, path, read = random.Random(request.node.name), tmp_path / "file", 0
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of Pillow, about what it repairs

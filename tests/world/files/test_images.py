@@ -144,7 +144,7 @@ def test_arrays_and_tensors_of_one_image_agree() -> None:
         (torch.full((3, 4, 4), float("inf")), "finite, got NaN or Inf"),
         (COLOURS.astype(np.float32), r"floats in \[0, 1\], or in \[-1, 1\], got 0 to 2\d\d: convert it to uint8"),
         (COLOURS / 255 * 4 - 2, r"floats in \[0, 1\], or in \[-1, 1\], got -2 to"),
-        (COLOURS / 255 - 0.05, r"floats in \[0, 1\], or in \[-1, 1\], got -0.05 to"),
+        (COLOURS / 255 * 1.1 - 0.05, r"floats in \[0, 1\], or in \[-1, 1\], got -0.05 to 1.0.*: clamp it"),
         (COLOURS.astype(np.int64), "uint8 or uint16, or float in .0, 1., got int64"),
         (torch.zeros(3, 4, 4, dtype=torch.int32), "uint8 or uint16, or float in .0, 1., got int32"),
         (np.zeros((3, 4, 5)), r"\(H, W, 3\) or \(1, H, W, 3\) as one ndarray, got \(3, 4, 5\)"),

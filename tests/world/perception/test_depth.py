@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from mirage.framing import Framing
 from mirage.optional import MissingExtraError
 from mirage.perception.depth import DepthEstimator, GivenDepth
 from mirage.perception.depth_alignment import align_depth
@@ -98,6 +99,18 @@ class TestGivenDepth:
     def test_other_size_of_the_same_aspect(self, size: tuple[int, int]) -> None:
         assert GivenDepth(torch.ones(size))(None, make_cameras(1, (720, 1280)), [0]).shape == (1, *size)
 
+    def test_a_channel_axis_and_a_crop(self) -> None:
+        """As estimators give it, (N, 1, H, W); and of an image that frames are cropped out of."""
+        depth = torch.rand(2, 1, 54, 96)
+        assert torch.equal(GivenDepth(depth)(None, make_cameras(2, (108, 192)), [0, 1]), depth[:, 0])
+        given = GivenDepth(depth.numpy(), Framing((108, 192), (96, 192)))
+        assert torch.equal(given(None, make_cameras(1, (96, 192)), [1])[0], depth[1, 0, 3:51])
+        frame = torch.rand(96, 192)  # of the frames' size already
+        given = GivenDepth(frame, Framing((108, 192), (96, 192)))
+        assert torch.equal(given(None, make_cameras(1, (96, 192)), [0])[0], frame)
+        with pytest.raises(ValueError, match="depth must have the aspect of the 108x192 image, got 96x96"):
+            GivenDepth(frame[:, :96], Framing((108, 192), (96, 192)))(None, make_cameras(1, (96, 192)), [0])
+
     def test_other_aspect(self) -> None:
         message = "depth must have the aspect of the 720x1280 images of cameras, got 480x640"
         with pytest.raises(ValueError, match=message):
@@ -110,8 +123,10 @@ class TestGivenDepth:
             GivenDepth(torch.ones(4, 6, dtype=torch.int32))
         with pytest.raises(TypeError, match="depth must be .* float .*, got uint16"):
             GivenDepth(np.ones((4, 6), np.uint16))
-        with pytest.raises(ValueError, match=r"depth must be .*, got \(1, 1, 4, 6\)"):
-            GivenDepth(torch.ones(1, 1, 4, 6))
+        with pytest.raises(TypeError, match="got uint16: multiply it by its scale, such as 0.001 for millimetres"):
+            GivenDepth(np.ones((4, 6), np.uint16))
+        with pytest.raises(ValueError, match=r"depth must be .*, got \(1, 2, 4, 6\)"):
+            GivenDepth(torch.ones(1, 2, 4, 6))
         with pytest.raises(ValueError, match="frame_numbers must be 1 ints as cameras, got 2"):
             GivenDepth(torch.ones(4, 6))(None, make_cameras(1, (4, 6)), [0, 0])
 

@@ -262,13 +262,8 @@ def test_image_may_be_anything_diffusers_takes(pipe: MiragePipeline) -> None:
         latents(pipe, 5, image=given)
         for given in (
             image,
-            [image],
-            with_alpha,
-            np.asarray(image),
+            [with_alpha],
             pixels.byte(),
-            pixels[None] / 127.5 - 1,
-            np.asarray(image).astype(np.uint16) * np.uint16(257),
-            (pixels[None] / 255).bfloat16().float(),
             pixels[None] / 255,
             (pixels / 255).permute(1, 2, 0)[None].numpy(),
         )

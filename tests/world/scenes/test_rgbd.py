@@ -143,6 +143,25 @@ def test_folder_is_cropped_about_its_centre(tmp_path: Path):
     assert frames.cameras.centers[:, 0].tolist() == [0, 1, 2]
 
 
+@pytest.mark.parametrize("suffix", [".tiff", ".npy", ".npz"])
+def test_depth_may_be_another_file(folder: Path, suffix: str):
+    """Integers are millimetres, floats metres, unknown depth is 0; a grey colour image keeps its 16 bits."""
+    expected = load_rgbd_folder(folder).depth
+    for path in folder.glob("*.depth.png"):
+        millimetres = np.asarray(image_module.open(path))
+        path.unlink()
+        metres = np.where(millimetres == 65535, np.nan, millimetres / np.float32(1000)).astype(np.float32)
+        if suffix == ".tiff":
+            image_module.fromarray(metres).save(path.with_suffix(suffix))
+        else:
+            (np.save if suffix == ".npy" else np.savez)(path.with_suffix(suffix), metres)
+    colour = np.full((41, 53), 257, np.uint16)
+    resave(folder / "frame-000005.color.png", colour)
+    frames = load_rgbd_folder(folder)
+    assert torch.equal(frames.depth, expected)
+    assert (frames.images[1] - 257 / 65535).abs().max() < 1e-7
+
+
 def test_folder_slices(folder: Path):
     assert load_rgbd_folder(folder, slice(None, None, 2), progress=True).names == [
         "frame-000000",

@@ -244,9 +244,15 @@ def test_broken_clips_are_named_and_the_next_one_is_taken(tmp_path: Path) -> Non
     frame, depth = tmp_path / "frames" / "abc" / "1330.png", tmp_path / "depth" / "abc" / "1330.npy"
     content = frame.read_bytes()
     assert "1330.png: expected an image" in broken_by(lambda: frame.write_bytes(content[:200]))
-    assert "1330: expected a file ending in .jpg or .png, found none" in broken_by(frame.unlink)
+    assert "1330: expected a file ending in .jpg or .jpeg or .png or .webp, found none" in broken_by(frame.unlink)
     frame.write_bytes(content)
     assert "1330.npy: expected (H, W) metres" in broken_by(lambda: np.save(depth, np.zeros((2, 3, 4))))
+    assert "1330.npy: expected depth in floats" in broken_by(lambda: np.save(depth, np.zeros((3, 4), np.uint8)))
+
+    later = [path for path in depth.parent.iterdir() if int(path.stem) > 1290]  # of frame 9 and on
+    flat = np.ones((32, 96), np.float32)
+    message = broken_by(lambda: [np.save(path, flat) for path in later])
+    assert "depth/abc: must have the aspect of the frames, 64x96, got 32x96" in message
     np.save(depth, np.zeros((5, 5), np.float32))
     assert "depth/abc: must be of one size, got several" in broken_by(lambda: None)
     depth.unlink()
