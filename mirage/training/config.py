@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 import math
 import os
 import types
@@ -82,6 +83,8 @@ ImageSize = Annotated[
 ]
 Part = Annotated[str, Strict()] | Annotated[dict, Strict()] | None
 """A folder or hub id; a mapping: the keyword arguments of a new one; None: the pipeline's."""
+
+_MAX_VALUES = 100_000  # of a file, aliases followed
 
 LORA_TARGETS = ("q", "k", "v", "o", "ffn")
 _KEYS = ConfigDict(extra="forbid")
@@ -299,10 +302,9 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
         ValueError: naming the key, what was expected and what came.
         MissingExtraError: pyyaml is not installed.
     """
-    yaml = import_extra("yaml", "train")
     try:
-        given = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        given = _parse_yaml(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:  # what is no text included
         raise ValueError(f"{path}: must be YAML, got: {error}") from None
     if not isinstance(given, dict):
         raise ValueError(f"{path}: must be a mapping of keys, got {type(given).__name__}")
@@ -316,11 +318,38 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
             place = place.setdefault(parent, {})
             if not isinstance(place, dict):
                 raise ValueError(f"{name}: {parent} must be a mapping to set a key of, got {place!r}")
-        place[last] = yaml.safe_load(value)
+        try:
+            place[last] = _parse_yaml(value)
+        except ValueError as error:
+            raise ValueError(f"{name} must be YAML, got: {error}") from None
     try:
         return make_config(given)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
+
+
+def _parse_yaml(text: str) -> Any:
+    """Parse YAML to plain values.
+
+    Raises:
+        ValueError: it is none, or so large when its aliases are followed that it is no configuration.
+    """
+    yaml = import_extra("yaml", "train")
+    try:
+        values = yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, RecursionError, TypeError, LookupError, AttributeError) as error:
+        raise ValueError(str(error) or type(error).__name__) from None
+    left, count = [values], 0
+    while left:
+        count += 1
+        if count > _MAX_VALUES:
+            raise ValueError(f"more than {_MAX_VALUES:,} values")
+        value = left.pop()
+        if isinstance(value, dict):
+            left += value.values()
+        elif isinstance(value, (list, tuple, set)):
+            left += value
+    return values
 
 
 def make_config(given: dict[str, Any]) -> TrainConfig:
@@ -335,6 +364,11 @@ def make_config(given: dict[str, Any]) -> TrainConfig:
         raise ValueError(_describe_error(error.errors()[0])) from None
     _check_frames(config)
     _check_sources(config.data.sources)
+    for name, part in vars(config.models).items():
+        try:
+            json.dumps(part)  # as a run records it
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"models.{name} must hold plain values: {error}") from None
     return config
 
 

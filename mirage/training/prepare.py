@@ -13,6 +13,7 @@ from ..models.vae import encode_frames, encode_static_frame
 from ..optional import import_extra
 from .config import TrainConfig
 from .data import ClipDataset, read_origin, save_clip
+from .data.dataset import load_clip_of
 from .models import load_models
 
 
@@ -61,7 +62,7 @@ def prepare(config: TrainConfig, out: Path, device: str = "cpu", progress: bool 
             report["present"] += 1
             continue
         try:
-            clip = clips.sources[source].load(index)
+            clip = load_clip_of(clips.sources[source], index)
         except (OSError, ValueError) as error:
             report["broken"][clips.sources[source].name(index)] = str(error)
             continue

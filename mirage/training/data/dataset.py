@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 from ..config import DataConfig
 from ..seeds import derive_seed
 from .clips import Clip
-from .sources import make_source
+from .sources import Source, make_source
 
 
 @dataclass(frozen=True)
@@ -65,9 +65,9 @@ class ClipDataset(Dataset):
 
     def _load(self, source: int, index: int) -> Clip:
         if self._kept is None:
-            return self.sources[source].load(index)
+            return load_clip_of(self.sources[source], index)
         if (source, index) not in self._kept:
-            clip = self.sources[source].load(index)
+            clip = load_clip_of(self.sources[source], index)
             small = None if clip.frames is None else (clip.frames * 255.0).round().byte()
             self._kept[source, index] = replace(clip, frames=small)
         kept = self._kept[source, index]
@@ -79,6 +79,20 @@ class ClipDataset(Dataset):
             generator = torch.Generator().manual_seed(derive_seed(self.seed, "epoch", epoch))
             self._epoch = epoch, torch.randperm(len(self), generator=generator).tolist()
         return self._epoch[1][(place + shift) % len(self)]
+
+
+def load_clip_of(source: Source, index: int) -> Clip:
+    """Load a clip, whose files may hold anything.
+
+    Raises:
+        OSError, ValueError: the clip is broken, whatever the libraries that read it raise.
+    """
+    try:
+        return source.load(index)
+    except (OSError, ValueError, ImportError):
+        raise
+    except Exception as error:
+        raise ValueError(f"{source.name(index)}: cannot be read ({type(error).__name__}: {error})") from error
 
 
 class BatchSampler:

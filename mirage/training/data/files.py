@@ -48,7 +48,7 @@ def load_clip(name: str, content: bytes) -> Clip:
         tensors = load_tensors(content)
         length = int.from_bytes(content[:_HEADER_BYTES], "little")
         metadata = json.loads(content[_HEADER_BYTES : _HEADER_BYTES + length]).get("__metadata__", {})
-    except (SafetensorError, ValueError) as error:
+    except (SafetensorError, ValueError, LookupError, TypeError, RuntimeError) as error:
         raise ValueError(f"{name}: not a whole safetensors file ({error}); was it cut short?") from None
     if (metadata.get("format"), metadata.get("version")) != (FORMAT, str(VERSION)):
         got = f"{metadata.get('format')!r} {metadata.get('version')!r}"
@@ -57,7 +57,7 @@ def load_clip(name: str, content: bytes) -> Clip:
         latents, depth, static = tensors["latents"].float(), tensors["depth"], tensors["static"]
         static_latent = tensors["still"].float()
         cameras = Cameras(tensors["intrinsics"], tensors["cam2world"], tensors["image_size"].tolist())
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, RuntimeError) as error:
         raise ValueError(f"{name}: a clip must hold its tensors: {error}") from None
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
@@ -70,6 +70,11 @@ def load_clip(name: str, content: bytes) -> Clip:
         raise ValueError(f"{name}: still must be a latent frame {shapes}")
     if not (latents.isfinite().all() and static_latent.isfinite().all()):
         raise ValueError(f"{name}: latents and still must be finite")
+    if not depth.is_floating_point() or static.dtype != torch.bool or not depth.isfinite().all():
+        raise ValueError(f"{name}: depth must be finite floats and static bool, got {depth.dtype} and {static.dtype}")
+    embeds = tensors.get("prompt_embeds")
+    if embeds is not None and not (embeds.ndim == 2 and embeds.is_floating_point() and embeds.isfinite().all()):
+        raise ValueError(f"{name}: prompt_embeds must be (L, D), finite floats, got {tuple(embeds.shape)}")
     return Clip(
         name,
         metadata.get("prompt", ""),
@@ -78,7 +83,7 @@ def load_clip(name: str, content: bytes) -> Clip:
         cameras=cameras,
         latents=latents,
         static_latent=static_latent,
-        prompt_embeds=tensors.get("prompt_embeds"),
+        prompt_embeds=embeds,
         vae=metadata.get("vae") or None,
     )
 
@@ -97,9 +102,12 @@ def read_origin(path: Path) -> tuple[str | None, str | None]:
         if length > path.stat().st_size:
             raise ValueError(f"{path}: not a whole safetensors file; was it cut short?")
         try:
-            metadata = json.loads(file.read(length)).get("__metadata__", {})
-        except ValueError as error:
+            header = json.loads(file.read(length))
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path}: not a safetensors file: {error}") from None
+    metadata = header.get("__metadata__", {}) if isinstance(header, dict) else None
+    if not isinstance(metadata, dict):
+        raise ValueError(f"{path}: not a safetensors file")
     if metadata.get("format") == FORMAT and metadata.get("version") != str(VERSION):
         what = "name another folder, or remove what is in this one"
         raise ValueError(f"{path}: {FORMAT} must be of version {VERSION}, got {metadata.get('version')}: {what}")

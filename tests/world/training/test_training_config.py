@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import random
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -145,3 +148,71 @@ def test_files_that_are_wrong(tmp_path: Path, text: str, overrides: list[str], m
     (tmp_path / "run.yaml").write_text(text)
     with pytest.raises(ValueError, match=message):
         load_config(tmp_path / "run.yaml", overrides)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[" * 2000, "must be YAML"),
+        ("a: 2024-13-45", "must be YAML"),
+        ("? [a, [b]]\n: 1", "must be YAML"),
+        ("a: !!python/object/apply:os.mkdir [executed]", "must be YAML"),
+        ("a: &a [1, 2]\nb: !!int x", "must be YAML"),
+        (
+            "x0: &x0 [1, 1, 1, 1, 1, 1, 1, 1, 1]\n"
+            + "".join(f"x{i}: &x{i} [{f'*x{i - 1}, ' * 9}]\n" for i in range(1, 9)),
+            "values",
+        ),
+        ("a: &a [*a]", "values"),
+        ("1: 2", "stage must be given"),
+        ("null", "must be a mapping of keys, got NoneType"),
+    ],
+)
+def test_files_that_hold_anything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, message: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    file = tmp_path / "run.yaml"
+    file.write_text(text)
+    with pytest.raises(ValueError, match=rf"run\.yaml: .*{message}"):
+        load_config(file)
+    assert [path.name for path in tmp_path.iterdir()] == ["run.yaml"]
+
+
+def test_overrides_and_parts_that_hold_anything(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump(LEAST))
+    with pytest.raises(ValueError, match=r"data\.frames must be YAML, got"):
+        load_config(file, ["data.frames=[1, 2"])
+    with pytest.raises(ValueError, match=r"models\.vae must hold plain values"):
+        load_config(file, ["models.vae={a: 2024-01-01}"])
+
+
+def test_fuzzed_files_are_read_or_refused(tmp_path: Path) -> None:
+    """Bytes of a file changed, dropped and doubled at random: a configuration, or a ValueError in one sentence."""
+    count = 1000 if os.environ.get("MIRAGE_NIGHTLY") == "1" else 60
+    draw, file = random.Random(0), tmp_path / "run.yaml"
+    content = yaml.safe_dump(changed("models.vae", {"base_dim": 8})).encode()
+    for _ in range(count):
+        held = bytearray(content)
+        for _ in range(draw.randint(1, 6)):
+            at = draw.randrange(len(held))
+            held[at : at + draw.randint(0, 3)] = draw.choice(
+                [
+                    b"",
+                    b"\x00",
+                    b"[",
+                    b"{",
+                    b"&a ",
+                    b"*a",
+                    b": ",
+                    b"\n",
+                    b"!!",
+                    b"\xff",
+                    b"1e999",
+                    b"- ",
+                    b"'",
+                    held[at : at + 9],
+                ]
+            )
+        file.write_bytes(held)
+        with suppress(ValueError):
+            load_config(file)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import io
+import os
+import random
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +19,8 @@ from mirage.scenes.camera_files import save_realestate10k
 from mirage.scenes.rgbd import load_rgbd_folder
 from mirage.scenes.synthetic import SyntheticFrames, SyntheticRoom
 from mirage.training.config import DataConfig, SourceConfig
-from mirage.training.data import BatchSampler, Clip, ClipDataset, load_clip, make_clip, save_clip
+from mirage.training.data import BatchSampler, Clip, ClipDataset, load_clip, make_clip, read_origin, save_clip
+from mirage.training.data.shards import PackedSource
 from mirage.training.seeds import derive_seed
 from mirage_kernels import Cameras, LatentCache
 from mirage_kernels.geometry import pool_depth
@@ -283,6 +287,10 @@ def test_packed_values_are_checked(tmp_path: Path) -> None:
         ({"static_latent": clip.latents[0] * float("inf")}, "latents and still must be finite"),
         ({"static_latent": clip.latents}, r"still must be a latent frame \(48, 4, 6\), got \(3, 48, 4, 6\)"),
         ({"depth": clip.depth[:2]}, r"must be of the same tokens, got \(3, 48, 4, 6\), \(2, 4, 6\)"),
+        ({"depth": clip.depth.long()}, "depth must be finite floats and static bool, got torch.int64"),
+        ({"depth": clip.depth * float("nan")}, "depth must be finite floats"),
+        ({"static": clip.static.float()}, "depth must be finite floats and static bool"),
+        ({"prompt_embeds": torch.ones(3)}, r"prompt_embeds must be \(L, D\), finite floats, got \(3,\)"),
     ):
         save_clip(tmp_path / "clip", Clip(**{**vars(clip), **change}))
         with pytest.raises(ValueError, match=message):
@@ -317,3 +325,42 @@ def test_frames_that_are_no_clip() -> None:
     with pytest.raises(ValueError, match="x: frames must be finite"):
         make_clip("x", "", made.images * float("inf"), made.depth, made.static, made.cameras, SIZE)
     assert isinstance(made.cameras, Cameras)
+
+
+def test_fuzzed_clips_are_broken_and_never_more(tmp_path: Path) -> None:
+    """Bytes of a packed clip's header and content changed at random: a clip, or an error that the run counts."""
+    count = 1000 if os.environ.get("MIRAGE_NIGHTLY") == "1" else 100
+    path = tmp_path / "clip.safetensors"
+    save_clip(path, packed())
+    content, draw = path.read_bytes(), random.Random(0)
+    header = int.from_bytes(content[:8], "little") + 8
+    dataset = ClipDataset(data(SourceConfig("packed", str(tmp_path))))
+    read = 0
+    for _ in range(count):
+        held = bytearray(content)
+        for _ in range(draw.randint(1, 4)):
+            held[draw.randrange(header)] = draw.choice(b'0123456789"[]{},:FIUBO ')
+        path.write_bytes(held if draw.random() < 0.8 else held[: draw.randrange(len(held))])
+        with suppress(ValueError):
+            dataset[0]
+            read += 1
+        with suppress(ValueError):
+            read_origin(path)
+    assert read < count
+
+
+def test_whatever_a_library_raises_breaks_the_clip_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("one", "two"):
+        save_clip(tmp_path / f"{name}.safetensors", packed())
+    dataset = ClipDataset(data(SourceConfig("packed", str(tmp_path))))
+    load = PackedSource.load
+
+    def failing(self: Any, index: int) -> Any:
+        if index == 0:
+            raise RuntimeError("an operator failed")
+        return load(self, index)
+
+    monkeypatch.setattr(PackedSource, "load", failing)
+    broken = [dataset[number].broken for number in range(4)]
+    assert any(broken) and not all(broken)
+    assert "one.safetensors: cannot be read (RuntimeError: an operator failed)" in str(broken)
