@@ -75,6 +75,10 @@ class LatentCache:
         max_tokens: after each write, the oldest tokens beyond so many are evicted: those written, replaced or merged by
             the earliest view, within a view those of the lowest row. None: any number. A write needs room for all that
             it adds before it evicts.
+        voxel_size: edge of the voxels of ``"bounded"``, world units, for a fixed density of tokens however finely they
+            are seen. None: of about a token's size. A write then waits for the device after each view, needs room for
+            all that the view adds, brings back what is offloaded, and looks at all tokens held; what comes to a full
+            voxel counts as refused, an older token that it would have replaced included.
 
     Raises:
         ValueError, TypeError: naming the argument, what was expected and what came.
@@ -93,6 +97,7 @@ class LatentCache:
         carve: bool = True,
         carve_views: int = CARVE_VIEWS,
         max_tokens: int | None = None,
+        voxel_size: float | None = None,
     ) -> None:
         self._config = config = CacheConfig(
             channels=channels,
@@ -104,6 +109,7 @@ class LatentCache:
             carve=carve,
             carve_views=carve_views,
             max_tokens=max_tokens,
+            voxel_size=voxel_size,
         )
         self._buffers = TokenBuffers(
             channels,
@@ -527,7 +533,8 @@ class LatentCache:
         if self._offloaded is None:
             return
         most, tokens = self.max_tokens, depth.shape[0] * size[0] * size[1]
-        if most is not None and len(self) + tokens > most:
+        by_edge = self._config.bounded and self._config.voxel_size is not None
+        if by_edge or (most is not None and len(self) + tokens > most):
             self.onload()
         elif self._buffers.free_space_violations is not None:
             views = Cameras.trusted(intrinsics.double(), cam2world.double(), (depth.shape[1], depth.shape[2]))

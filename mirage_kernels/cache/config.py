@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +33,7 @@ class CacheConfig:
     carve: bool = True
     carve_views: int = CARVE_VIEWS
     max_tokens: int | None = None
+    voxel_size: float | None = None
 
     def __post_init__(self) -> None:
         channels, capacity = self.channels, self.capacity
@@ -51,6 +53,10 @@ class CacheConfig:
             raise TypeError(f"carve must be a bool, got {self.carve!r}")
         if self.max_tokens is not None:
             check_count("max_tokens", self.max_tokens, 0, 2**62)
+        edge = self.voxel_size
+        number = isinstance(edge, (int, float)) and not isinstance(edge, bool)
+        if edge is not None and not (number and 0 < edge < math.inf):
+            raise ValueError(f"voxel_size must be None or a finite length > 0 in world units, got {edge!r}")
 
     @property
     def bounded(self) -> bool:
@@ -69,4 +75,7 @@ class CacheConfig:
 
     def as_dict(self) -> dict[str, Any]:
         """Return the arguments by name, in plain types, as a saved file keeps them."""
-        return {**self.__dict__, "dtype": self.dtype_name}
+        arguments = {**self.__dict__, "dtype": self.dtype_name}
+        if self.voxel_size is None:  # as in files from before there was one
+            del arguments["voxel_size"]
+        return arguments

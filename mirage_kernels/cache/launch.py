@@ -6,13 +6,14 @@ Nothing here is checked again, neither those arguments nor what the cache guaran
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from ..cameras import Cameras
-from ..constants import INVALID, NEAR, WRITE_REPORT
+from ..constants import INVALID, MAX_VIEWS_PER_VOXEL, NEAR, WRITE_REPORT
 from ..ops import Readout
 from ..ops.bounded_write import cell_order
 from ..ops.bounded_write import launch as launch_bounded_write
@@ -25,6 +26,7 @@ from ..ops.view_overlap import launch as launch_view_overlap
 from .buffers import TokenBuffers, find_bounds
 from .config import CacheConfig
 from .offload import Offloaded, rows_of
+from .voxels import limit_voxels
 
 _NO_LIMIT = 2**62
 
@@ -140,16 +142,25 @@ def write(
         max_depth=max_depth,
     )
     if violations is not None:
-        counts: Tensor = launch_bounded_write(
+        bounded = partial(
+            launch_bounded_write,
             **held,
             **kept,
-            **views_of,
             frame_centers=plain(buffers.frame_centers),
             order=cell_order(size, latents.device),
             near=NEAR,
-            views_per_voxel=config.views_per_voxel,
             carve_views=config.carve_views if config.carve else 0,
         )
+        counts: Tensor
+        if config.voxel_size is None:
+            counts = bounded(**views_of, views_per_voxel=config.views_per_voxel)
+        else:
+            counts = latents.new_zeros(len(WRITE_REPORT), dtype=torch.int64)
+            for t in range(views):
+                live, frame = buffers.count_live(), buffers.num_frames + t
+                one = {name: x[t : t + 1] if isinstance(x, Tensor) else x for name, x in views_of.items()}
+                counts += bounded(**{**one, "first_frame": frame}, views_per_voxel=MAX_VIEWS_PER_VOXEL)
+                counts += limit_voxels(buffers, config, live, frame)
         if offloaded is not None:
             # Invalid tokens are all on the device: what is off it moves up by those before it.
             valid = torch.nn.functional.pad((violations != INVALID).cumsum(0), (1, 0))

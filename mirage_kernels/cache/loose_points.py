@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from ..constants import WRITE_REPORT
-from ..geometry import token_voxels
 from ..ops.checks import (
     FEATURE_DTYPES,
     check_first_frame,
@@ -28,6 +27,7 @@ from . import launch
 from .buffers import TokenBuffers
 from .config import CacheConfig
 from .inputs import Array, as_tensor
+from .voxels import has_room
 
 
 class LoosePoints(NamedTuple):
@@ -101,7 +101,7 @@ def write_points(buffers: TokenBuffers, config: CacheConfig, new: LoosePoints) -
     report["non_finite"] = len(points) - len(rows)
     live = buffers.count_live()
     if config.bounded:
-        rows = rows[_has_room(buffers.points[:live], points[rows], config)]
+        rows = rows[has_room(buffers.points[:live], points[rows], config)]
     buffers.reserve(len(rows))
     rows = rows[: buffers.rows - live]
     report["written"] = len(rows)
@@ -122,15 +122,3 @@ def write_points(buffers: TokenBuffers, config: CacheConfig, new: LoosePoints) -
     if config.changes_in_place:
         counts[-1] = launch.compact(buffers, config)
     return counts
-
-
-def _has_room(held: Tensor, points: Tensor, config: CacheConfig) -> Tensor:
-    """Return (N,) bool: whether the voxel of each point has room for it, first come, first served."""
-    taken, sought = token_voxels(held).sort().values, token_voxels(points)
-    order = sought.argsort(stable=True)
-    sought = sought[order]
-    before = torch.searchsorted(taken, sought, right=True) - torch.searchsorted(taken, sought)
-    before = before + torch.arange(len(sought), device=sought.device) - torch.searchsorted(sought, sought)
-    room = torch.empty(len(sought), dtype=torch.bool, device=sought.device)
-    room[order] = before < config.views_per_voxel
-    return room
