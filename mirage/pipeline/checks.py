@@ -81,6 +81,16 @@ def check_prompts(
         import_extra("ftfy", "generate")  # with which diffusers cleans prompts
 
 
+def check_count(name: str, value: Any, least: int) -> None:
+    """Check that a value is an int of at least `least`.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name} must be an int >= {least}, got {value!r}")
+
+
 def check_config(config: SessionConfig) -> None:
     """Check the values of a session.
 
@@ -92,9 +102,7 @@ def check_config(config: SessionConfig) -> None:
     if config.memory.kind == "pixel" and config.decode != "chunk":
         raise ValueError(f'decode must be "chunk" with a memory of pixels, which are of frames, got {config.decode!r}')
     for name, least in (("num_inference_steps", 1), ("max_reference_frames", 0), ("preceding_frames", 0)):
-        value = getattr(config, name)
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ValueError(f"{name} must be an int >= {least}, got {value!r}")
+        check_count(name, getattr(config, name), least)
     for name in ("guidance_scale", "memory_scale", "reference_threshold", "reference_voxel_size", "fps"):
         value = getattr(config, name)
         if not np.isfinite(value) or (name in ("reference_voxel_size", "fps") and value <= 0):

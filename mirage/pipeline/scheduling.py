@@ -17,6 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .checks import check_count
+
 _TRAIN_TIMESTEPS = 1000  # time step of noise level 1, as Wan's transformers are trained
 _TARGET, _END_TOLERANCE = 0.25, 0.05  # what the rehearsal denoises to, and how far from it a solver may end
 _LEVEL_TOLERANCE = 0.002  # between a noise level and its time step, which may be rounded down to an int
@@ -29,8 +31,9 @@ def check_noise_levels(
     """Return the noise levels that are asked for, without a final 0, which schedulers add; None for the scheduler's.
 
     Raises:
-        TypeError, ValueError: not descending numbers in (0, 1], or the scheduler takes none.
+        TypeError, ValueError: not descending numbers in (0, 1], or the scheduler takes none; or no number of steps.
     """
+    check_count("num_inference_steps", num_inference_steps, 1)
     if sigmas is None:
         return None
     if isinstance(sigmas, str):
