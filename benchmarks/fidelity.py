@@ -221,7 +221,7 @@ def laps(
         seen = depth * (1 + noise * torch.randn(depth.shape, generator=generator))
         poses = cameras.cam2world.clone()
         poses[:, :3, 3] += jitter * torch.randn((len(poses), 3), generator=generator).to(poses)
-        report = cache.write(latents, seen, Cameras(cameras.intrinsics, poses, cameras.image_size))
+        report = cache.write(latents, seen, Cameras(cameras.intrinsics, poses, cameras.image_size, square_pixels=False))
         view = cache.read(cameras, size)
         rows.append({"lap": lap, "tokens": len(cache), **score(view.latents, view.mask, latents)._asdict()})
         rows[-1]["report"] = report.as_dict()

@@ -108,7 +108,7 @@ def moved_room(cameras: Cameras, rooms: int) -> Cameras:
     """Move the cameras so many rooms further along the row of rooms."""
     pose = cameras.cam2world.clone()
     pose[:, 0, 3] += rooms * _ROOM_LENGTH
-    return Cameras(cameras.intrinsics, pose, cameras.image_size)
+    return Cameras(cameras.intrinsics, pose, cameras.image_size, square_pixels=False)
 
 
 def render_depth(cameras: Cameras) -> Tensor:

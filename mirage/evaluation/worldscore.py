@@ -230,7 +230,7 @@ def move_cameras(start: Cameras, moves: Sequence[str], frames: int, length: floa
             views.append(view)
         before = after
     poses = start.cam2world[0].cpu() @ torch.linalg.inv(torch.stack(views))
-    return Cameras(start.intrinsics[0], poses, start.image_size)
+    return start.with_cam2world(poses)
 
 
 def _yaw(degrees: float) -> Tensor:

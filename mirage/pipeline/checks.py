@@ -173,4 +173,4 @@ def check_given_depth(depth: DepthSources, framing: Framing) -> Tensor | None:
     """
     if depth.given is None:
         return None
-    return depth.given(None, Cameras(torch.eye(3), torch.eye(4)[None], framing.size), [0])
+    return depth.given(None, Cameras.trusted(torch.eye(3)[None], torch.eye(4)[None], framing.size), [0])

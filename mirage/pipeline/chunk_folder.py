@@ -146,7 +146,8 @@ class ChunkFolder:
         """Read the cameras of the chunk's new latent frames."""
         held = self.load_latents(chunk)
         try:
-            return Cameras(held["intrinsics"], held["cam2world"], held["image_size"].tolist())
+            size = held["image_size"].tolist()
+            return Cameras(held["intrinsics"], held["cam2world"], size, square_pixels=False, off_center=True)
         except ValueError as error:
             raise DamagedFileError(f"{self.path / LATENTS} is damaged: {error}") from None
 

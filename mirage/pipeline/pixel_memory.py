@@ -124,4 +124,4 @@ def between(cameras: Cameras) -> Cameras:
         blend[:, :3, :3] = left @ right
         poses += [blend, after[None]]
         lenses += [torch.lerp(wide.expand(between_two, 3, 3), narrow.expand(between_two, 3, 3), weights), narrow[None]]
-    return Cameras(torch.cat(lenses), torch.cat(poses), cameras.image_size)
+    return Cameras.trusted(torch.cat(lenses), torch.cat(poses), cameras.image_size)

@@ -25,6 +25,7 @@ import torch
 from mirage_kernels import Cameras
 
 PathLike = str | os.PathLike[str]
+_ALLOWANCES = ("square_pixels", "off_center")  # of `Cameras`, which files say where they need them
 
 
 def load_trajectory(path: PathLike, image_size: Sequence[int] | None = None) -> Cameras:
@@ -82,8 +83,10 @@ def load_realestate10k(path: PathLike, image_size: Sequence[int]) -> Cameras:
     world2cam = torch.eye(4, dtype=torch.float64).repeat(views, 1, 1)
     world2cam[:, :3] = table[:, 7:].reshape(-1, 3, 4)
     # Fractions of the image are pixels of a 1x1 image; and the inverse of one pose is the other.
-    inverse = _cameras(path, places, intrinsics, world2cam, (1, 1))
-    return _cameras(path, places, inverse.intrinsics, inverse.world2cam, (1, 1)).resized(image_size)
+    inverse = _cameras(path, places, intrinsics, world2cam, (1, 1), square_pixels=False)
+    return _cameras(path, places, inverse.intrinsics, inverse.world2cam, (1, 1), square_pixels=False).resized(
+        image_size
+    )
 
 
 def save_realestate10k(
@@ -146,7 +149,8 @@ def load_nerfstudio(path: PathLike, image_size: Sequence[int] | None = None) -> 
         cam2world[i] = torch.tensor(_nerfstudio_pose(place, values), dtype=torch.float64)
     cam2world[:, :, 1:3] *= -1  # OpenGL to OpenCV
     assert size is not None
-    return _cameras(path, places, intrinsics, cam2world, size)
+    allowed = {name: meta[name] for name in _ALLOWANCES if isinstance(meta.get(name), bool)}
+    return _cameras(path, places, intrinsics, cam2world, size, **allowed)
 
 
 def save_nerfstudio(path: PathLike, cameras: Cameras) -> None:
@@ -158,7 +162,7 @@ def save_nerfstudio(path: PathLike, cameras: Cameras) -> None:
     opengl = cameras.cam2world.cpu().clone()
     opengl[:, :, 1:3] *= -1
     lenses = [{"fl_x": k[0][0], "fl_y": k[1][1], "cx": k[0][2], "cy": k[1][2]} for k in cameras.intrinsics.tolist()]
-    meta: dict[str, Any] = {"camera_model": "PINHOLE", "w": width, "h": height}
+    meta: dict[str, Any] = {"camera_model": "PINHOLE", "w": width, "h": height, **cameras.allowances}
     if lenses and all(lens == lenses[0] for lens in lenses):
         meta |= lenses[0]
         lenses = [{}] * len(lenses)
@@ -177,25 +181,25 @@ def load_npz(path: PathLike) -> Cameras:
             archive = np.load(file, allow_pickle=False)
             if not isinstance(archive, np.lib.npyio.NpzFile):
                 raise ValueError("a single array")
-            arrays = {name: archive[name] for name in names if name in archive}
+            arrays = {name: archive[name] for name in (*names, *_ALLOWANCES) if name in archive}
     except (EOFError, ValueError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(f"{path}: expected an .npz of plain arrays, got: {error}") from None
     missing = [name for name in names if name not in arrays]
     if missing:
         raise ValueError(f"{path}: expected the arrays {', '.join(names)}, got no {', '.join(missing)}")
     places = [f"view {i}" for i in range(len(arrays["cam2world"]) if arrays["cam2world"].ndim else 0)]
-    return _cameras(path, places, arrays["intrinsics"], arrays["cam2world"], arrays["image_size"].tolist())
+    allowed = {name: bool(arrays[name]) for name in _ALLOWANCES if name in arrays and arrays[name].shape == ()}
+    return _cameras(path, places, arrays["intrinsics"], arrays["cam2world"], arrays["image_size"].tolist(), **allowed)
 
 
 def save_npz(path: PathLike, cameras: Cameras) -> None:
     """Write an .npz with `intrinsics`, `cam2world` (float64) and `image_size`; reading it back is exact."""
     buffer = io.BytesIO()
-    np.savez(
-        buffer,
-        intrinsics=cameras.intrinsics.cpu().numpy(),
-        cam2world=cameras.cam2world.cpu().numpy(),
-        image_size=np.array(cameras.image_size),
-    )
+    values: dict[str, Any] = {
+        "intrinsics": cameras.intrinsics.cpu().numpy(),
+        "cam2world": cameras.cam2world.cpu().numpy(),
+    }
+    np.savez(buffer, **values, image_size=np.array(cameras.image_size), **cameras.allowances)  # type: ignore[arg-type]
     _write(path, buffer.getvalue())
 
 
@@ -227,10 +231,12 @@ def _write(path: PathLike, data: bytes) -> None:
         draft.unlink(missing_ok=True)
 
 
-def _cameras(path: PathLike, places: Sequence[str], intrinsics: Any, cam2world: Any, size: Sequence[int]) -> Cameras:
+def _cameras(
+    path: PathLike, places: Sequence[str], intrinsics: Any, cam2world: Any, size: Sequence[int], **allowed: bool
+) -> Cameras:
     """Make `Cameras`; an error about view i names `places[i]` of the file."""
     try:
-        return Cameras(intrinsics, cam2world, size)
+        return Cameras(intrinsics, cam2world, size, **allowed)
     except (TypeError, ValueError) as error:
         view = re.match(r"\w+\[(\d+)\]", str(error))
         place = f", {places[int(view[1])]}" if view else ""

@@ -25,6 +25,7 @@ from ..optional import import_extra
 
 _MULTIPLE = 16
 _MATRIX_CHARACTERS = 10_000  # of a text file with a matrix, which has some hundreds
+_ANY_LENS = np.array([[1.0, 0.0, 0.5], [0.0, 1.0, 0.5], [0.0, 0.0, 1.0]])  # of a 1x1 image, to check a pose with
 _COLOR_NAME = re.compile(r"frame-\d+\.color\.(?:jpg|jpeg|png)")
 
 
@@ -157,11 +158,11 @@ def load_rgbd_folder(path: str | os.PathLike[str], frames: slice | None = None, 
         pose_file = folder / f"{stem}.pose.txt"
         poses.append(_read_matrix(pose_file, 4))
         try:
-            Cameras(np.eye(3), poses[-1][None], (1, 1))
+            Cameras(_ANY_LENS, poses[-1][None], (1, 1))
         except ValueError as error:
             raise ValueError(f"{pose_file}: {error}") from None
     try:
-        Cameras(matrix, np.eye(4)[None], (1, 1))
+        Cameras(matrix, np.eye(4)[None], images[0].shape[:2])
     except ValueError as error:
         raise ValueError(f"{folder / 'intrinsics.txt'}: {error}") from None
     intrinsics = np.repeat(matrix[None], len(names), 0)

@@ -144,7 +144,7 @@ def _path(start: Cameras, num_frames: int, local: Callable[[float], Tensor]) -> 
     poses = origin @ steps
     at_start = (steps == torch.eye(4, dtype=torch.float64)).all(2).all(1)
     poses[at_start] = origin  # a product with the identity loses the sign of -0
-    return Cameras(start.intrinsics[0], poses.to(start.device), start.image_size)
+    return start.with_cam2world(poses)
 
 
 def _check_num_frames(num_frames: int) -> None:

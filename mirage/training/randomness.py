@@ -37,4 +37,4 @@ def perturb_cameras(rng: torch.Generator, cameras: Cameras, metres: float) -> Ca
     poses = cameras.cam2world.cpu().clone()
     poses[:, :3, :3] = poses[:, :3, :3] @ torch.linalg.matrix_exp(skew)
     poses[:, :3, 3] += step
-    return Cameras(cameras.intrinsics.cpu(), poses, cameras.image_size)
+    return cameras.to("cpu").with_cam2world(poses)

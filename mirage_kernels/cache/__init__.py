@@ -19,10 +19,19 @@ import torch
 from torch import Tensor
 
 from ..cameras import Cameras
+from ..cameras.checks import check_fits_grid
 from ..constants import CARVE_VIEWS, NEAR, SHARPNESS, VIEWS_PER_VOXEL
 from ..geometry import bounds_rows, check_size
 from ..ops import Readout
-from ..ops.checks import check_first_frame, check_near, check_sharpness, check_write_inputs, plain, readout_dtype
+from ..ops.checks import (
+    check_first_frame,
+    check_near,
+    check_sharpness,
+    check_write_aspects,
+    check_write_inputs,
+    plain,
+    readout_dtype,
+)
 from ..quantization import dequantize_rows
 from . import launch
 from .buffers import TokenBuffers
@@ -269,6 +278,7 @@ class LatentCache:
             mask: (T, H', W') or (T, 1, H', W'), True = static, keep; None keeps everything. Bool, or 0 and 1 in any
                 other dtype, which are looked at: that waits for the device.
 
+            Cameras, depth and mask have the aspect of the latents, within a token.
             Numpy arrays are moved to the cache's device; float64 is rounded to float32.
             depth_sampling: ``"median"`` or ``"bilinear"``, see :func:`mirage_kernels.back_project`.
             min_depth, max_depth: token depths outside are not written.
@@ -284,6 +294,7 @@ class LatentCache:
         tokens, depths, static = as_write_inputs(latents, depth, mask, views, self.channels, self.device)
         if isinstance(tokens, Tensor) and tokens.dim() == 4 and views != tokens.shape[0]:
             raise ValueError(f"cameras must be {tokens.shape[0]} views like latents, got {views}")
+        check_write_aspects(tokens, depths, cameras, static, depth_sampling)
         cameras = cameras.to(self.device)
         if isinstance(depths, Tensor) and depths.dim() == 3 and 0 not in depths.shape[1:]:
             cameras = cameras.resized((depths.shape[1], depths.shape[2]))
@@ -381,7 +392,7 @@ class LatentCache:
         while tokens are offloaded, what the cameras may see of them is brought back first, for which it waits.
 
         Args:
-            cameras: T views; their intrinsics are resized to the grid.
+            cameras: T views; their intrinsics are resized to the grid, whose aspect they have within one cell.
             size: (h, w) of the grid.
             splat: ``"aligned"``: a blend of the tokens that fit each cell best in position, scale and viewing ray, see
                 :func:`mirage_kernels.splat_aligned`; ``"nearest"``: the nearest token of each cell (the published
@@ -407,6 +418,7 @@ class LatentCache:
         check_sharpness(sharpness)
         _check_cameras(cameras)
         size = check_size(size)
+        check_fits_grid("cameras", cameras.image_size, size, "the grid to read")
         check_near(near)
         if dtype is None:
             dtype = self._readout_dtype
@@ -482,6 +494,8 @@ class LatentCache:
         _check_cameras(cameras)
         _check_cameras(targets, "targets")
         size = check_size(size)
+        for name, views in (("cameras", cameras), ("targets", targets)):
+            check_fits_grid(name, views.image_size, size, "the grid")
         check_near(near)
         if not 0 < voxel_size < math.inf:
             raise ValueError(f"voxel_size must be a finite length > 0 in world units, got {voxel_size!r}")

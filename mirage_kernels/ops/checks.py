@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..cameras import Cameras
+from ..cameras.checks import check_fits_grid
 from ..geometry import bounds_rows, check_size
 from ..quantization import FLOAT8
 
@@ -236,6 +238,22 @@ def check_write_inputs(
     if not (0 <= min_depth <= max_depth):
         raise ValueError(f"min_depth must be in [0, max_depth], got min_depth={min_depth!r}, max_depth={max_depth!r}")
     return depth, intrinsics, cam2world, mask
+
+
+def check_write_aspects(latents: Any, depth: Any, cameras: Cameras, mask: Any, depth_sampling: str) -> None:
+    """Check that what is written shows views of one aspect, that of the grid of latents within a token.
+
+    What is no (T, C, h, w) or (T, H, W), or coarser than the grid, is left to :func:`check_write_inputs`.
+    """
+    if getattr(latents, "ndim", 0) != 4 or 0 in latents.shape[2:]:
+        return
+    grid = (latents.shape[2], latents.shape[3])
+    check_fits_grid("cameras", cameras.image_size, grid)
+    for name, maps, coarse in (("depth", depth, depth_sampling == "bilinear"), ("mask", mask, False)):
+        if getattr(maps, "ndim", 0) == 3 and 0 not in maps.shape[1:]:
+            rows, columns = maps.shape[1:]
+            if coarse or (rows >= grid[0] and columns >= grid[1]):
+                check_fits_grid(name, (rows, columns), grid)
 
 
 def check_buffers(

@@ -131,7 +131,7 @@ def walk(room: SyntheticRoom, start: Cameras, frames: int, rng: random.Random, p
     track = torch.cat(spots)
     padded = torch.cat([track[:1].expand(_SMOOTH, 3), track, track[-1:].expand(_SMOOTH, 3)])
     smooth = torch.stack([padded[i : i + frames] for i in range(2 * _SMOOTH + 1)]).mean(0)
-    return Cameras(start.intrinsics[0], make_poses(smooth, yaws, pitches), start.image_size)
+    return start.with_cam2world(make_poses(smooth, yaws, pitches))
 
 
 def around(room: SyntheticRoom, start: Cameras, frames: int, rng: random.Random) -> Cameras:
@@ -152,7 +152,7 @@ def around(room: SyntheticRoom, start: Cameras, frames: int, rng: random.Random)
             # 181 places: what lies between two is at most a few centimetres nearer.
             if (room.clearance(on_ellipse) >= CLEARANCE + 0.05).all():
                 poses = make_poses(track, [a + sense * look for a in angles], [0.0] * frames)
-                return Cameras(start.intrinsics[0], poses, start.image_size)
+                return start.with_cam2world(poses)
     return pan(start, frames, degrees=360.0)
 
 
@@ -168,7 +168,7 @@ def laps(start: Cameras, frames: int, radius: float, degrees: float) -> Cameras:
         locals_[i, 0, 2], locals_[i, 2, 0] = sway, -sway
     lap = start.cam2world[0] @ locals_
     lap[0] = start.cam2world[0]
-    return Cameras(start.intrinsics[0], lap[torch.arange(frames) % once], start.image_size)
+    return start.with_cam2world(lap[torch.arange(frames) % once])
 
 
 def make_poses(centres: Tensor, yaws: Sequence[float], pitches: Sequence[float]) -> Tensor:

@@ -80,7 +80,7 @@ def make_clip(
     intrinsics = cameras.intrinsics.clone()
     intrinsics[:, 0, 2] -= left
     intrinsics[:, 1, 2] -= top
-    cameras = Cameras(intrinsics, cameras.cam2world, (height, width))
+    cameras = Cameras.trusted(intrinsics, cameras.cam2world, (height, width))
     tokens = (height // TOKEN_PIXELS, width // TOKEN_PIXELS)
     kept = pool_mask(static[window], tokens)
     kept = torch.cat([kept[:1], kept[1:].unflatten(0, (-1, TEMPORAL_COMPRESSION)).all(1)])

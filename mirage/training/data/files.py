@@ -56,7 +56,8 @@ def load_clip(name: str, content: bytes) -> Clip:
     try:
         latents, depth, static = tensors["latents"].float(), tensors["depth"], tensors["static"]
         static_latent = tensors["still"].float()
-        cameras = Cameras(tensors["intrinsics"], tensors["cam2world"], tensors["image_size"].tolist())
+        size = tensors["image_size"].tolist()
+        cameras = Cameras(tensors["intrinsics"], tensors["cam2world"], size, square_pixels=False, off_center=True)
     except (KeyError, TypeError, RuntimeError) as error:
         raise ValueError(f"{name}: a clip must hold its tensors: {error}") from None
     except ValueError as error:

@@ -35,7 +35,9 @@ def frames(seed=0, views=2, channels=4, unknown=0.2, dtype=torch.float32, grid=G
     rng = np.random.default_rng(seed)
     latents = rng.normal(size=(views, channels, *grid)).astype(np.float32)
     latents[rng.random(latents.shape) < 0.01 / channels] = math.nan
-    cameras = Cameras(scenes.intrinsics(rng, views, image_size), scenes.poses(rng, views), image_size)
+    cameras = Cameras(
+        scenes.intrinsics(rng, views, image_size), scenes.poses(rng, views), image_size, square_pixels=False
+    )
     return (
         torch.from_numpy(latents).to(dtype),
         scenes.depth_maps(rng, views, image_size, unknown),
@@ -149,9 +151,45 @@ def test_cameras_of_another_image_size_are_resized_to_the_depth():
     latents, depth, cameras, mask = frames(5)
     one, other = append(channels=4), append(channels=4)
     one.write(latents, depth, cameras, mask)
-    other.write(latents, depth, cameras.resized((250, 140)), mask)
+    other.write(latents, depth, cameras.resized((250, 340)), mask)
     assert len(one) == len(other) > 20
     torch.testing.assert_close(one.points, other.points, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"cameras": (35, 25)},
+            r"cameras must have the aspect of the latents, 5x7, .* got 35x25 \(height and width exch",
+        ),
+        ({"cameras": (14, 35)}, r"cameras must have the aspect of the latents, 5x7, within one token, got 14x35$"),
+        ({"depth": (24, 45)}, "depth must have the aspect of the latents, 5x7, within one token, got 24x45"),
+        ({"mask": (36, 24)}, "mask must have the aspect of the latents, 5x7, within one token, got 36x24"),
+        ({"latents": (7, 5)}, "cameras must have the aspect of the latents, 7x5, within one token, got 25x35"),
+    ],
+)
+def test_writes_of_different_aspects_are_refused(change, message):
+    """Cameras, depth, mask and latents show the same views: a token more or less is rounding, more is a mistake."""
+    cache, (latents, depth, cameras, mask) = filled(), frames(5)
+    before, given = contents(cache), {"latents": latents, "depth": depth, "cameras": cameras, "mask": mask}
+    for name, size in change.items():
+        is_camera = name == "cameras"
+        given[name] = cameras.resized(size) if is_camera else given[name].new_ones(*given[name].shape[:-2], *size)
+    with pytest.raises(ValueError, match=message):
+        cache.write(**given)
+    assert_equal_bits(contents(cache), before)
+
+
+def test_reads_of_another_aspect_are_refused():
+    cache, cameras = filled(), frames(5)[2]
+    for size in (GRID, (4, 7), (6, 7), (10, 14), (5, 8)):
+        assert cache.read(cameras, size).mask.shape[1:] == size
+    for call in (cache.read, lambda views, size: cache.view_overlap(cameras, views, size)):
+        with pytest.raises(
+            ValueError, match=r"must have the aspect of the grid.*, 7x5, .* got 25x35 \(height and width"
+        ):
+            call(cameras, (7, 5))
 
 
 def test_a_write_of_no_views():
@@ -411,10 +449,10 @@ def test_arguments_are_checked_once(monkeypatch, options):
                     module, name, lambda *x, name=name, checked=checked, **y: (calls.append(name), checked(*x, **y))[1]
                 )
     cache.read(cameras, GRID)
-    assert sorted(calls) == ["check_near", "check_sharpness", "check_size"]
+    assert sorted(calls) == ["check_fits_grid", "check_near", "check_sharpness", "check_size"]
     calls.clear()
     cache.view_overlap(cameras, cameras, GRID)
-    assert sorted(calls) == ["check_near", "check_size"]
+    assert sorted(calls) == ["check_fits_grid", "check_fits_grid", "check_near", "check_size"]
     calls.clear()
     assert cache.write(latents, depth, cameras, mask).masked > 0
     once = ("check_write_inputs", "check_depth", "check_cameras", "check_first_frame")
@@ -904,7 +942,9 @@ def test_a_directory_that_does_not_exist(tmp_path):
 
 def test_rollback_forgets_what_was_written_since_the_checkpoint(backend):
     rng = np.random.default_rng(5)
-    cameras = Cameras(scenes.intrinsics(rng, 2, (32, 48)), scenes.poses(rng, 2), (32, 48)).to(backend.device)
+    cameras = Cameras(scenes.intrinsics(rng, 2, (32, 48)), scenes.poses(rng, 2), (32, 48), square_pixels=False).to(
+        backend.device
+    )
     latents = torch.from_numpy(rng.standard_normal((2, 8, 4, 6))).float().to(backend.device)
     depth = torch.full((2, 32, 48), 2.0, device=backend.device)
     cache, never = (append(8, device=backend.device) for _ in range(2))

@@ -43,7 +43,7 @@ def looking(rng, *yaws):
         turn[0, 0] = turn[2, 2] = np.cos(yaw)
         turn[0, 2], turn[2, 0] = np.sin(yaw), -np.sin(yaw)
         pose.copy_(turn @ pose)
-    return Cameras(scenes.intrinsics(rng, len(yaws), IMAGE), cam2world, IMAGE)
+    return Cameras(scenes.intrinsics(rng, len(yaws), IMAGE), cam2world, IMAGE, square_pixels=False)
 
 
 def anywhere(rng, views):
@@ -84,7 +84,7 @@ def assert_same_contents(cache, twin):
 def assert_same_read(rng, cache, twin, cameras, size=None):
     size = size or (int(rng.integers(4, 40)), int(rng.integers(4, 40)))
     for splat in ("aligned", "nearest"):
-        seen, expected = (one.read(cameras, size, splat=splat) for one in (cache, twin))
+        seen, expected = (one.read(cameras.resized(size), size, splat=splat) for one in (cache, twin))
         assert_equal_bits(seen, expected)
     return expected
 
@@ -236,7 +236,7 @@ def test_no_box_that_holds_what_a_view_needs_is_missed(seed):
     """Points that project into a grid or two cells around it; points that share a voxel with a token of the grid."""
     rng = np.random.default_rng(seed)
     size = tuple(int(side) for side in rng.integers(3, 60, 2))
-    cameras = Cameras(scenes.intrinsics(rng, 1, size), scenes.poses(rng, 1, angle=3), size)
+    cameras = Cameras(scenes.intrinsics(rng, 1, size), scenes.poses(rng, 1, angle=3), size, square_pixels=False)
     k, pose = cameras.intrinsics[0], cameras.cam2world[0]
     pose[:3, 3] *= float(10.0 ** rng.uniform(-3, 3))
     number = 20_000
@@ -281,7 +281,7 @@ def test_blocks_at_the_border_of_all_voxels_stay():
     cameras = looking(rng, 0.0, 0.5)
     far = cameras.cam2world.clone()
     far[:, 0, 3] += 1e5
-    cache.write(*views_of(rng, Cameras(cameras.intrinsics, far, IMAGE)))
+    cache.write(*views_of(rng, Cameras(cameras.intrinsics, far, IMAGE, square_pixels=False)))
     cache.offload(cameras[0:0])
     assert len(cache) > BLOCK_TOKENS and cache.num_offloaded == 0
 

@@ -26,7 +26,7 @@ KINDS = {
 
 def views(seed: int, number: int = 2, turn: float = 1.0) -> Cameras:
     rng = np.random.default_rng(seed)
-    return Cameras(scenes.intrinsics(rng, number, IMAGE), scenes.poses(rng, number), IMAGE)
+    return Cameras(scenes.intrinsics(rng, number, IMAGE), scenes.poses(rng, number), IMAGE, square_pixels=False)
 
 
 def frames(seed: int, number: int = 2):

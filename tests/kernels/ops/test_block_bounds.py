@@ -129,7 +129,12 @@ def frames(seed: int, views: int = 3, channels: int = 4):
     """latents, depth, cameras of one write."""
     rng = np.random.default_rng(seed)
     latents = torch.from_numpy(rng.normal(size=(views, channels, *GRID))).float()
-    cameras = Cameras(scenes.intrinsics(rng, views, IMAGE), scenes.poses(rng, views, angle=2.0, rigid=True), IMAGE)
+    cameras = Cameras(
+        scenes.intrinsics(rng, views, IMAGE),
+        scenes.poses(rng, views, angle=2.0, rigid=True),
+        IMAGE,
+        square_pixels=False,
+    )
     return latents, scenes.depth_maps(rng, views, IMAGE, 0.1, noise=3.0), cameras
 
 

@@ -370,7 +370,7 @@ def write_room(dtype, device="cpu", **options):
     for seed in (1, 2):
         rng = np.random.default_rng(seed)
         latents = torch.from_numpy(rng.normal(size=(2, 48, 5, 7))).float()
-        cameras = Cameras(scenes.intrinsics(rng, 2, (25, 35)), scenes.poses(rng, 2), (25, 35))
+        cameras = Cameras(scenes.intrinsics(rng, 2, (25, 35)), scenes.poses(rng, 2), (25, 35), square_pixels=False)
         depth = scenes.depth_maps(rng, 2, (25, 35))
         cache.write(latents.to(device), depth.to(device), cameras)
     return cache, cameras.to(device)
@@ -412,7 +412,7 @@ def test_rollback_and_growth():
     for seed in range(3, 9):
         rng = np.random.default_rng(seed)
         latents = torch.from_numpy(rng.normal(size=(2, 48, 5, 7)) * 2.0**seed).float()
-        cameras = Cameras(scenes.intrinsics(rng, 2, (25, 35)), scenes.poses(rng, 2), (25, 35))
+        cameras = Cameras(scenes.intrinsics(rng, 2, (25, 35)), scenes.poses(rng, 2), (25, 35), square_pixels=False)
         for one in (cache, whole):
             one.write(latents, torch.full((2, 25, 35), 2.0), cameras)
     assert cache.buffer_version > version and len(cache.buffers.scales[: len(cache)].unique()) > 6
@@ -443,7 +443,7 @@ def test_any_number_of_threads(cpu_backend, name, threads):
     rng = np.random.default_rng(11)
     latents = torch.from_numpy(rng.normal(size=(6, 48, 22, 40))).float()
     depth = scenes.depth_maps(rng, 6, (88, 160), 0.05)
-    cameras = Cameras(scenes.intrinsics(rng, 6, (88, 160)), scenes.poses(rng, 6), (88, 160))
+    cameras = Cameras(scenes.intrinsics(rng, 6, (88, 160)), scenes.poses(rng, 6), (88, 160), square_pixels=False)
 
     def run(backend="cpu"):
         with use_backend(backend):

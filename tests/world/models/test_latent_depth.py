@@ -50,7 +50,9 @@ def make_cameras(frames: int, unit: float = 1.0, size: tuple[int, int] = (70, 11
         poses[t, :3, :3] = rotation((0.1, 1.0, 0.0), 4.0 * t + 10)
         poses[t, :3, 3] = unit * torch.tensor([0.3 * t - 1, 0.05 * t, 2.0])
     height, width = size
-    return Cameras([[0.9 * width, 0, width / 2], [0, 0.9 * width, height / 2], [0, 0, 1]], poses, size)
+    return Cameras(
+        [[0.9 * width, 0, width / 2], [0, 0.9 * width, height / 2], [0, 0, 1]], poses, size, square_pixels=False
+    )
 
 
 def make_chunk(frames: int = 3, size: tuple[int, int] = (7, 11)) -> tuple[Tensor, Tensor, Tensor]:
@@ -123,15 +125,16 @@ def test_world_axes_do_not_matter_but_motion_does():
     one = model.predict(latents, cameras, view).depth
     world = torch.eye(4, dtype=torch.float64)
     world[:3, :3], world[:3, 3] = rotation((1.0, -2.0, 0.5), 130), torch.tensor([4.0, -7.0, 1.0])
-    moved = Cameras(cameras.intrinsics, world @ cameras.cam2world, cameras.image_size)
+    moved = cameras.with_cam2world(world @ cameras.cam2world)
     torch.testing.assert_close(model.predict(latents, moved, view).depth, one, rtol=1e-5, atol=1e-5)
     resized = cameras.resized((700, 1100))
     torch.testing.assert_close(model.predict(latents, resized, view).depth, one, rtol=1e-5, atol=1e-5)
     poses = cameras.cam2world.clone()
     poses[2, 0, 3] += 1.0
-    elsewhere = Cameras(cameras.intrinsics, poses, cameras.image_size)
+    elsewhere = cameras.with_cam2world(poses)
     assert (model.predict(latents, elsewhere, view).depth - one).abs().max() > 1e-3
-    zoomed = Cameras(cameras.intrinsics * torch.tensor([[2.0], [2.0], [1.0]]), cameras.cam2world, cameras.image_size)
+    twice = cameras.intrinsics * torch.tensor([[2.0], [2.0], [1.0]])
+    zoomed = Cameras.trusted(twice, cameras.cam2world, cameras.image_size)  # the principal point in the corner
     assert (model.predict(latents, zoomed, view).depth - one).abs().max() > 1e-3
 
 

@@ -39,7 +39,7 @@ def make_cameras(views: int, size: tuple[int, int], focal: float = 0.8, step: fl
         angle = 0.1 * t
         poses[t, :3, :3] = [[np.cos(angle), 0, np.sin(angle)], [0, 1, 0], [-np.sin(angle), 0, np.cos(angle)]]
         poses[t, :3, 3] = [step * t, -0.5 * step * t, 0.3 * step * t]
-    return Cameras(matrix, poses, size)
+    return Cameras(matrix, poses, size, square_pixels=False)
 
 
 def plane_depth(cameras: Cameras, pixel_centre: float = 0.5) -> Tensor:
@@ -317,7 +317,8 @@ class FakeMapAnything(nn.Module):
             assert set(view) == {"img", "intrinsics", "camera_poses", "is_metric_scale"}
             assert view["is_metric_scale"].tolist() == [True]
             assert view["intrinsics"].dtype == view["camera_poses"].dtype == np.float32
-            cameras = Cameras(view["intrinsics"], view["camera_poses"][None], view["img"].shape[:2])
+            size, poses = view["img"].shape[:2], view["camera_poses"][None]
+            cameras = Cameras(view["intrinsics"], poses, size, square_pixels=False)
             depth = plane_depth(cameras, pixel_centre=0.0).float()
             depth[:, 0, 0] = 0
             predictions.append({"depth_z": depth[..., None]})

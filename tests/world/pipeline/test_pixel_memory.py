@@ -28,7 +28,7 @@ SIZE = (12, 17)
 def stored(views: int = 2) -> tuple[Tensor, Tensor, Cameras]:
     """Random colours on rough random depth with unknown pixels: rgb, depth, cameras."""
     rng = np.random.default_rng(3)
-    cameras = Cameras(scenes.intrinsics(rng, views, SIZE), scenes.poses(rng, views), SIZE)
+    cameras = Cameras(scenes.intrinsics(rng, views, SIZE), scenes.poses(rng, views), SIZE, square_pixels=False)
     depth = torch.from_numpy(rng.uniform(2, 4, (views, *SIZE))).float()
     depth[torch.from_numpy(rng.random(depth.shape) < 0.1)] = 0
     depth[0, 0, :3] = torch.tensor([math.nan, math.inf, -1.0])
@@ -37,7 +37,7 @@ def stored(views: int = 2) -> tuple[Tensor, Tensor, Cameras]:
 
 def targets(views: int = 3) -> Cameras:
     rng = np.random.default_rng(4)
-    return Cameras(scenes.intrinsics(rng, views, SIZE), scenes.poses(rng, views), SIZE)
+    return Cameras(scenes.intrinsics(rng, views, SIZE), scenes.poses(rng, views), SIZE, square_pixels=False)
 
 
 def brute_force(rgb: Tensor, depth: Tensor, cameras: Cameras, read: Cameras) -> tuple[np.ndarray, np.ndarray]:
@@ -134,7 +134,7 @@ def test_half_a_pixel_aside_the_picture_is_its_bilinear_interpolation(version: i
     moved = cameras.intrinsics.clone()
     moved[:, 0, 2] += 0.5
     moved[:, 1, 2] += 0.25
-    rendered = memory.render(Cameras(moved, cameras.cam2world, size.image), size.image)
+    rendered = memory.render(Cameras(moved, cameras.cam2world, size.image, square_pixels=False), size.image)
     # Pixel (i, j) lies between stored rows i-1, i (a quarter from i) and columns j-1, j (halfway).
     columns = (picture[..., :-1] + picture[..., 1:]) / 2
     expected = 0.25 * columns[:, :, :-1] + 0.75 * columns[:, :, 1:]
@@ -163,7 +163,7 @@ def test_an_empty_memory_and_a_camera_that_sees_nothing() -> None:
         memory.write(rgb, depth, cameras)
         turned = targets().cam2world.clone()
         turned[:, :3, [0, 2]] *= -1
-        rendered = memory.render(Cameras(targets().intrinsics, turned, SIZE), SIZE)
+        rendered = memory.render(targets().with_cam2world(turned), SIZE)
         assert not rendered.seen.any() and not rendered.rgb.any()
 
 

@@ -112,7 +112,7 @@ def write_folder(folder: Path, count: int = 3, height: int = 41, width: int = 53
     depths[:, 10, 10:20] = 0
     depths[:, 12, 10:20] = 65535
     folder.mkdir()
-    np.savetxt(folder / "intrinsics.txt", np.array([[50, 0, width / 2], [0, 60, height / 2], [0, 0, 1]]))
+    np.savetxt(folder / "intrinsics.txt", np.array([[50, 0, width / 2], [0, 52, height / 2], [0, 0, 1]]))
     for i in range(count):
         stem = folder / f"frame-{5 * i:06d}"
         image_module.fromarray(colours[i]).save(f"{stem}.color.png")
@@ -139,7 +139,7 @@ def test_folder_is_cropped_about_its_centre(tmp_path: Path):
     millimetres = depths[:, top : top + 32, left : left + 48].astype(np.float64)
     millimetres[millimetres == 65535] = 0
     torch.testing.assert_close(frames.depth.double(), torch.from_numpy(millimetres / 1000), atol=1e-6, rtol=0)
-    assert frames.cameras.intrinsics[2].tolist() == [[50, 0, 26.5 - left], [0, 60, 20.5 - top], [0, 0, 1]]
+    assert frames.cameras.intrinsics[2].tolist() == [[50, 0, 26.5 - left], [0, 52, 20.5 - top], [0, 0, 1]]
     assert frames.cameras.centers[:, 0].tolist() == [0, 1, 2]
 
 

@@ -273,7 +273,7 @@ def test_windows_show_the_sky() -> None:
             "cameras must be one view or more, got none",
         ),
         (
-            lambda: SyntheticRoom(0).render(Cameras(torch.eye(3), torch.eye(4)[None] + 0, SIZE)),
+            lambda: SyntheticRoom(0).render(SyntheticRoom(0).start(SIZE).with_cam2world(torch.eye(4)[None] + 0)),
             r"cameras\[0\] must be inside the room",
         ),
     ],

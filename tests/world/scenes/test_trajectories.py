@@ -34,8 +34,8 @@ def make(views: int, seed: int = 0, shared: bool = False) -> Cameras:
     generator = torch.Generator().manual_seed(seed)
     q, _ = torch.linalg.qr(torch.randn(views, 3, 3, dtype=torch.float64, generator=generator))
     intrinsics = torch.eye(3, dtype=torch.float64).repeat(views, 1, 1)
-    focal = torch.rand(views, 2, dtype=torch.float64, generator=generator) + 1
-    intrinsics[:, 0, 0], intrinsics[:, 1, 1] = 400 * focal.T
+    focal = torch.rand(views, 2, dtype=torch.float64, generator=generator) + torch.tensor([10.0, 10.0])
+    intrinsics[:, 0, 0], intrinsics[:, 1, 1] = 50 * focal.T
     intrinsics[:, 0, 2], intrinsics[:, 1, 2] = 321.1, 233.3
     if shared:
         intrinsics[:] = intrinsics[:1].clone()
@@ -138,25 +138,25 @@ def test_nerfstudio_layout(tmp_path: Path) -> None:
     meta = {
         "camera_model": "OPENCV",
         "fl_x": 50,
-        "fl_y": 60,
+        "fl_y": 52,
         "cx": 41,
         "cy": 31,
         "w": 80.0,
         "h": 60,
         "k1": 0.0,
     }
-    later = {"fl_x": 70.5, "transform_matrix": matrix, "file_path": "b.png"}
+    later = {"fl_x": 50.5, "transform_matrix": matrix, "file_path": "b.png"}
     path.write_text(json.dumps({**meta, "frames": [{"transform_matrix": matrix}, later]}))
     cameras = load_nerfstudio(path)
     assert cameras.image_size == (60, 80)
-    assert cameras.intrinsics[0].tolist() == [[50, 0, 41], [0, 60, 31], [0, 0, 1]]
-    assert cameras.intrinsics[1].tolist() == [[70.5, 0, 41], [0, 60, 31], [0, 0, 1]]
+    assert cameras.intrinsics[0].tolist() == [[50, 0, 41], [0, 52, 31], [0, 0, 1]]
+    assert cameras.intrinsics[1].tolist() == [[50.5, 0, 41], [0, 52, 31], [0, 0, 1]]
     expected = [[1, 0, 0, 4], [0, -1, 0, 5], [0, 0, -1, 6], [0, 0, 0, 1]]
     assert cameras.cam2world.tolist() == [expected, expected]
     save_nerfstudio(path, cameras)
     saved = json.loads(path.read_text())
     assert [frame["transform_matrix"] for frame in saved["frames"]] == [matrix, matrix]
-    assert [frame["fl_x"] for frame in saved["frames"]] == [50, 70.5]
+    assert [frame["fl_x"] for frame in saved["frames"]] == [50, 50.5]
     assert (saved["w"], saved["h"]) == (80, 60)
     assert all("file_path" in frame for frame in saved["frames"])
     save_nerfstudio(path, cameras[0])
@@ -170,8 +170,8 @@ def test_nerfstudio_field_of_view(tmp_path: Path) -> None:
     path.write_text(json.dumps({**meta, "frames": frames}))
     expected = torch.tensor([[40, 0, 40], [0, 40, 30], [0, 0, 1]], dtype=torch.float64)
     torch.testing.assert_close(load_nerfstudio(path).intrinsics[0], expected, rtol=1e-15, atol=0)
-    path.write_text(json.dumps({**meta, "camera_angle_y": math.pi / 3, "frames": frames}))
-    assert load_nerfstudio(path).intrinsics[0, 1, 1].item() == pytest.approx(30 * math.sqrt(3), rel=1e-14)
+    path.write_text(json.dumps({**meta, "camera_angle_y": 1.25, "frames": frames}))
+    assert load_nerfstudio(path).intrinsics[0, 1, 1].item() == pytest.approx(30 / math.tan(0.625), rel=1e-14)
     path.write_text(json.dumps({"camera_angle_x": math.pi / 2, "frames": frames}))
     assert load_trajectory(path, (30, 40)).image_size == (30, 40)
     assert load_trajectory(path, (30, 40)).intrinsics[0, 0, 0].item() == pytest.approx(20, rel=1e-14)
@@ -379,7 +379,7 @@ def test_other_json(tmp_path: Path, text: str, message: str) -> None:
 
 def test_malformed_npz(tmp_path: Path) -> None:
     path = tmp_path / "path.npz"
-    good = {"intrinsics": np.eye(3)[None], "cam2world": np.eye(4)[None], "image_size": np.array(SIZE)}
+    good = {"intrinsics": make(1).intrinsics.numpy(), "cam2world": np.eye(4)[None], "image_size": np.array(SIZE)}
 
     def check(message: str) -> None:
         with pytest.raises(ValueError, match=f"path.npz{message}"):
@@ -446,7 +446,7 @@ def test_every_path(name: str, num_frames: int, seed: int) -> None:
 def test_the_start_keeps_its_signs_of_zero(name: str) -> None:
     pose = np.eye(4)
     pose[:3] = np.where(pose[:3] == 0, -0.0, pose[:3])
-    start = Cameras(np.diag([500.0, 500.0, 1.0]), pose[None], SIZE)
+    start = Cameras(make(1).intrinsics[0], pose[None], SIZE)
     assert start.cam2world.signbit().any()
     path = PATHS[name](start, 5)
     assert same_bits(path[0].cam2world, start.cam2world)

@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-_ROTATION_TOLERANCE = 1e-2  # real poses deviate by 4e-4
-_BOTTOM_ROW_TOLERANCE = 1e-6
+from .checks import check_cam2world, check_image_size, check_intrinsics, find_allowances
+from .conventions import as_float64, as_matrices, as_poses, as_views, invert, is_opengl, with_bottom_row
+
 _kept_factors: dict[tuple[float, float], Tensor] = {}  # of `_row_factors`
 
 
@@ -35,16 +36,22 @@ class Cameras:
             (3, 3) matrix is shared by all T views.
         cam2world: (T, 4, 4) float, rigid poses in world units, OpenCV axes.
         image_size: (height, width) in pixels, to which the intrinsics refer.
+        square_pixels: refuse fx and fy that differ by more than a tenth, which are mostly those of an image of another
+            aspect. False accepts any, as of stretched images.
+        off_center: accept any principal point, as of a crop. False refuses one outside the image, and one that is the
+            centre of (width, height) or of an image of another scale.
 
     Both arrays may be tensors, numpy arrays or nested lists; they are copied, detached from autograd and held
     as contiguous float64 on the device they came on. T = 0 is allowed. Values are validated here and nowhere
-    else, which waits for the device; :meth:`trusted` skips that.
+    else, which waits for the device; :meth:`trusted` skips that. Other conventions are those of :meth:`from_w2c`
+    and :meth:`from_c2w`.
 
     Raises:
         TypeError: not a floating-point array, or `image_size` is not two ints.
         ValueError: wrong shape, different devices, or values that are no camera: not finite, focal length not
             positive, skew, bottom rows other than (0, 0, 1) and (0, 0, 0, 1), a rotation farther than 1e-2
-            from orthonormal, a reflection. The message names the first bad view.
+            from orthonormal, a reflection; or no camera of images of that size, as fractions of it. The message names
+            the first bad view.
     """
 
     __slots__ = ("_cam2world", "_image_size", "_intrinsics", "_scaled")
@@ -54,42 +61,146 @@ class Cameras:
     _image_size: tuple[int, int]
     _scaled: _Scaled | None
 
-    def __init__(self, intrinsics: Any, cam2world: Any, image_size: Sequence[int]) -> None:
-        poses = _as_float64("cam2world", cam2world)
-        if poses.ndim != 3 or poses.shape[1:] != (4, 4):
-            raise ValueError(f"cam2world must be (T, 4, 4), got {tuple(poses.shape)}")
+    def __init__(
+        self,
+        intrinsics: Any,
+        cam2world: Any,
+        image_size: Sequence[int],
+        *,
+        square_pixels: bool = True,
+        off_center: bool = False,
+    ) -> None:
+        poses = as_poses(cam2world)
         views = len(poses)
-        matrices = _as_float64("intrinsics", intrinsics)
+        matrices = as_float64("intrinsics", intrinsics)
         if matrices.shape not in ((3, 3), (views, 3, 3)):
             expected = f"(T, 3, 3) with T = {views} as in cam2world, or (3, 3) for all views"
             raise ValueError(f"intrinsics must be {expected}, got {tuple(matrices.shape)}")
         if matrices.device != poses.device:
             got = f"{matrices.device} and {poses.device}"
             raise ValueError(f"intrinsics and cam2world must be on the same device, got {got}")
-        self._image_size = _as_size("image_size", image_size)
-        _check_intrinsics(matrices.cpu())
-        _check_cam2world(poses.cpu())
-        poses[:, 3, :3] = 0.0
-        poses[:, 3, 3] = 1.0
+        self._image_size = check_image_size("image_size", image_size)
+        check_intrinsics(matrices.cpu(), self._image_size, square_pixels, off_center)
+        check_cam2world(poses.cpu())
+        matrices[..., 0, 1] = 0.0  # exact, where the tolerances of the checks let something through
+        matrices[..., 1, 0] = 0.0
+        matrices[..., 2, :2] = 0.0
+        matrices[..., 2, 2] = 1.0
         self._intrinsics = matrices.expand(views, 3, 3).contiguous()
-        self._cam2world = poses
+        self._cam2world = with_bottom_row(poses)
         self._scaled = None
 
     @classmethod
-    def trusted(cls, intrinsics: Tensor, cam2world: Tensor, image_size: tuple[int, int]) -> Cameras:
-        """Hold tensors that have been validated already, as they are: nothing is checked and nothing is copied.
-
-        For code that rearranges the tensors of other cameras, and on paths that must not wait for the device.
+    def from_c2w(
+        cls,
+        intrinsics: Any,
+        c2w: Any,
+        image_size: Sequence[int],
+        *,
+        convention: str = "opencv",
+        pixel_centers: str = "half",
+        normalized: bool = False,
+        square_pixels: bool = True,
+        off_center: bool = False,
+    ) -> Cameras:
+        """Make cameras of camera-to-world poses in other systems' shapes and conventions, each named and none guessed.
 
         Args:
-            intrinsics: (T, 3, 3) float64, contiguous, in pixels of `image_size`.
-            cam2world: (T, 4, 4) float64, contiguous, on the same device.
-            image_size: (height, width) in pixels, two positive ints.
+            intrinsics: (..., 3, 3) matrices or (..., 4) of fx, fy, cx, cy, whose leading axes broadcast against those
+                of the poses; one of either is shared by all views.
+            c2w: (..., 3, 4) or (..., 4, 4). Leading axes, as of a batch, are flattened in order to T views.
+            image_size: (height, width) in pixels.
+            convention: axes of the cameras: "opencv" (x right, y down, z forward) or "opengl" (x right, y up, z
+                backward; nerfstudio's and Blender's too). The world is left as it is.
+            pixel_centers: where the pixel of column j has its centre: at j + 0.5 ("half") or at j ("integer").
+            normalized: intrinsics are fractions of width and height.
+            square_pixels, off_center: as of the constructor.
+
+        Raises:
+            TypeError, ValueError: as the constructor.
         """
+        views, leading = as_views("c2w", c2w)
+        size = check_image_size("image_size", image_size)
+        matrices = as_matrices(intrinsics, leading, size, pixel_centers, normalized)
+        if is_opengl(convention):
+            views[:, :, 1:3] *= -1
+        return cls(matrices, views, size, square_pixels=square_pixels, off_center=off_center)
+
+    @classmethod
+    def from_w2c(
+        cls,
+        intrinsics: Any,
+        w2c: Any,
+        image_size: Sequence[int],
+        *,
+        convention: str = "opencv",
+        pixel_centers: str = "half",
+        normalized: bool = False,
+        square_pixels: bool = True,
+        off_center: bool = False,
+    ) -> Cameras:
+        """Make cameras of world-to-camera matrices ("extrinsics"), (..., 3, 4) or (..., 4, 4).
+
+        They are inverted in float64, by the general inverse. All else is as of :meth:`from_c2w`.
+        """
+        views, leading = as_views("w2c", w2c)
+        size = check_image_size("image_size", image_size)
+        matrices = as_matrices(intrinsics, leading, size, pixel_centers, normalized)
+        if is_opengl(convention):
+            views[:, 1:3] *= -1
+        try:
+            check_cam2world(views.cpu())
+        except ValueError as error:
+            raise ValueError(str(error).replace("cam2world", "w2c", 1)) from None
+        return cls(matrices, invert(views), size, square_pixels=square_pixels, off_center=off_center)
+
+    @classmethod
+    def trusted(cls, intrinsics: Tensor, cam2world: Tensor, image_size: tuple[int, int]) -> Cameras:
+        """Hold tensors whose values are known to be good: nothing is validated, which never waits for the device.
+
+        For code that makes cameras in a loop, as one a step of a simulator, and for tensors of other cameras. Float64
+        that is contiguous is held as it is, without a copy; anything else is converted.
+
+        Args:
+            intrinsics: (T, 3, 3) float, in pixels of `image_size`.
+            cam2world: (T, 4, 4) float, on the same device.
+            image_size: (height, width) in pixels, two positive ints.
+
+        Raises:
+            ValueError: another shape, or different devices.
+        """
+        if intrinsics.shape[1:] != (3, 3) or cam2world.shape != (len(intrinsics), 4, 4):
+            got = f"{tuple(intrinsics.shape)} and {tuple(cam2world.shape)}"
+            raise ValueError(f"intrinsics and cam2world must be (T, 3, 3) and (T, 4, 4), got {got}")
+        if intrinsics.device != cam2world.device:
+            got = f"{intrinsics.device} and {cam2world.device}"
+            raise ValueError(f"intrinsics and cam2world must be on the same device, got {got}")
+        if intrinsics.requires_grad or cam2world.requires_grad:
+            intrinsics, cam2world = intrinsics.detach(), cam2world.detach()
+        intrinsics, cam2world = (x.to(torch.float64).contiguous() for x in (intrinsics, cam2world))
+        return cls._hold(intrinsics, cam2world, (image_size[0], image_size[1]))
+
+    @classmethod
+    def _hold(cls, intrinsics: Tensor, cam2world: Tensor, image_size: tuple[int, int]) -> Cameras:
+        """Hold tensors as they are, which are contiguous and float64."""
         cameras = cls.__new__(cls)
         cameras._intrinsics, cameras._cam2world, cameras._image_size = intrinsics, cam2world, image_size
         cameras._scaled = None
         return cameras
+
+    def with_cam2world(self, cam2world: Any) -> Cameras:
+        """Give the same lenses at other poses.
+
+        Args:
+            cam2world: (T, 4, 4) float, as of the constructor, on any device; brought to these cameras' own. T is their
+                number, or any where they are one view.
+        """
+        poses = as_poses(cam2world)
+        if len(self) not in (1, len(poses)):
+            raise ValueError(f"cam2world must be ({len(self)}, 4, 4) as the cameras, got {tuple(poses.shape)}")
+        check_cam2world(poses.cpu())
+        intrinsics = self._intrinsics.expand(len(poses), 3, 3).contiguous()
+        return self._hold(intrinsics, with_bottom_row(poses).to(self.device), self._image_size)
 
     @property
     def intrinsics(self) -> Tensor:
@@ -107,11 +218,7 @@ class Cameras:
 
         Computed at each call; on a GPU that waits for the device.
         """
-        rotation = torch.linalg.inv(self._cam2world[:, :3, :3])
-        world2cam = self._cam2world.clone()
-        world2cam[:, :3, :3] = rotation
-        world2cam[:, :3, 3:] = rotation @ -self._cam2world[:, :3, 3:]
-        return world2cam
+        return invert(self._cam2world)
 
     @property
     def centers(self) -> Tensor:
@@ -122,6 +229,14 @@ class Cameras:
     def image_size(self) -> tuple[int, int]:
         """(height, width) in pixels."""
         return self._image_size
+
+    @property
+    def allowances(self) -> dict[str, bool]:
+        """The arguments `square_pixels` and `off_center` that the constructor needs to accept these; {} for most.
+
+        Computed at each call; on a GPU that waits for the device.
+        """
+        return find_allowances(self._intrinsics.cpu(), self._image_size)
 
     @property
     def device(self) -> torch.device:
@@ -162,10 +277,10 @@ class Cameras:
         changes: continuous pixel coordinates need no half-pixel shift. Does not wait for the device and can
         be captured in a CUDA graph.
         """
-        size = _as_size("size", size)
+        size = check_image_size("size", size)
         if size == self._image_size:
             return self
-        return self.trusted(self.intrinsics_at(size), self._cam2world, size)
+        return self._hold(self.intrinsics_at(size), self._cam2world, size)
 
     def intrinsics_at(self, size: tuple[int, int]) -> Tensor:
         """Give the intrinsics of :meth:`resized` alone, (T, 3, 3) float64; `size` must have been validated already."""
@@ -215,7 +330,7 @@ class Cameras:
                 if expected != got:
                     raise ValueError(f"cameras[{i}] must have {name} {expected} as cameras[0], got {got}")
         intrinsics = torch.cat([part._intrinsics for part in parts])
-        return cls.trusted(intrinsics, torch.cat([part._cam2world for part in parts]), parts[0]._image_size)
+        return cls._hold(intrinsics, torch.cat([part._cam2world for part in parts]), parts[0]._image_size)
 
     def __repr__(self) -> str:
         return f"Cameras({len(self)} views, image_size={self._image_size}, device={str(self.device)!r})"
@@ -225,7 +340,7 @@ class Cameras:
         return self.trusted, (self._intrinsics.clone(), self._cam2world.clone(), self._image_size)
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> Cameras:
-        return self.trusted(function(self._intrinsics), function(self._cam2world), self._image_size)
+        return self._hold(function(self._intrinsics), function(self._cam2world), self._image_size)
 
     def _row(self, i: Any, index: Any) -> int:
         """Find the view that the int `i` of `index` names, counted from 0."""
@@ -248,92 +363,3 @@ def _row_factors(across: float, down: float) -> Tensor:
                 _kept_factors.clear()
             _kept_factors[across, down] = factors
     return factors
-
-
-def _as_float64(name: str, value: Any) -> Tensor:
-    """Make a contiguous float64 copy of `value`, on its device."""
-    if isinstance(value, (list, tuple)):
-        if any(hasattr(item, "shape") for item in value):  # one array per view
-            views = [_as_float64(f"{name}[{i}]", item) for i, item in enumerate(value)]
-            for i, view in enumerate(views):
-                if view.shape != views[0].shape or view.device != views[0].device:
-                    like = f"{tuple(views[0].shape)} on {views[0].device} as {name}[0]"
-                    raise ValueError(f"{name}[{i}] must be {like}, got {tuple(view.shape)} on {view.device}")
-            return torch.stack(views)
-        try:
-            return torch.tensor(value, dtype=torch.float64)
-        except (RuntimeError, TypeError, ValueError) as error:
-            raise TypeError(f"{name} must be a float tensor, array or nested lists, got: {error}") from None
-    if not isinstance(value, Tensor):
-        dtype = getattr(value, "dtype", None)
-        if getattr(dtype, "kind", None) != "f":
-            got = type(value).__name__ if dtype is None else str(dtype)
-            raise TypeError(f"{name} must be a float tensor, array or nested lists, got {got}")
-        # By numpy's own cast: torch takes no negative strides, foreign byte orders or long doubles.
-        return torch.from_numpy(value.astype("float64", order="C"))
-    if not value.is_floating_point():
-        got = str(value.dtype).removeprefix("torch.")
-        raise TypeError(f"{name} must be a float tensor, array or nested lists, got {got}")
-    return torch.empty(value.shape, dtype=torch.float64, device=value.device).copy_(value.detach())
-
-
-def _as_size(name: str, size: Any) -> tuple[int, int]:
-    """Validate a (height, width) of two positive ints."""
-    try:
-        height, width = size
-        if isinstance(height, bool) or isinstance(width, bool):
-            raise TypeError
-        height, width = operator.index(height), operator.index(width)
-    except (TypeError, ValueError):
-        raise TypeError(f"{name} must be two ints (height, width), got {size!r}") from None
-    if height < 1 or width < 1:
-        raise ValueError(f"{name} must be a positive (height, width), got {(height, width)}")
-    return height, width
-
-
-def _refuse(bad: Tensor, name: str, expected: str, got: Callable[[int], str]) -> None:
-    """Raise a ValueError for the first view that `bad` (T,) marks."""
-    if bad.any():
-        i = int(bad.nonzero()[0])
-        raise ValueError(f"{name}[{i}] must {expected}, got {got(i)}")
-
-
-def _check_intrinsics(intrinsics: Tensor) -> None:
-    """Refuse values that are no intrinsics: (T, 3, 3) or (3, 3) float64 on the host."""
-    if intrinsics.ndim == 2:  # shared: the message should not speak of an intrinsics[0]
-        try:
-            return _check_intrinsics(intrinsics[None])
-        except ValueError as error:
-            raise ValueError(str(error).replace("intrinsics[0]", "intrinsics", 1)) from None
-    name, row = "intrinsics", torch.tensor([0.0, 0.0, 1.0], dtype=torch.float64)
-    bottom = intrinsics[:, 2]
-    skew = torch.stack([intrinsics[:, 0, 1], intrinsics[:, 1, 0]], 1)
-    focal = torch.stack([intrinsics[:, 0, 0], intrinsics[:, 1, 1]], 1)
-
-    bad = ~intrinsics.isfinite().flatten(1).all(1)
-    _refuse(bad, name, "be finite", lambda i: str(intrinsics[i].tolist()))
-    bad = (bottom != row).any(1)
-    _refuse(bad, name, "have the bottom row (0, 0, 1)", lambda i: str(tuple(bottom[i].tolist())))
-    bad = (skew != 0).any(1)
-    _refuse(bad, name, "have no skew (K[0, 1] = K[1, 0] = 0)", lambda i: "{:g} and {:g}".format(*skew[i]))
-    bad = (focal <= 0).any(1)
-    _refuse(bad, name, "have positive focal lengths", lambda i: "fx={:g}, fy={:g}".format(*focal[i]))
-
-
-def _check_cam2world(cam2world: Tensor) -> None:
-    """Refuse values that are no rigid poses: (T, 4, 4) float64 on the host."""
-    name, row = "cam2world", torch.tensor([0.0, 0.0, 0.0, 1.0], dtype=torch.float64)
-    bottom, rotation = cam2world[:, 3], cam2world[:, :3, :3]
-    gram = rotation @ rotation.mT
-    deviation = (gram - torch.eye(3, dtype=torch.float64)).abs().flatten(1).amax(1)
-    determinant = torch.linalg.det(rotation)
-
-    bad = ~cam2world.isfinite().flatten(1).all(1)
-    _refuse(bad, name, "be finite", lambda i: str(cam2world[i].tolist()))
-    bad = ((bottom - row).abs() > _BOTTOM_ROW_TOLERANCE).any(1)
-    _refuse(bad, name, "have the bottom row (0, 0, 0, 1)", lambda i: str(tuple(bottom[i].tolist())))
-    bad = ~(deviation <= _ROTATION_TOLERANCE)  # written so that NaN, from an overflow, is bad
-    expected = "be a rigid pose (rotation within 1e-2 of orthonormal)"
-    _refuse(bad, name, expected, lambda i: f"deviation {deviation[i]:.3g}")
-    expected = "be a rigid pose (right-handed, determinant 1)"
-    _refuse(determinant <= 0, name, expected, lambda i: f"a reflection, determinant {determinant[i]:.3g}")
