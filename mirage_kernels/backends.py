@@ -1,11 +1,17 @@
-"""Which kernels run: found once at import, chosen by the tensors' device, forced with :class:`use_backend`."""
+"""Which kernels run: found once at import, chosen by the tensors' device, forced with :class:`use_backend`.
+
+And on how many threads in a process that is a fork of another, :func:`settle_threads`.
+"""
 
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
+import threading
 import warnings
 from collections.abc import Callable
+from contextvars import ContextVar
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,7 +35,18 @@ class Backend(NamedTuple):
 
 _status: dict[str, Backend] = {}
 _automatic: dict[str, str] = {}  # device type: the best backend there
-_forced: str | None = None
+_forced: ContextVar[str | None] = ContextVar("mirage_kernels.backend", default=None)
+
+
+class _Traced(threading.local):
+    """The backend that this thread forced last: `torch.compile` knows thread-locals, but no context variables."""
+
+    def __init__(self) -> None:  # in every thread that asks
+        self.forced: str | None = None
+
+
+_traced = _Traced()
+_threads_at_fork: int | None = None  # in a process that was forked, until its threads are settled
 
 
 def find_module(stem: str) -> Path | None:
@@ -112,10 +129,13 @@ def available_backends() -> dict[str, Backend]:
 
 
 class use_backend:
-    """Force one backend for the whole process, until undone or until the ``with`` block ends.
+    """Force one backend in the current context, until undone or until the ``with`` block ends.
 
     ``use_backend("reference")`` as a statement, or ``with use_backend("triton"):``; ``use_backend(None)`` chooses by
-    device again.
+    device again. Other threads keep theirs. A thread that is started while a backend is forced begins without one,
+    unless it runs in a copy of the context (``contextvars.copy_context().run``, as ``asyncio.to_thread`` does); an
+    asyncio task begins with that of its creator. Code that :func:`torch.compile` compiled is compiled again where its
+    thread has forced another one; it knows threads, but no copies of contexts.
 
     Raises:
         ValueError: ``name`` is no backend.
@@ -123,38 +143,74 @@ class use_backend:
     """
 
     def __init__(self, name: str | None) -> None:
-        global _forced
         if name is not None:
             if name not in BACKENDS:
                 raise ValueError(f"backend must be one of {', '.join(BACKENDS)} or None, got {name!r}")
             if not _status[name]:
                 raise RuntimeError(f"backend {name!r} is not available: {_status[name].reason}")
-        self._previous = _forced
-        _forced = name
+        self._previous = _forced.get()
+        self._set(name)
 
     def __enter__(self) -> None:
         return None
 
     def __exit__(self, *exception: object) -> None:
-        global _forced
-        _forced = self._previous
+        self._set(self._previous)  # and not by a token: a generator may be closed in another context
+
+    @staticmethod
+    def _set(name: str | None) -> None:
+        _forced.set(name)
+        _traced.forced = name
 
 
-def choose_backend(device: torch.device, dtype: torch.dtype) -> str:
-    """Choose the backend for tensors of this device and working dtype.
+def choose_backend(device: torch.device, dtype: torch.dtype, compiling: bool = False) -> str:
+    """Choose the backend for tensors of this device and working dtype; `compiling`, for `torch.compile` to trace.
 
     Raises:
         RuntimeError: the forced backend cannot take them.
     """
-    if _forced is not None:
-        if _forced == "reference":
-            return _forced
+    if compiling:
+        forced = _traced.forced
+    else:
+        forced = _forced.get()
+        if _threads_at_fork is not None:
+            settle_threads()
+    if forced is not None:
+        if forced == "reference":
+            return forced
         if dtype == torch.float64:
             raise RuntimeError(
-                f"backend {_forced!r} works in float32, got float64: only 'reference' computes in float64"
+                f"backend {forced!r} works in float32, got float64: only 'reference' computes in float64"
             )
         runs_on = {"cuda": ("cuda",), "cpu": ("cpu",), "triton": ("cuda", "cpu") if triton_interpreted() else ("cuda",)}
-        if device.type not in runs_on[_forced]:
-            raise RuntimeError(f"backend {_forced!r} runs on {' or '.join(runs_on[_forced])} tensors, got {device}")
-        return _forced
+        if device.type not in runs_on[forced]:
+            raise RuntimeError(f"backend {forced!r} runs on {' or '.join(runs_on[forced])} tensors, got {device}")
+        return forced
     return "reference" if dtype == torch.float64 else _automatic.get(device.type, "reference")
+
+
+def settle_threads() -> None:
+    """Have torch compute on one thread, in a process forked from one where it had several: it would wait for ever.
+
+    OpenMP's threads are not in the child, and GNU's library does not notice. Where the number of threads was set since
+    the fork, as a DataLoader's worker does, it stays.
+    """
+    global _threads_at_fork
+    before, _threads_at_fork = _threads_at_fork, None
+    if before is not None and before > 1 and torch.get_num_threads() == before:
+        torch.set_num_threads(1)
+        warnings.warn(
+            "mirage_kernels: this process is a fork of one in which torch had several threads, which are not here: it"
+            " uses one from now on. Start it by spawn or forkserver to have several",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+
+
+def _note_fork() -> None:
+    global _threads_at_fork
+    _threads_at_fork = torch.get_num_threads()
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows
+    os.register_at_fork(after_in_child=_note_fork)
