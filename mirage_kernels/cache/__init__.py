@@ -2,7 +2,8 @@
 
 Its tensors are in ``buffers.py``: the read path looks at the live count on the device only and never waits, so a
 captured read stays valid while the cache grows within its buffers. What :meth:`LatentCache.offload` moved to the host
-is in no buffer, and the rows of those that stay keep their order: ``offload.py``. Files are ``storage.py``.
+is in no buffer, and the rows of those that stay keep their order: ``offload.py``. Files are ``storage.py``. Threads
+take turns by ``lock.py``: methods that others call here have an underscore, and hold no lock of their own.
 
 Arguments are checked here, once: operators are launched without checks of their own, on buffers that this package made.
 """
@@ -11,11 +12,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from copy import deepcopy
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from ..cameras import Cameras
@@ -37,6 +41,7 @@ from . import launch
 from .buffers import TokenBuffers
 from .config import MERGES, READOUT_DTYPES, WRITE_POLICIES, CacheConfig
 from .inputs import Array, as_write_inputs
+from .lock import CacheLock
 from .loose_points import as_points, write_points
 from .mark import CacheMark
 from .offload import Offloaded, find_far, find_touched, gather_all, move
@@ -57,11 +62,16 @@ __all__ = [
 
 SPLATS = ("aligned", "nearest")
 _OFFLOAD_GRID = (32, 32)  # that `offload` takes margins for: finer ones need less
+_OWN = ("_config", "_buffers", "_offloaded", "_lock", "_readout_dtype")  # attributes of a cache
 _NEW_NAMES = {"generation": "buffer_version", "fetch": "onload", "settings": "config"}
 
 
 class LatentCache:
     """Remember latent tokens in world space.
+
+    Threads may use one cache together: reads run side by side, a write runs alone, and each sees the state between two
+    writes. On a GPU that is the order in which work is queued: threads with streams of their own order these by events,
+    as with any tensor. A cache is sent to another process by :mod:`pickle`, as a copy.
 
     Args:
         channels: C of the latents; 0 keeps positions only, for visibility and retrieval.
@@ -130,6 +140,7 @@ class LatentCache:
             may_grow=capacity is None,
         )
         self._offloaded: Offloaded | None = None
+        self._lock = CacheLock()
         self._readout_dtype = readout_dtype(dtype)
 
     if not TYPE_CHECKING:  # type checkers report unknown names themselves
@@ -174,7 +185,8 @@ class LatentCache:
     @property
     def capacity(self) -> int:
         """Tokens the cache holds before its buffers must grow, or refuse; those offloaded included."""
-        return self._buffers.rows + self.num_offloaded
+        with self._lock:
+            return self._buffers.rows + self._num_offloaded()
 
     @property
     def buffers(self) -> TokenBuffers:
@@ -194,7 +206,8 @@ class LatentCache:
     @property
     def num_offloaded(self) -> int:
         """Tokens that :meth:`offload` moved to the host, and that are there still."""
-        return self._offloaded.tokens if self._offloaded is not None else 0
+        with self._lock:
+            return self._num_offloaded()
 
     @property
     def nbytes_offloaded(self) -> int:
@@ -206,51 +219,55 @@ class LatentCache:
 
     def __len__(self) -> int:
         """Count the live tokens, wherever they are."""
-        return self._buffers.count_live() + self.num_offloaded
+        with self._lock:
+            return self._buffers.count_live() + self._num_offloaded()
 
     @property
     def points(self) -> Tensor:
         """(N, 3) float32 world positions of the live tokens, a view of the buffer."""
-        self.onload()
-        return self._buffers.points[: len(self), :3]
+        with self._lock.exclusive():
+            return self._buffers.points[: self._onload(), :3]
 
     @property
     def footprints(self) -> Tensor:
         """(N,) float32 world size of a cell at each token, z / fx, a view of the buffer."""
-        self.onload()
-        return self._buffers.points[: len(self), 3]
+        with self._lock.exclusive():
+            return self._buffers.points[: self._onload(), 3]
 
     @property
     def features(self) -> Tensor:
         """(N, C) features of the live tokens, a view of the buffer; of a float8 cache their values, a float32 copy."""
-        self.onload()
-        live, buffers = len(self), self._buffers
-        if buffers.scales is not None:
-            return dequantize_rows(buffers.features[:live], buffers.scales[:live])
-        return buffers.features[:live]
+        with self._lock.exclusive():
+            live, buffers = self._onload(), self._buffers
+            if buffers.scales is not None:
+                return dequantize_rows(buffers.features[:live], buffers.scales[:live])
+            return buffers.features[:live]
 
     @property
     def frame_ids(self) -> Tensor:
         """(N,) int32: which written view each token came from, counted from 0."""
-        self.onload()
-        return self._buffers.frame_ids[: len(self)]
+        with self._lock.exclusive():
+            return self._buffers.frame_ids[: self._onload()]
 
     @property
     def frame_centers(self) -> Tensor:
         """(num_frames, 3) float32 camera centres of the written views."""
-        return self._buffers.frame_centers[: self._buffers.num_frames]
+        with self._lock:
+            return self._buffers.frame_centers[: self._buffers.num_frames]
 
     @property
     def nbytes(self) -> int:
         """Bytes of the live tokens, wherever they are, their bounds, and frames."""
-        live, bounds = len(self), self._buffers.bounds
+        with self._lock:
+            live, bounds = len(self), self._buffers.bounds
         bounds_nbytes = bounds_rows(live) * bounds.element_size() * bounds.shape[1]
         return live * self._buffers.token_nbytes + bounds_nbytes + self.frame_centers.nbytes
 
     @property
     def nbytes_allocated(self) -> int:
         """Bytes of all buffers on the device, the unused part included; what is offloaded takes none of them."""
-        return self._buffers.nbytes + (self._offloaded.nbytes_on_device if self._offloaded is not None else 0)
+        with self._lock:
+            return self._buffers.nbytes + (self._offloaded.nbytes_on_device if self._offloaded is not None else 0)
 
     # What it does.
 
@@ -322,21 +339,22 @@ class LatentCache:
             raise ValueError(f"latents must be on {self.device} like the cache, got {latents.device}")
         if latents.shape[1] != self.channels:
             raise ValueError(f"latents must be (T, {self.channels}, h, w), got {tuple(latents.shape)}")
-        check_first_frame(self.num_frames, latents.shape[0])
-        self._onload_for_write(depth, intrinsics, cam2world, size=(latents.shape[2], latents.shape[3]))
-        counts, self._offloaded = launch.write(
-            self._buffers,
-            self._config,
-            self._offloaded,
-            latents=plain(latents),
-            depth=depth,
-            intrinsics=intrinsics,
-            cam2world=cam2world,
-            mask=mask,
-            bilinear=depth_sampling == "bilinear",
-            min_depth=min_depth,
-            max_depth=max_depth,
-        )
+        with self._lock.exclusive():
+            check_first_frame(self.num_frames, latents.shape[0])
+            self._onload_for_write(depth, intrinsics, cam2world, size=(latents.shape[2], latents.shape[3]))
+            counts, self._offloaded = launch.write(
+                self._buffers,
+                self._config,
+                self._offloaded,
+                latents=plain(latents),
+                depth=depth,
+                intrinsics=intrinsics,
+                cam2world=cam2world,
+                mask=mask,
+                bilinear=depth_sampling == "bilinear",
+                min_depth=min_depth,
+                max_depth=max_depth,
+            )
         return WriteReport(counts)
 
     def write_points(
@@ -369,10 +387,11 @@ class LatentCache:
         Raises:
             ValueError, TypeError: naming the argument, what was expected and what came; the cache is as it was.
         """
-        rows = as_points(points, features, footprint, frame, center, self.channels, self.num_frames, self.device)
-        if self._config.changes_in_place:
-            self.onload()
-        return WriteReport(write_points(self._buffers, self._config, rows))
+        with self._lock.exclusive():
+            rows = as_points(points, features, footprint, frame, center, self.channels, self.num_frames, self.device)
+            if self._config.changes_in_place:
+                self._onload()
+            return WriteReport(write_points(self._buffers, self._config, rows))
 
     def read(
         self,
@@ -426,9 +445,29 @@ class LatentCache:
             raise TypeError(f"dtype must be float32, float16, bfloat16 or float64, got {dtype}")
         if per_frame or frames is not None:
             frames = check_frames(range(self.num_frames) if frames is None else frames, self.num_frames)
+        arguments = cameras, size, splat, sharpness, near, dtype, frames, per_frame
+        if torch.compiler.is_compiling():  # which knows no locks
+            return self._read(*arguments)
+        with self._lock:
+            if self._offloaded is None or not self._touched(cameras.resized(size)):
+                return self._read(*arguments)
+        with self._lock.exclusive():
+            self._move(set(), self._touched(cameras.resized(size)))
+            return self._read(*arguments)
+
+    def _read(
+        self,
+        cameras: Cameras,
+        size: tuple[int, int],
+        splat: str,
+        sharpness: float,
+        near: float,
+        dtype: torch.dtype,
+        frames: Sequence[int] | None,
+        per_frame: bool,
+    ) -> Readout:
+        """Read where all that the cameras may see is on the device."""
         buffers, intrinsics, cam2world = self._buffers, cameras.intrinsics_at(size), cameras.cam2world
-        if self._offloaded is not None:
-            self._move(set(), self._touched(Cameras.trusted(intrinsics, cam2world, size)))
         if cam2world.device != buffers.device:
             intrinsics, cam2world = intrinsics.to(buffers.device), cam2world.to(buffers.device)
         if frames is not None:
@@ -464,16 +503,17 @@ class LatentCache:
         """
         if not 0 <= depth_tolerance < math.inf:
             raise ValueError(f"depth_tolerance must be a finite part >= 0 of the depth, got {depth_tolerance!r}")
-        nearest = self.read(cameras, size, splat="nearest", near=near)
-        shown = winners(nearest.index, len(self))
-        if depth_tolerance > 0:
-            points = self._buffers.points[: self._buffers.count_live()]
-            rows = torch.arange(len(points), device=self.device)
-            if self._offloaded is not None:
-                rows = self._offloaded.all_rows(rows)
-            views = cameras.resized(size).to(self.device)
-            shown[:, rows] |= near_the_surface(points, nearest.depth, views, near, depth_tolerance)
-        return shown
+        with self._lock.exclusive():  # the readout and the rows are of one state
+            nearest = self.read(cameras, size, splat="nearest", near=near)
+            shown = winners(nearest.index, len(self))
+            if depth_tolerance > 0:
+                points = self._buffers.points[: self._buffers.count_live()]
+                rows = torch.arange(len(points), device=self.device)
+                if self._offloaded is not None:
+                    rows = self._offloaded.all_rows(rows)
+                views = cameras.resized(size).to(self.device)
+                shown[:, rows] |= near_the_surface(points, nearest.depth, views, near, depth_tolerance)
+            return shown
 
     def view_overlap(
         self, cameras: Cameras, targets: Cameras, size: tuple[int, int], *, voxel_size: float = 0.1, near: float = NEAR
@@ -499,10 +539,11 @@ class LatentCache:
         check_near(near)
         if not 0 < voxel_size < math.inf:
             raise ValueError(f"voxel_size must be a finite length > 0 in world units, got {voxel_size!r}")
-        buffers, cameras, targets = self._buffers, cameras.resized(size), targets.resized(size)
-        touched = self._touched(cameras, targets)
-        cameras, targets = cameras.to(self.device), targets.to(self.device)
-        return launch.view_overlap(buffers, self._offloaded, touched, cameras, targets, voxel_size, near)
+        cameras, targets = cameras.resized(size), targets.resized(size)
+        with self._lock:
+            touched = self._touched(cameras, targets)
+            cameras, targets = cameras.to(self.device), targets.to(self.device)
+            return launch.view_overlap(self._buffers, self._offloaded, touched, cameras, targets, voxel_size, near)
 
     def offload(self, cameras_ahead: Cameras) -> None:
         """Move to the host what is far from the path ahead, and bring back what is near it.
@@ -514,8 +555,8 @@ class LatentCache:
         No result changes by a bit, whatever is where: a read or a write that depends on tokens offloaded brings them
         back itself, at the price of waiting then, and of copying what is on the device. Call this with the cameras of
         the next reads and writes, and they find what they need. (On latent grids coarser than 32 x 32 they may need a
-        little more than it foresees.) ``points``, ``footprints``, ``features``, ``frame_ids``, and copying by
-        :mod:`copy`, bring back everything; :meth:`save`, :meth:`to` and :meth:`checkpoint` leave it where it is.
+        little more than it foresees.) ``points``, ``footprints``, ``features`` and ``frame_ids`` bring back everything;
+        :meth:`save`, :meth:`to`, :meth:`checkpoint` and copies leave it where it is.
 
         It waits for the device, and while it copies, the old buffers and the new take memory together. The file has no
         name. It is gone with the cache and its marks, or when all of its tokens are back, and does not shrink before.
@@ -531,12 +572,22 @@ class LatentCache:
         """
         _check_cameras(cameras_ahead, "cameras_ahead")
         views = cameras_ahead.resized(_OFFLOAD_GRID)
-        self._move(find_far(self._buffers, views), self._touched(views))
+        with self._lock.exclusive():
+            self._move(find_far(self._buffers, views), self._touched(views))
 
     def onload(self) -> None:
         """Bring back all that :meth:`offload` moved to the host. If memory runs out, the cache is as it was."""
+        with self._lock.exclusive():
+            self._onload()
+
+    def _onload(self) -> int:
+        """Bring back everything; returns how many tokens there are."""
         if self._offloaded is not None:
             self._move(set(), set(range(len(self._offloaded.runs))))
+        return self._buffers.count_live()
+
+    def _num_offloaded(self) -> int:
+        return self._offloaded.tokens if self._offloaded is not None else 0
 
     def _touched(self, *views: Cameras) -> set[int]:
         """Find the runs off the device that the views, whose image size is the grid, may see or may write to."""
@@ -549,7 +600,7 @@ class LatentCache:
         most, tokens = self.max_tokens, depth.shape[0] * size[0] * size[1]
         by_edge = self._config.bounded and self._config.voxel_size is not None
         if by_edge or (most is not None and len(self) + tokens > most):
-            self.onload()
+            self._onload()
         elif self._buffers.free_space_violations is not None:
             views = Cameras.trusted(intrinsics.double(), cam2world.double(), (depth.shape[1], depth.shape[2]))
             self._move(set(), self._touched(views.resized(size)))
@@ -560,18 +611,20 @@ class LatentCache:
 
     def clear(self) -> None:
         """Forget every token and frame; buffers stay where they are, unless a part of a fixed capacity is offloaded."""
-        if self._config.capacity is not None:
-            self._buffers.resize_empty(self._config.capacity)
-        self._offloaded = None
-        self._buffers.clear()
+        with self._lock.exclusive():
+            if self._config.capacity is not None:
+                self._buffers.resize_empty(self._config.capacity)
+            self._offloaded = None
+            self._buffers.clear()
 
     def checkpoint(self) -> CacheMark:
         """Mark the state, for :meth:`rollback`. Waits for the device; unless tokens are only appended, copies them."""
-        tokens, buffers = len(self), self._buffers
-        if not self._config.changes_in_place:
-            return CacheMark(tokens, buffers.num_frames, None)
-        copies = {name: tensor[: buffers.max_live].clone() for name, tensor in buffers.tensors().items()}
-        return CacheMark(tokens, buffers.num_frames, (copies, self._offloaded))
+        with self._lock:
+            tokens, buffers = len(self), self._buffers
+            if not self._config.changes_in_place:
+                return CacheMark(tokens, buffers.num_frames, None)
+            copies = {name: tensor[: buffers.max_live].clone() for name, tensor in buffers.tensors().items()}
+            return CacheMark(tokens, buffers.num_frames, (copies, self._offloaded))
 
     def rollback(self, mark: CacheMark) -> None:
         """Forget what was written since :meth:`checkpoint` gave `mark`.
@@ -583,14 +636,15 @@ class LatentCache:
             ValueError: `mark` is of another cache, or of before a :meth:`clear`.
         """
         tokens, frames, held = mark
-        if not mark.fits(self._buffers, self._config, len(self)):
-            raise ValueError(
-                f"mark must be of this cache, which holds {len(self)} tokens of {self.num_frames} frames,"
-                f" got one of {tokens} tokens of {frames} frames"
-            )
-        if held is None:
-            self._onload_past(tokens)
-        self._offloaded = mark.restore(self._buffers, self._config, self._offloaded)
+        with self._lock.exclusive():
+            if not mark.fits(self._buffers, self._config, len(self)):
+                raise ValueError(
+                    f"mark must be of this cache, which holds {len(self)} tokens of {self.num_frames} frames,"
+                    f" got one of {tokens} tokens of {frames} frames"
+                )
+            if held is None:
+                self._onload_past(tokens)
+            self._offloaded = mark.restore(self._buffers, self._config, self._offloaded)
 
     def _onload_past(self, tokens: int) -> None:
         """Bring back every run that has any but the first so many of all tokens."""
@@ -612,12 +666,13 @@ class LatentCache:
         ``free_space_violations`` and ``num_observations``; and ``frame_centers`` (F, 3).
         """
         device = device or self.device
-        if self._offloaded is None:
-            live = len(self)
-            tensors = {name: tensor[:live].to(device) for name, tensor in self._buffers.tensors().items()}
-        else:
-            tensors = gather_all(self._buffers, self._offloaded, device)
-        return {**tensors, "frame_centers": self.frame_centers.to(device)}
+        with self._lock:
+            if self._offloaded is None:
+                live = len(self)
+                tensors = {name: tensor[:live].to(device) for name, tensor in self._buffers.tensors().items()}
+            else:
+                tensors = gather_all(self._buffers, self._offloaded, device)
+            return {**tensors, "frame_centers": self.frame_centers.to(device)}
 
     @classmethod
     def from_tensors(
@@ -631,13 +686,39 @@ class LatentCache:
         cache._buffers.fill(tensors)
         return cache
 
-    def __getstate__(self) -> dict[str, Any]:
-        self.onload()  # what is on the host cannot be copied with it
-        return self.__dict__.copy()
+    def __deepcopy__(self, memo: dict[int, Any]) -> LatentCache:
+        with self._lock:
+            return self._rebuild(self.tensors(), self.device, self.config, deepcopy(self._others(), memo))
+
+    def __copy__(self) -> LatentCache:
+        with self._lock:
+            return self._rebuild(self.tensors(), self.device, self.config, self._others())
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Bytes, not tensors: these would be shared with the other process, in memory of which there may be little, and
+        # only while this one lives.
+        with self._lock:
+            content = save_tensors(self.tensors(torch.device("cpu")))
+            return self._rebuild, (content, self.device, self.config, self._others())
+
+    def _others(self) -> dict[str, Any]:
+        """Return the attributes that a subclass or its user added."""
+        return {name: value for name, value in self.__dict__.items() if name not in _OWN}
+
+    @classmethod
+    def _rebuild(
+        cls, content: bytes | dict[str, Tensor], device: torch.device, config: dict[str, Any], others: dict[str, Any]
+    ) -> LatentCache:
+        """Make a copy of a cache."""
+        tensors = load_tensors(content) if isinstance(content, bytes) else content
+        cache = cls.from_tensors(tensors, device, **{**config, "dtype": getattr(torch, config["dtype"])})
+        cache.__dict__.update(others)
+        return cache
 
     def save(self, path: str | Path) -> None:
         """Save as safetensors. Written beside ``path`` and renamed onto it: a crash leaves the old file."""
-        save_cache(path, self.tensors(torch.device("cpu")), self.config)
+        with self._lock:
+            save_cache(path, self.tensors(torch.device("cpu")), self.config)
 
     @classmethod
     def load(cls, path: str | Path, device: torch.device | str = "cpu") -> LatentCache:

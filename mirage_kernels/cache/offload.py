@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import math
 import mmap
+import os
 import tempfile
 from itertools import accumulate
-from typing import NamedTuple
+from typing import Any, NamedTuple
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -30,6 +32,8 @@ class HostStore:
 
     def __init__(self, nbytes: int) -> None:
         self.nbytes = nbytes
+        self.shared = False
+        """Whether two processes may read it, one a fork of the other: then neither puts anything there any more."""
         self._slots = 0
         self._free: list[int] = []
 
@@ -37,8 +41,13 @@ class HostStore:
         """Keep uint8 tensors (n,), `nbytes` at most in all, one after the other, in the slot returned."""
         if not self._free:
             self._grow()
-        self._write(self._free[-1], parts)
-        return self._free.pop()
+        slot = self._free.pop()  # at once: another may become free while this one is written
+        try:
+            self._write(slot, parts)
+        except BaseException:
+            self.free(slot)
+            raise
+        return slot
 
     def get(self, slot: int) -> Tensor:
         """Return (nbytes,) uint8 in host memory, to be copied before the slot is free."""
@@ -47,6 +56,11 @@ class HostStore:
     def free(self, slot: int) -> None:
         """Let the slot be used again."""
         self._free.append(slot)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        raise TypeError(
+            "a mark of a cache whose tokens are offloaded cannot be copied or sent: call onload() before it"
+        )
 
     def _add_slots(self, number: int) -> None:
         self._free += reversed(range(self._slots, self._slots + number))
@@ -91,13 +105,14 @@ class FileStore(HostStore):
         super().__init__(nbytes)
         self._file = tempfile.TemporaryFile(prefix="mirage-offload-", buffering=0)  # noqa: SIM115  # it lives on
         self._map: mmap.mmap | None = None
+        _file_stores.add(self)
 
     def get(self, slot: int) -> Tensor:
-        end = self._slots * self.nbytes
-        if self._map is None or len(self._map) < end:
+        end, held = self._slots * self.nbytes, self._map
+        if held is None or len(held) < end:
             self._file.truncate(end)  # the last slot may be written in part
-            self._map = mmap.mmap(self._file.fileno(), end)
-        return torch.frombuffer(self._map, dtype=torch.uint8, count=self.nbytes, offset=slot * self.nbytes)
+            held = self._map = mmap.mmap(self._file.fileno(), end)
+        return torch.frombuffer(held, dtype=torch.uint8, count=self.nbytes, offset=slot * self.nbytes)
 
     def _grow(self) -> None:
         self._add_slots(1)
@@ -108,6 +123,18 @@ class FileStore(HostStore):
             rest = part.numpy().data
             while rest:
                 rest = rest[self._file.write(rest) :]
+
+
+_file_stores: WeakSet[FileStore] = WeakSet()
+
+
+def _share_file_stores() -> None:
+    for store in list(_file_stores):
+        store.shared = True
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows
+    os.register_at_fork(after_in_parent=_share_file_stores, after_in_child=_share_file_stores)
 
 
 def make_store(nbytes: int, device: torch.device) -> HostStore:
@@ -291,10 +318,11 @@ def move(
     """
     if not go and not come:
         return held
-    if held is None:
-        store, runs, before = make_store(BLOCK_TOKENS * buffers.token_nbytes, buffers.device), list[Run](), list[int]()
+    runs, before = (list[Run](), list[int]()) if held is None else (held.runs, held.before.tolist())
+    if held is None or held.store.shared:
+        store = make_store(BLOCK_TOKENS * buffers.token_nbytes, buffers.device)
     else:
-        store, runs, before = held.store, held.runs, held.before.tolist()
+        store = held.store
     plan = make_plan(buffers.count_live(), before, runs, go, come)
     boxes, tensors = buffers.bounds.cpu(), _by_alignment(buffers.tensors())
     gone = []

@@ -336,8 +336,15 @@ class Cameras:
         return f"Cameras({len(self)} views, image_size={self._image_size}, device={str(self.device)!r})"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # Clones: a slice would otherwise drag the storage of all its views along.
-        return self.trusted, (self._intrinsics.clone(), self._cam2world.clone(), self._image_size)
+        # Arrays, not tensors: a slice would drag the storage of all its views along, and a clone in shared memory would
+        # be gone before a process that is started by spawn can open it.
+        arrays = (tensor.numpy(force=True).copy() for tensor in (self._intrinsics, self._cam2world))
+        return self._from_arrays, (*arrays, self._image_size, str(self.device))
+
+    @classmethod
+    def _from_arrays(cls, intrinsics: Any, cam2world: Any, image_size: tuple[int, int], device: str) -> Cameras:
+        """Hold what :meth:`__reduce__` gives."""
+        return cls.trusted(torch.from_numpy(intrinsics).to(device), torch.from_numpy(cam2world).to(device), image_size)
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> Cameras:
         return self._hold(function(self._intrinsics), function(self._cam2world), self._image_size)

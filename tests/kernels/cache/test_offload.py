@@ -309,12 +309,15 @@ def test_files_and_copies_hold_everything(tmp_path, policy, dtype):
         LatentCache.from_tensors(cache.tensors(), **{**cache.config, "dtype": cache.dtype}), twin
     )  # what `to` another device does
     assert cache.to("cpu") is cache and cache.num_offloaded == away
-    copies = [copy.deepcopy, lambda one: pickle.loads(pickle.dumps(one))]
-    for duplicate in copies[: 1 if dtype.itemsize == 1 else 2]:  # torch pickles no float8
-        cache.offload(looking(rng, 0.0))
-        assert cache.num_offloaded > 0
-        assert_same_contents(duplicate(cache), twin)
-        assert cache.num_offloaded == 0
+    for duplicate in (copy.copy, copy.deepcopy, lambda one: pickle.loads(pickle.dumps(one))):
+        copied = duplicate(cache)
+        assert cache.num_offloaded == away and copied.num_offloaded == 0
+        assert_same_contents(copied, twin)
+        copied.clear()
+    mark = cache.checkpoint()
+    if policy != "append":
+        with pytest.raises(TypeError, match=r"call onload\(\) before"):
+            pickle.dumps(mark)
     arguments = views_of(rng, looking(rng, 0.0, 3.0), dtype)
     for one in (cache, twin, again):
         one.offload(looking(rng, 1.0))
