@@ -58,7 +58,7 @@ def load_pipeline(
     Args:
         model: folder or hub id of a Wan2.2 or Mirage pipeline, "mirage-tiny" or "tiny-random".
         adapter: memory adapter: folder or hub id, or a file of the published release.
-        lora: file with a LoRA of the transformer, in the place of the model's own.
+        lora: LoRA of the transformer, in the place of the model's own: file, folder or hub id.
         memory: name of the memory that the pipeline will be run on.
         device: "cpu" or "cuda".
         dtype: "float32", "bfloat16" or "float16"; default bfloat16 on cuda, float32 on cpu.
@@ -81,7 +81,8 @@ def load_pipeline(
         pipeline = mirage_tiny_pipeline(torch_dtype)
     else:
         pipeline = _load_pretrained(model, torch_dtype)
-        if lora is None and (beside := Path(model) / LORA).is_file():
+        saved_with_lora = bool(getattr(pipeline.transformer, "peft_config", None))
+        if lora is None and not saved_with_lora and (beside := Path(model) / LORA).is_file():
             load_lora(pipeline.transformer, beside)
     if adapter is not None:
         if Path(adapter).is_file():  # of the published release

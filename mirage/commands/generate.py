@@ -47,8 +47,8 @@ class Options:
     """folder or hub id of a Wan2.2 or Mirage pipeline, mirage-tiny, or tiny-random"""
     adapter: Annotated[str | None, tyro.conf.arg(metavar="DIR_OR_ID_OR_FILE")] = None
     """memory adapter; a file is one of the published release"""
-    lora: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
-    """LoRA of the transformer"""
+    lora: Annotated[str | None, tyro.conf.arg(metavar="FILE_OR_DIR_OR_ID")] = None
+    """LoRA of the transformer, of any trainer"""
     image: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
     """the first frame; cropped about its centre to the aspect of --size"""
     prompt: str | None = None

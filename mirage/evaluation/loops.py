@@ -35,7 +35,7 @@ class EvaluateOptions:
     adapter: str | None = None
     """memory adapter of the model's own memory: folder, hub id, or a file of the published release"""
     lora: str | None = None
-    """LoRA of the model's own memory, a file"""
+    """LoRA of the model's own memory: file, folder or hub id"""
     weights: dict[str, Path] = field(default_factory=dict)
     """what a memory's model was trained to: a folder as `mirage train` leaves it"""
     seeds: range = range(10_000, 10_032)

@@ -33,11 +33,14 @@ def one_thread(threads: Any) -> None:
     threads(1)
 
 
+WAN_NAMES = {
+    wan_name(name).removesuffix(".weight"): name.removesuffix(".weight") for name in tiny_transformer().state_dict()
+}
+
+
 def ours(module: str) -> str:
     """Our name of one of Wan's layers."""
-    return next(name for name in tiny_transformer().state_dict() if wan_name(name) == f"{module}.weight")[
-        : -len(".weight")
-    ]
+    return WAN_NAMES[module]
 
 
 NAMES = {module: ours(module) for module in lora_matrices()}

@@ -346,3 +346,14 @@ def test_load_lora_takes_folders_too(pipe: MiragePipeline, tmp_path: Path) -> No
     save_file(lora(1), tmp_path / "pytorch_lora_weights.safetensors")
     load_lora(pipe.transformer, tmp_path)
     assert list(pipe.transformer.peft_config) == ["default"]
+
+
+def test_a_folder_of_a_model_with_both_kinds_of_lora(pipe: MiragePipeline, tmp_path: Path) -> None:
+    """What the transformer was saved with counts; a lora.safetensors beside it is what it was made of."""
+    pipe.load_lora_weights(lora(1), adapter_name="default")
+    expected = output(pipe)
+    pipe.save_pretrained(tmp_path)
+    save_file(lora(2), tmp_path / "lora.safetensors")
+    assert torch.equal(output(load_pipeline(str(tmp_path))), expected)
+    replaced = load_pipeline(str(tmp_path), lora=str(tmp_path / "lora.safetensors"))
+    assert list(replaced.transformer.peft_config) == ["default"] and not torch.equal(output(replaced), expected)
