@@ -291,6 +291,10 @@ class RunStore:
             folder = ChunkFolder(draft, None)
             folder.save_latents(latents, readout, visible, cameras)
             yield folder
+        except OSError as error:
+            if error.filename is None and error.errno is not None:  # such as of a full disk
+                raise OSError(error.errno, os.strerror(error.errno), str(draft)) from error
+            raise
         finally:
             with suppress(OSError):
                 remove(draft)
