@@ -182,7 +182,8 @@ class MirageSession:
             chunk is kept then.
 
         Raises:
-            ValueError: cameras of another number or aspect, or what a depth estimator or filter gave is unusable.
+            ValueError: cameras of another number or aspect, or what a model, estimator or filter gave cannot be used:
+            not finite, of another shape, or unknown everywhere.
             Whatever is raised, the session and its run on disk are as before, and the step can be tried again; only an
             interrupt that comes when the chunk is on disk already leaves it counted.
         """

@@ -82,6 +82,7 @@ def test_a_run_with_nan_chunks_continues_from_the_last_good_one(
     assert torch.equal(pipe(**asked(run, resume=True)).frames, whole.frames)  # from now on as ever
 
 
+@pytest.mark.slow
 def test_what_a_damaged_run_continues_from_is_made_again(tmp_path: Path) -> None:
     """Memory, decoder and the generator's state, with a scheduler that draws at every step."""
     pipe, run = generation.make_pipeline(), tmp_path / "run"
