@@ -35,6 +35,7 @@ class Backend(NamedTuple):
 
 _status: dict[str, Backend] = {}
 _automatic: dict[str, str] = {}  # device type: the best backend there
+_without_code: dict[int, bool] = {}  # GPU: whether it is of no architecture that was compiled for, where that was asked
 _forced: ContextVar[str | None] = ContextVar("mirage_kernels.backend", default=None)
 
 
@@ -97,6 +98,50 @@ def _find_cuda() -> Backend:
     return Backend(True, "compiled CUDA operators")
 
 
+def runs_code_for(archs: str, capability: tuple[int, int]) -> bool:
+    """Return whether a module compiled for some architectures has code for a GPU of a compute capability.
+
+    Machine code runs on GPUs of the same major version and at least the same minor one, that of an architecture with a
+    letter ("9.0a") on this one alone; PTX is compiled by the driver, for any later GPU (CUDA's binary compatibility).
+
+    Args:
+        archs: as setup.py lists them, "8.0 9.0a 12.0+PTX".
+        capability: (major, minor).
+    """
+    for arch in archs.split():
+        number = arch.removesuffix("+PTX")
+        major, minor = (int(part) for part in re.findall(r"\d+", number))
+        specific = not number[-1].isdigit()
+        if (major, minor) == capability or (not specific and major == capability[0] and minor < capability[1]):
+            return True
+        if arch.endswith("+PTX") and not specific and (major, minor) < capability:
+            return True
+    return False
+
+
+def _lacks_code(index: int) -> bool:
+    """Return whether the compiled CUDA operators have no code for a GPU, and say so once. Starts CUDA."""
+    if index not in _without_code:
+        archs = str(getattr(importlib.import_module("mirage_kernels._build_info"), "cuda_archs", ""))
+        capability = torch.cuda.get_device_capability(index)
+        _without_code[index] = bool(archs) and not runs_code_for(archs, capability)
+        if _without_code[index]:
+            number = ".".join(map(str, capability))
+            warnings.warn(
+                f"mirage_kernels: the CUDA operators were compiled for {archs} and GPU {index},"
+                f" {torch.cuda.get_device_name(index)}, is {number}: it uses {_beside_cuda()!r} instead, slower."
+                f' Install again with TORCH_CUDA_ARCH_LIST="{number}"',
+                RuntimeWarning,
+                stacklevel=2,
+            )
+    return _without_code[index]
+
+
+def _beside_cuda() -> str:
+    """Return the best backend for CUDA tensors without the compiled operators."""
+    return "triton" if _status["triton"] and not triton_interpreted() else "reference"
+
+
 def _find_triton(import_kernels: Callable[[], None]) -> Backend:
     if importlib.util.find_spec("triton") is None:
         return Backend(False, "the package `triton` is not installed")
@@ -122,8 +167,9 @@ def find_backends(import_triton_kernels: Callable[[], None]) -> None:
 def available_backends() -> dict[str, Backend]:
     """Return the backends by name, best first: ``(available, reason)``, the reason saying why not where it is not.
 
-    CUDA tensors use ``cuda``, else ``triton``, else ``reference``; CPU tensors use ``cpu``, else ``reference``.
-    float64 tensors are always computed by ``reference``: the kernels work in float32.
+    CUDA tensors use ``cuda``, else ``triton``, else ``reference``; CPU tensors use ``cpu``, else ``reference``. A GPU
+    that ``cuda`` was not compiled for uses the next one, which is found, and said in a warning, at the first call on it
+    (not within ``torch.compile``). float64 tensors are always computed by ``reference``: the kernels work in float32.
     """
     return dict(_status)
 
@@ -186,7 +232,15 @@ def choose_backend(device: torch.device, dtype: torch.dtype, compiling: bool = F
         if device.type not in runs_on[forced]:
             raise RuntimeError(f"backend {forced!r} runs on {' or '.join(runs_on[forced])} tensors, got {device}")
         return forced
-    return "reference" if dtype == torch.float64 else _automatic.get(device.type, "reference")
+    if dtype == torch.float64:
+        return "reference"
+    backend = _automatic.get(device.type, "reference")
+    # Not at import: asking a GPU starts CUDA, which a process that forks later must not. Nor where code is traced.
+    if backend == "cuda" and not compiling:
+        index = torch.cuda.current_device() if device.index is None else device.index
+        if _without_code.get(index, True) and _lacks_code(index):
+            return _beside_cuda()
+    return backend
 
 
 def settle_threads() -> None:

@@ -17,6 +17,7 @@ import torch
 
 import mirage_kernels
 from mirage_kernels.__main__ import build_facts
+from mirage_kernels.backends import choose_backend, runs_code_for
 
 ROOT = next(folder for folder in Path(__file__).resolve().parents if (folder / "setup.py").exists())
 
@@ -246,3 +247,44 @@ def test_a_module_that_was_not_built_says_why(tmp_path: Path, monkeypatch: pytes
     assert backends._load_module("_cpu") == "it was not built: no C++ compiler at build time"
     monkeypatch.setitem(sys.modules, "mirage_kernels._build_info", None)
     assert str(backends._load_module("_cpu")).startswith("it was not built: no compiler at install time")
+
+
+@pytest.mark.parametrize(
+    "archs, capability, runs",
+    [
+        ("8.0 9.0", (8, 0), True),
+        ("8.0 9.0", (8, 9), True),  # a later minor version
+        ("8.9 9.0", (8, 6), False),  # an earlier one
+        ("8.0 9.0", (7, 5), False),
+        ("8.0 9.0", (10, 0), False),
+        ("8.0 9.0+PTX", (10, 0), True),
+        ("8.0+PTX 9.0", (12, 1), True),
+        ("9.0a", (9, 0), True),
+        ("10.0a+PTX", (10, 3), False),  # code of an architecture with a letter runs there alone
+        ("12.0+PTX", (9, 0), False),
+    ],
+)
+def test_code_runs_where_cuda_says_it_does(archs: str, capability: tuple[int, int], runs: bool) -> None:
+    assert runs_code_for(archs, capability) is runs
+
+
+@pytest.mark.parametrize("triton", [True, False])
+def test_a_gpu_that_nothing_was_compiled_for_uses_the_next_backend(
+    monkeypatch: pytest.MonkeyPatch, triton: bool
+) -> None:
+    from mirage_kernels import backends
+
+    capabilities = [(9, 0), (7, 5)]
+    monkeypatch.setitem(sys.modules, "mirage_kernels._build_info", SimpleNamespace(cuda_archs="8.0 9.0+PTX"))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capabilities[index])
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "Tesla T4")
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(backends, "triton_interpreted", lambda: False)
+    monkeypatch.setitem(backends._automatic, "cuda", "cuda")
+    monkeypatch.setitem(backends._status, "triton", backends.Backend(triton, ""))
+    monkeypatch.setattr(backends, "_without_code", {})
+    assert choose_backend(torch.device("cuda", 0), torch.float32) == "cuda"
+    expected = "triton" if triton else "reference"
+    with pytest.warns(RuntimeWarning, match=rf"8\.0 9\.0\+PTX and GPU 1, Tesla T4, is 7\.5: it uses '{expected}'"):
+        assert choose_backend(torch.device("cuda", 1), torch.float32) == expected
+    assert choose_backend(torch.device("cuda"), torch.float32) == expected  # the current one, and said once
