@@ -28,7 +28,7 @@ SIZE = (16, 24)
 
 def make_cache(**options) -> tuple[LatentCache, Cameras, WriteReport]:
     rng = np.random.default_rng(0)
-    cameras = Cameras(scenes.intrinsics(rng, 3, SIZE), scenes.poses(rng, 3), SIZE)
+    cameras = Cameras(scenes.intrinsics(rng, 3, SIZE), scenes.poses(rng, 3), SIZE, square_pixels=False)
     latents = torch.from_numpy(rng.normal(size=(3, 4, *SIZE))).to(torch.float32)
     cache = LatentCache(4, **options)
     return cache, cameras, cache.write(latents, scenes.depth_maps(rng, 3, SIZE, 0.02), cameras)
@@ -93,7 +93,7 @@ class Named(LatentCache):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn])
 def test_copies_share_nothing_but_what_they_hold(duplicate, dtype):
     rng = np.random.default_rng(0)
-    cameras = Cameras(scenes.intrinsics(rng, 1, SIZE), scenes.poses(rng, 1), SIZE)
+    cameras = Cameras(scenes.intrinsics(rng, 1, SIZE), scenes.poses(rng, 1), SIZE, square_pixels=False)
     cache = Named(4, dtype=dtype, merge="mean", max_tokens=300)
     cache.write(torch.ones(1, 4, *SIZE), torch.full((1, *SIZE), 2.0), cameras)
     cache.name = ["mine"]
