@@ -35,6 +35,9 @@ def as_float64(name: str, value: Any) -> Tensor:
             raise TypeError(f"{name} must be a float tensor, array or nested lists, got {got}")
         # By numpy's own cast: torch takes no negative strides, foreign byte orders or long doubles.
         return torch.from_numpy(value.astype("float64", order="C"))
+    if value.layout is not torch.strided or value.is_nested:
+        got = "a nested one" if value.is_nested else str(value.layout).removeprefix("torch.")
+        raise TypeError(f"{name} must be a dense float tensor, array or nested lists, got {got}")
     if not value.is_floating_point():
         got = str(value.dtype).removeprefix("torch.")
         raise TypeError(f"{name} must be a float tensor, array or nested lists, got {got}")

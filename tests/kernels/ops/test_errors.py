@@ -10,7 +10,7 @@ import scenes
 import torch
 from comparison import assert_equal_bits
 
-from mirage_kernels import available_backends, back_project, cache_write, splat, use_backend, view_overlap
+from mirage_kernels import Cameras, available_backends, back_project, cache_write, splat, use_backend, view_overlap
 
 GRID = (5, 7)
 IMAGE = (23, 36)
@@ -382,6 +382,15 @@ def test_tensors_of_another_layout(operator, layout):
         spoilt = {**arguments, name: OTHER_LAYOUTS[layout](arguments[name])}
         with pytest.raises(TypeError, match=f"^{name} must be a dense tensor, .*got one of layout {layout}"):
             operator(**spoilt)
+
+
+@pytest.mark.filterwarnings("ignore:.*(Sparse CSR|nested tensors)")
+@pytest.mark.parametrize("layout", OTHER_LAYOUTS)
+def test_cameras_of_another_layout(layout):
+    good_ones = {"intrinsics": torch.eye(3), "cam2world": torch.eye(4)[None]}
+    for name, value in good_ones.items():
+        with pytest.raises(TypeError, match=f"^{name} must be a dense float tensor, .*got (a )?{layout}"):
+            Cameras(**{**good_ones, name: OTHER_LAYOUTS[layout](value)}, image_size=(4, 4))
 
 
 def test_a_read_that_does_not_fit(cpu_backend):
