@@ -21,7 +21,7 @@ KINDS = {"keep": {}, "mean": dict(merge="mean"), "float8": dict(dtype=torch.floa
 
 def frames(seed: int, number: int = 3):
     rng = np.random.default_rng(seed)
-    cameras = Cameras(scenes.intrinsics(rng, number, IMAGE), scenes.poses(rng, number), IMAGE)
+    cameras = Cameras(scenes.intrinsics(rng, number, IMAGE), scenes.poses(rng, number), IMAGE, square_pixels=False)
     latents = torch.from_numpy(rng.normal(size=(number, 4, *GRID))).float().bfloat16()
     return latents, scenes.depth_maps(rng, number, IMAGE, 0.1), cameras
 
