@@ -183,7 +183,10 @@ class MirageTransformer3DModel(WanTransformer3DModel):
             source = load_single_file_checkpoint(source, **options)
         if isinstance(source, dict) and is_scaled(source):
             source = restore_weights(f"{pretrained_model_link_or_path_or_dict}", source)
-        model: Self = super().from_single_file(source, **kwargs)
+        try:
+            model: Self = super().from_single_file(source, **kwargs)
+        except NotImplementedError as error:  # what moving a weight that no file had raises
+            raise ValueError("weights are missing in the file, or it is of another model") from error
         return model
 
     def _refuse_missing(self, label: str) -> None:

@@ -75,6 +75,16 @@ def test_fp8_is_multiplied_by_its_scales(layout: str, tmp_path: Path) -> None:
         assert torch.equal(value, expected[name]), name
 
 
+def test_a_single_file_without_some_weights_is_refused(tmp_path: Path) -> None:
+    state = {COMFY + name: value for name, value in dit_state(tiny_transformer(seed=3)).items() if "ffn.0" not in name}
+    save_file(state, tmp_path / "model.safetensors")
+    tiny_transformer().save_pretrained(tmp_path / "pipe" / "transformer")
+    with pytest.raises(ValueError, match="weights are missing in the file"):
+        MirageTransformer3DModel.from_single_file(
+            str(tmp_path / "model.safetensors"), config=str(tmp_path / "pipe"), subfolder="transformer"
+        )
+
+
 def test_fp8_and_half_without_scales(tmp_path: Path) -> None:
     state = dit_state(tiny_transformer(seed=3))
     for dtype in (torch.float8_e4m3fn, torch.float8_e5m2, torch.float16, torch.bfloat16):
