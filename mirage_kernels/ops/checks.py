@@ -72,6 +72,16 @@ def plain(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     return tensor if dtype is None or tensor.dtype == dtype else tensor.to(dtype)
 
 
+def refuse_gradient(name: str, tensor: Tensor) -> Tensor:
+    """Raise a ValueError where a gradient is asked for that the operator does not give; return the tensor detached."""
+    if tensor.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            f"{name} must not require a gradient, for none flows to it, got one that does: pass {name}.detach(), or call"
+            " this under torch.no_grad()"
+        )
+    return plain(tensor)
+
+
 def check_count(name: str, value: Any, least: int, most: int) -> int:
     """Check an int in [least, most]."""
     if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
@@ -116,6 +126,8 @@ def check_cameras(
             f"{prefix}cam2world must be (T, 4, 4) with the T of {prefix}intrinsics, {intrinsics.shape[0]},"
             f" got {describe(cam2world)}"
         )
+    intrinsics = refuse_gradient(f"{prefix}intrinsics", intrinsics)
+    cam2world = refuse_gradient(f"{prefix}cam2world", cam2world)
     # Exact: no float32 pose changes when it is widened.
     return plain(intrinsics, torch.float64), plain(cam2world, torch.float64)
 
@@ -142,11 +154,12 @@ def check_depth(
             raise ValueError(f"mask must be (T, H, W) with the T of depth, {depth.shape[0]}, got {describe(mask)}")
         if mask.shape[1] < size[0] or mask.shape[2] < size[1]:
             raise ValueError(f"mask must be (T, H, W) at least as fine as the token grid {size}, got {describe(mask)}")
+    depth = refuse_gradient("depth", depth)
     return plain(depth, None if depth.dtype == torch.float64 else torch.float32), mask
 
 
 def check_points(points: Tensor, num_points: Tensor | None, differentiable: bool = False) -> Tensor:
-    """Check tokens' positions and the number of live ones, and return the positions, detached unless differentiable."""
+    """Check tokens' positions and the number of live ones; refuse a gradient to positions that get none."""
     expected = "(N, 4) float32: x, y, z, footprint"
     require_tensor("points", points, expected)
     require(points.dim() == 2 and points.shape[1] == 4, "points", expected, points)
@@ -157,7 +170,7 @@ def check_points(points: Tensor, num_points: Tensor | None, differentiable: bool
         require_tensor("num_points", num_points, "one int64 on the device of points")
         require(num_points.dtype == torch.int64 and num_points.numel() == 1, "num_points", "one int64", num_points)
         require_device("num_points", num_points, points.device, "points")
-    return points if differentiable else plain(points)
+    return points if differentiable else refuse_gradient("points", points)
 
 
 def check_scales(features: Tensor, scales: Tensor | None, device: torch.device, like: str) -> None:
@@ -224,6 +237,7 @@ def check_write_inputs(
     require_tensor("latents", latents, "(T, C, h, w) float")
     require(latents.dim() == 4, "latents", "(T, C, h, w) float", latents)
     require_dtype("latents", latents, "(T, C, h, w) float32, float16 or bfloat16", FEATURE_DTYPES)
+    refuse_gradient("latents", latents)
     size = check_size(tuple(latents.shape[2:]), "the grid of latents")
     depth, mask = check_depth(depth, mask, size, depth_sampling)
     views = latents.shape[0]
@@ -270,7 +284,7 @@ def check_buffers(
 
     `bytes_per_token` are more buffers of one uint8 a token, by name.
     """
-    points = check_points(points, None)
+    points = check_points(points, None, differentiable=True)  # or not: what a write changes leaves any graph
     capacity = points.shape[0]
     like = "points" if device is None else "latents"
     device = points.device if device is None else device

@@ -14,6 +14,7 @@ from operator import itemgetter
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from ..backends import choose_backend
 from ..environment import triton_interpreted
@@ -81,6 +82,7 @@ class Operator:
         self.arguments = tuple(argument.name for argument in arguments)
         """Names, in the schema's order."""
         self._defaults = {argument.name: None for argument in arguments if argument.has_default_value()}
+        self._written = tuple(one.name for one in arguments if one.alias_info is not None and one.alias_info.is_write)
         self._ordered = itemgetter(*self.arguments)
         for family in FAMILIES:
             qualified = f"{NAMESPACE}::{name}_{family}"
@@ -115,6 +117,10 @@ class Operator:
                 results = self.overloads[_FAMILY[backend]](*self._ordered(arguments))
         else:
             results = self.overloads[_FAMILY[backend]](*self._ordered(arguments))
+        if self._written and not torch.compiler.is_compiling():  # a compiled graph does so itself
+            # Kernels write behind PyTorch's back. It must know, or a backward pass takes what it saved for unchanged.
+            written = [arguments[name] for name in self._written if arguments[name] is not None]
+            torch.autograd.graph.increment_version(written)
         return results if self._result is None else self._result(results)
 
     def by_name(self, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -143,11 +149,28 @@ class Operator:
         def backward(ctx: Any, *grad_outputs: Any) -> tuple[Any, ...]:
             wanted = ctx.needs_input_grad
             needed = {name for name, needs in zip(self.arguments, wanted, strict=False) if needs}
-            gradients = autograd.backward(ctx, family, needed, *grad_outputs)
+            with torch.no_grad():
+                gradients = autograd.backward(ctx, family, needed, *grad_outputs)
+            if torch.is_grad_enabled():  # with create_graph=True
+                of = [x for x in (*grad_outputs, *ctx.saved_tensors) if isinstance(x, Tensor) and x.requires_grad]
+                gradients = {key: _OnlyOnce.apply(gradient, self.name, *of) for key, gradient in gradients.items()}
             given = [gradients.get(name) for name in self.arguments[: len(wanted)]]
             return (*given, *[None] * (len(wanted) - len(given)))
 
         torch.library.register_autograd(qualified, backward, setup_context=setup_context)
+
+
+class _OnlyOnce(torch.autograd.Function):
+    """Pass a gradient on, and refuse to differentiate it: silence would read as a second derivative of 0."""
+
+    @staticmethod
+    def forward(ctx: Any, gradient: Tensor, name: str, *_: Tensor) -> Tensor:
+        ctx.name = name
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> None:
+        raise RuntimeError(f"{ctx.name} has no second derivative on this backend: detach its gradient")
 
 
 def implements(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:

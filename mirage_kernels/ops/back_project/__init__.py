@@ -70,7 +70,7 @@ def back_project(
 
     Returns:
         ``points`` (T, h, w, 4) float32: x, y, z and footprint z / fx in world units, 0 where not valid;
-        ``valid`` (T, h, w) bool. Not differentiable.
+        ``valid`` (T, h, w) bool. Not differentiable: depth and cameras may not ask for a gradient.
 
     Raises:
         ValueError, TypeError: naming the argument, what was expected and what came.

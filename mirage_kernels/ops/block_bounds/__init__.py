@@ -40,12 +40,12 @@ def block_bounds(points: Tensor, *, num_points: Tensor | None = None, out: Tenso
         out: (B + ceil(B / 64), 6) float32, written in place; None makes a new one.
 
     Returns:
-        (B + ceil(B / 64), 6) float32, ``out`` where there is one. Not differentiable.
+        (B + ceil(B / 64), 6) float32, ``out`` where there is one. No part of a graph.
 
     Raises:
         ValueError, TypeError: naming the argument, what was expected and what came; nothing has been written then.
     """
-    points = check_points(points, num_points)
+    points = plain(check_points(points, num_points, differentiable=True))  # or not: boxes are no part of a graph
     if points.dtype != torch.float32:
         raise TypeError(f"points must be (N, 4) float32: x, y, z, footprint, got {describe(points)}")
     if out is None:

@@ -97,6 +97,7 @@ def bounded_write(
       :func:`cache_compact` to remove.
 
     Every decision is by minima, counts and ranks that no order of threads can change: the same bits on every backend.
+    As to gradients, see :func:`cache_write`.
 
     Args:
         points: (capacity, 4) float32, written in place: x, y, z, footprint.

@@ -104,11 +104,12 @@ def splat(
         dtype: of the latents, any of these but float8_e4m3fn; default that of ``features``, bfloat16 for float8_e4m3fn.
 
     Returns:
-        :class:`Readout`. ``latents`` carries a gradient to ``features``, deterministic too; nothing else does, and
-        float8_e4m3fn features may not ask for one.
+        :class:`Readout`. ``latents`` carries a gradient to ``features``, deterministic too. Nothing else carries or gets
+        one: points, cameras and float8_e4m3fn features may not ask for it. Kernels have no second derivative.
 
     Raises:
         ValueError, TypeError: naming the argument, what was expected and what came.
+        RuntimeError: in the backward pass, a second derivative was asked for that a kernel does not have.
     """
     height, width = check_size(size)
     points = check_points(points, num_points)

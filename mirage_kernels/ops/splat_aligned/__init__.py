@@ -170,11 +170,13 @@ def splat_aligned(
     Returns:
         :class:`Readout`. ``depth`` and ``index`` are those of the best aligned token. ``latents`` carries gradients to
         ``features`` and, with the choice of tokens held fixed, to ``points``; they are deterministic too, equal on
-        every backend up
-        to rounding. Nothing else carries one, and float8_e4m3fn features may not ask for one.
+        every backend up to rounding. Nothing else carries or gets one: cameras and float8_e4m3fn features may not ask
+        for it. Kernels have no second derivative.
 
     Raises:
         ValueError, TypeError: naming the argument, what was expected and what came.
+        RuntimeError: in the backward pass, tokens that it needs have been overwritten since, or a second derivative was
+            asked for that a kernel does not have.
     """
     height, width = check_size(size)
     points = check_points(points, num_points, differentiable=True)

@@ -395,14 +395,6 @@ def test_largest_frame_number(backend):
     assert after[2][: int(report[0])].unique().tolist() == [2**31 - 3, 2**31 - 2]
 
 
-def test_latents_that_need_a_gradient(backend):
-    """A cache is no part of a graph: the write neither fails nor records anything."""
-    latents, *rest = make(22)
-    latents.requires_grad_()
-    after, report = write(backend, scenes.buffers(100, 4), (latents, *rest))
-    assert report[0] > 30 and not after[1].requires_grad
-
-
 @pytest.mark.parametrize("dtype", [torch.float16])
 def test_latents_too_large_for_the_buffers_dtype(backend, dtype):
     """Finite in float32, infinite in float16: an infinity must never be stored."""
