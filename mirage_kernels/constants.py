@@ -72,7 +72,8 @@ WRITE_REPORT = (
 APPEND_REPORT = ("written", "refused", "masked", "unknown_depth", "out_of_range", "non_finite")
 
 # Defaults of the public functions, which C++ does not know.
-NEAR = 0.05  # least depth that a camera sees, in world units
+NEAR = 0.05  # least depth that a camera sees, in world units, of the operators; a cache's is of its own scene:
+NEAR_FRACTION = 1 / 64  # of the median depth of the first view that is written
 SHARPNESS = 30.0  # of the blend of `splat_aligned`
 VIEWS_PER_VOXEL = 4
 MAX_VIEWS_PER_VOXEL = 64

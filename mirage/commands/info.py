@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import tyro
 
 from mirage_kernels import LatentCache
-from mirage_kernels.cache.storage import format_version, read_metadata
+from mirage_kernels.cache.storage import load_cache
 
 
 @dataclass(frozen=True)
@@ -40,13 +40,15 @@ def describe_cache(path: Path) -> dict[str, Any]:
     Raises:
         OSError, ValueError: no such file, or it is not a whole saved cache of a known version.
     """
-    settings, _ = read_metadata(path)
-    cache = LatentCache.load(path)
+    saved = load_cache(path)
+    settled = {} if saved.anchor is None else saved.anchor._asdict()
+    cache = LatentCache.from_tensors(saved.tensors, **saved.config.__dict__ | settled)
+    settings = cache.config
     bounds = [cache.points.amin(0).tolist(), cache.points.amax(0).tolist()] if len(cache) else None
     return {
         "file": str(path),
         "file_bytes": path.stat().st_size,
-        "version": int(format_version(settings)),
+        "version": saved.version,
         "tokens": len(cache),
         "channels": cache.channels,
         "dtype": settings.pop("dtype"),

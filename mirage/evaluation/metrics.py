@@ -78,9 +78,10 @@ def load_lpips(device: torch.device | str = "cpu") -> Callable[[Tensor, Tensor],
 def find_revisits(cameras: Cameras, apart: int) -> list[tuple[int, int]]:
     """Find (first visit, revisit) of every view whose pose an earlier one had, `apart` frames before or more.
 
-    Poses are the same to 1e-6 in each entry. Of several earlier views the first is taken.
+    Poses are the same to 1e-6 in each entry of the rotation, and in position to 1e-6 of the path's extent. Of several
+    earlier views the first is taken.
     """
-    poses = cameras.cam2world.flatten(1).cpu()
+    poses = _comparable_poses(cameras)
     pairs = []
     for j in range(apart, len(poses)):
         same = ((poses[: j - apart + 1] - poses[j]).abs() < 1e-6).all(1).nonzero()
@@ -90,9 +91,19 @@ def find_revisits(cameras: Cameras, apart: int) -> list[tuple[int, int]]:
 
 
 def find_first_visits(cameras: Cameras) -> list[int]:
-    """Find the views whose pose no earlier one had, except the first."""
-    poses = cameras.cam2world.flatten(1).cpu()
+    """Find the views whose pose no earlier one had, except the first, by the measure of :func:`find_revisits`."""
+    poses = _comparable_poses(cameras)
     return [j for j in range(1, len(poses)) if not ((poses[:j] - poses[j]).abs() < 1e-6).all(1).any()]
+
+
+def _comparable_poses(cameras: Cameras) -> Tensor:
+    """Return poses (T, 16) float64 on the host whose positions are parts of the path's extent, from its first view."""
+    poses = cameras.cam2world.cpu().clone()
+    if len(poses):
+        centers = poses[:, :3, 3] - poses[0, :3, 3]
+        extent = float(centers.norm(dim=1).max())
+        poses[:, :3, 3] = centers / extent if extent > 0 else centers
+    return poses.flatten(1)
 
 
 def consistency(frames: Tensor, true: Tensor, depth: Tensor, cameras: Cameras) -> dict[str, float | None]:
@@ -134,8 +145,8 @@ def _correspondence(z: Tensor, z_other: Tensor, camera: Cameras, other: Cameras)
     rays = torch.linalg.inv(camera.intrinsics[0]) @ torch.stack([u, v, torch.ones_like(u)]).flatten(1)
     pose = other.world2cam[0] @ camera.cam2world[0]
     points = pose[:3, :3] @ (rays * z.double().flatten()) + pose[:3, 3:]
-    ahead = points[2] > 1e-6
-    at = (other.intrinsics[0] @ points)[:2] / points[2].clamp(min=1e-6)
+    ahead = points[2] > 0
+    at = (other.intrinsics[0] @ points)[:2] / torch.where(ahead, points[2], 1.0)
     grid = torch.stack([at[0] * 2 / width - 1, at[1] * 2 / height - 1], -1).view(height, width, 2).float()
     seen = F.grid_sample(z_other[None, None], grid[None], mode="nearest", align_corners=False)[0, 0]
     depth = points[2].view(height, width).float()

@@ -17,7 +17,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mirage_kernels import Cameras, LatentCache, back_project
-from mirage_kernels.constants import NEAR
 from mirage_kernels.geometry import check_size, in_view, make_projection, project_points
 
 
@@ -209,7 +208,9 @@ class GeometricFilter:
         self.max_past_views = max_past_views
 
     def __call__(self, views: ChunkViews) -> Tensor:
-        points, known, cameras = _lift(views)
+        # Positions are kept in float32: they count from where the memory's do.
+        origin = views.cache.anchor_for(views.depth, views.cameras.to(views.depth.device)).origin
+        points, known, cameras = _lift(views, origin)
         own_depth = points[..., 3] * cameras.intrinsics[:, 0, 0, None, None].to(points.dtype)
         against = torch.zeros_like(known, dtype=torch.int32)
         agreeing = torch.zeros_like(against)
@@ -218,10 +219,10 @@ class GeometricFilter:
             opposed[t] = agreed[t] = False  # no view testifies on itself
             against += opposed
             agreeing += agreed
-        past = self._choose_past(views.past, points[known])
+        past = self._choose_past(views.past, points[known], origin)
         if past is not None:
             shown = views.cache.read(past, views.latent_size, splat="nearest").depth
-            for t, projection in enumerate(_projections(past.resized(views.latent_size))):
+            for t, projection in enumerate(_projections(_from(origin, past).resized(views.latent_size))):
                 opposed, agreed = self._votes(points, known, projection, shown[t])
                 against += opposed
                 agreeing += agreed
@@ -241,7 +242,9 @@ class GeometricFilter:
         hidden = z * (1 - self.tolerance) > farthest.flatten()[cell]
         return speaks & through, speaks & ~through & ~hidden
 
-    def _choose_past(self, past: Cameras | None, points: Tensor) -> Cameras | None:
+    def _choose_past(
+        self, past: Cameras | None, points: Tensor, origin: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    ) -> Cameras | None:
         """Choose from each of `max_past_views` stretches of time the view that has most of the points (N, 4) in its
         image.
 
@@ -252,7 +255,7 @@ class GeometricFilter:
             return None
         past = past.to(points.device)
         sample = points[:: len(points) // _OVERLAP_SAMPLE + 1]
-        projections = _projections(past).permute(1, 2, 0)[..., None]  # broadcasts to (views, points)
+        projections = _projections(_from(origin, past)).permute(1, 2, 0)[..., None]  # broadcasts to (views, points)
         in_image = _project(sample, projections, past.image_size)[2].sum(1)
         stretches = torch.arange(len(past), device=points.device).tensor_split(min(self.max_past_views, len(past)))
         chosen = [int(stretch[in_image[stretch].argmax()]) for stretch in stretches]
@@ -260,11 +263,23 @@ class GeometricFilter:
         return past[chosen] if chosen else None
 
 
-def _lift(views: ChunkViews) -> tuple[Tensor, Tensor, Cameras]:
-    """Lift the chunk to points (T, h, w, 4) on the grid of the test; also which are known (T, h, w), and cameras."""
+def _from(origin: tuple[float, float, float], cameras: Cameras) -> Cameras:
+    """Return cameras of a world that begins at a point of theirs."""
+    if not any(origin):
+        return cameras
+    poses = cameras.cam2world.clone()
+    poses[:, :3, 3] -= torch.tensor(origin, dtype=poses.dtype, device=poses.device)
+    return Cameras.trusted(cameras.intrinsics, poses, cameras.image_size)
+
+
+def _lift(views: ChunkViews, origin: tuple[float, float, float]) -> tuple[Tensor, Tensor, Cameras]:
+    """Lift the chunk to points (T, h, w, 4) on the grid of the test; also which are known (T, h, w), and cameras.
+
+    Points and cameras count from the origin.
+    """
     sides = zip(views.latent_size, views.depth.shape[1:], strict=True)
     grid = check_size(tuple(min(cells * _CELLS_PER_TOKEN, side) for cells, side in sides))
-    cameras = views.cameras.to(views.depth.device).resized(views.depth.shape[1:])
+    cameras = _from(origin, views.cameras.to(views.depth.device)).resized(views.depth.shape[1:])
     points, known = back_project(views.depth, cameras.intrinsics, cameras.cam2world, grid)
     return points, known, cameras.resized(grid)
 
@@ -277,7 +292,7 @@ def _project(points: Tensor, projection: Tensor, size: Sequence[int]) -> tuple[T
     """Project points: depth, cell (row-major, 0 if outside) and whether inside the image of points (..., 4), flat."""
     height, width = size
     u, v, z = project_points(points.reshape(-1, 4), projection)
-    inside = in_view(u, v, z, (height, width), NEAR)
+    inside = in_view(u, v, z, (height, width), near=0.0)
     cell = torch.where(inside, v, 0).long() * width + torch.where(inside, u, 0).long()
     return z, cell, inside
 

@@ -105,6 +105,8 @@ def check_config(config: SessionConfig) -> None:
         check_count(name, getattr(config, name), least)
     for name in ("guidance_scale", "memory_scale", "reference_threshold", "reference_voxel_size", "fps"):
         value = getattr(config, name)
+        if name == "reference_voxel_size" and value is None:
+            continue
         if not np.isfinite(value) or (name in ("reference_voxel_size", "fps") and value <= 0):
             raise ValueError(f"{name} must be finite, sizes and rates positive, got {value!r}")
     if not isinstance(config.attention_kwargs, (dict, type(None))):

@@ -100,7 +100,7 @@ def choose_references(
     size: tuple[int, int],
     max_frames: int,
     threshold: float,
-    voxel_size: float,
+    voxel_size: float | None,
 ) -> tuple[list[int], list[float]]:
     """Choose the latent frames that see most of what the targets will see, best first, and return their overlaps.
 
@@ -111,7 +111,7 @@ def choose_references(
         size: (h, w) of the latents.
         max_frames: how many to choose at most.
         threshold: least overlap, IoU of voxel sets.
-        voxel_size: edge of these voxels in world units.
+        voxel_size: edge of these voxels in world units; None: of the scene, see `LatentCache.view_overlap`.
     """
     if not max_frames:
         return [], []

@@ -6,6 +6,7 @@ What the model makes of a memory shows only where it was trained on that memory'
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 KINDS = ("latent", "pixel", "none")
@@ -28,6 +29,8 @@ class MemoryConfig:
         mode: how the model uses what is read: "adapter", through its memory adapter, or "none", not at all: the memory
             is written and read, for depth and to choose reference frames, but the model gets no hints. None takes the
             adapter where the pipeline has one.
+        near: least depth, world units, that writes and reads see; None: a part of the first view's depth, see
+            :class:`~mirage_kernels.LatentCache`, so that any unit will do. Not of a cache that is given.
 
     Raises:
         ValueError: another value, or values that exclude each other.
@@ -37,6 +40,7 @@ class MemoryConfig:
     readout: str = "aligned"
     write_policy: str = "bounded"
     mode: str | None = None
+    near: float | None = None
 
     def __post_init__(self) -> None:
         for name, allowed in (
@@ -48,6 +52,8 @@ class MemoryConfig:
             value = getattr(self, name)
             if value not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(map(str, allowed))}, got {value!r}")
+        if self.near is not None and (isinstance(self.near, bool) or not 0 <= self.near < math.inf):
+            raise ValueError(f"near must be None or a finite depth >= 0 in world units, got {self.near!r}")
         if self.kind == "pixel" and (self.readout, self.write_policy) != ("aligned", "append"):
             raise ValueError(
                 'readout must be "aligned" and write_policy "append" with kind "pixel", got'

@@ -247,7 +247,7 @@ class MiragePipeline(LoadablePipeline):
         sigmas: Sequence[float] | Callable[[int], Sequence[float]] | None = published_sigmas,
         max_reference_frames: int = 4,
         reference_threshold: float = 0.04,
-        reference_voxel_size: float = 0.1,
+        reference_voxel_size: float | None = None,
         preceding_frames: int = 2,
         chunk_frames: int = CHUNK_FRAMES,
         decode: str = "chunk",
@@ -300,7 +300,7 @@ class MiragePipeline(LoadablePipeline):
                 own, as diffusers' Wan pipelines do.
             max_reference_frames: earlier latent frames, at most, that see what the chunk will see, by `view_overlap`.
             reference_threshold: least overlap (IoU of voxel sets) of a reference frame.
-            reference_voxel_size: edge of these voxels in world units.
+            reference_voxel_size: edge of these voxels in world units; None: about 1/32 of the first frame's depth.
             preceding_frames: latent frames before the shared one that the chunk sees.
             chunk_frames: 4 n + 1, frames that the model makes at a time.
             decode: "chunk" decodes every chunk (streaming: the frames are those of decoding all at once); "end" decodes
@@ -425,7 +425,7 @@ class MiragePipeline(LoadablePipeline):
         sigmas: Sequence[float] | Callable[[int], Sequence[float]] | None = published_sigmas,
         max_reference_frames: int = 4,
         reference_threshold: float = 0.04,
-        reference_voxel_size: float = 0.1,
+        reference_voxel_size: float | None = None,
         preceding_frames: int = 2,
         decode: str = "chunk",
         run_dir: str | os.PathLike[str] | None = None,
@@ -673,11 +673,11 @@ class MiragePipeline(LoadablePipeline):
         pixels, device = memory.kind == "pixel", self._execution_device
         channels = CHANNELS if pixels else self.vae.config.z_dim
         if cache is None and pixels:
-            return make_pixel_cache(device)
+            return make_pixel_cache(device, memory.near)
         if cache is None:
             dtype, policy = self.transformer.dtype, memory.write_policy
             dtype = torch.float32 if dtype == torch.float64 else dtype  # which memories have not
-            return LatentCache(channels, dtype=dtype, device=device, write_policy=policy)
+            return LatentCache(channels, dtype=dtype, device=device, write_policy=policy, near=memory.near)
         if cache.channels != channels:
             whose = "a cloud of pixels" if pixels else "the VAE"
             raise ValueError(f"cache must have {channels} channels like {whose}, got {cache.channels}")

@@ -26,9 +26,9 @@ CHANNELS = 4
 _EDGE = 1.1  # depths of neighbouring tokens with a greater ratio are of two surfaces
 
 
-def make_pixel_cache(device: torch.device | str = "cpu") -> LatentCache:
-    """Make an empty cloud of pixels."""
-    return LatentCache(CHANNELS, dtype=torch.float32, device=device, write_policy="append")
+def make_pixel_cache(device: torch.device | str = "cpu", near: float | None = None) -> LatentCache:
+    """Make an empty cloud of pixels, with the least depth of :class:`~mirage_kernels.LatentCache`."""
+    return LatentCache(CHANNELS, dtype=torch.float32, device=device, write_policy="append", near=near)
 
 
 def write_pixels(
@@ -101,7 +101,7 @@ def refine_depth(depth: Tensor, size: tuple[int, int]) -> Tensor:
     high, low = F.max_pool2d(around, 3, 1), -F.max_pool2d(-around, 3, 1)
     smooth = ((low > 0) & (high < low * _EDGE)).float()
     nearest = F.interpolate(depth, size, mode="nearest-exact")
-    inverse = F.interpolate(1.0 / depth.clamp(min=1e-6), size, mode="bilinear", align_corners=False)
+    inverse = F.interpolate(1.0 / torch.where(depth > 0, depth, 1.0), size, mode="bilinear", align_corners=False)
     inside = F.interpolate(smooth, size, mode="nearest-exact") > 0
     return torch.where(inside, 1.0 / inverse, nearest)[:, 0]
 

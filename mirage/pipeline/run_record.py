@@ -88,12 +88,26 @@ def check_record(path: Path, record: dict[str, Any]) -> dict[str, Any]:
     if found.get("checksum", digest_json(settings)) != digest_json(settings):  # the first runs had none
         raise DamagedFileError(f"{path} is damaged: its settings are not what their checksum says")
     now = json.loads(json.dumps(record))  # tuples become lists, as in the file
-    before = _with_memory(settings, now)
+    before = _with_scene(_with_memory(settings, now), settings)
     names = sorted(name for name in {*before, *now} if before.get(name) != now.get(name))
     if names:
         differences = "; ".join(f"{name} was {before.get(name)!r}, got {now.get(name)!r}" for name in names)
         raise ValueError(f"{path}: a run can be resumed only with what it was started with: {differences}")
     return settings
+
+
+def _with_scene(before: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
+    """Return the record of a run from when all lengths were metres under today's names; its cache has the near of then.
+
+    Args:
+        before: what :func:`_with_memory` made of `settings`.
+        settings: as they were recorded.
+    """
+    memory = before.get("memory")
+    if not isinstance(memory, dict) or "near" in settings.get("memory", {}):
+        return before
+    size = before.get("reference_voxel_size")
+    return before | {"memory": memory | {"near": None}, "reference_voxel_size": None if size == 0.1 else size}
 
 
 def _with_memory(before: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:

@@ -32,7 +32,7 @@ class SessionConfig:
     memory: MemoryConfig
     max_reference_frames: int
     reference_threshold: float
-    reference_voxel_size: float
+    reference_voxel_size: float | None
     preceding_frames: int
     decode: str
     fps: float

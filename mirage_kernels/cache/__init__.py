@@ -11,7 +11,8 @@ Arguments are checked here, once: operators are launched without checks of their
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from copy import deepcopy
 from functools import partial
 from pathlib import Path
@@ -38,6 +39,7 @@ from ..ops.checks import (
 )
 from ..quantization import dequantize_rows
 from . import launch
+from .anchor import UNSETTLED, Anchor, find_anchor, find_anchor_of_points
 from .buffers import TokenBuffers
 from .config import MERGES, READOUT_DTYPES, WRITE_POLICIES, CacheConfig
 from .inputs import Array, as_write_inputs
@@ -61,6 +63,7 @@ __all__ = [
 ]
 
 SPLATS = ("aligned", "nearest")
+VOXEL_NEARS = 2.0  # least depths that the edge of a voxel of `view_overlap` has
 _OFFLOAD_GRID = (32, 32)  # that `offload` takes margins for: finer ones need less
 _OWN = ("_config", "_buffers", "_offloaded", "_lock", "_readout_dtype")  # attributes of a cache
 _NEW_NAMES = {"generation": "buffer_version", "fetch": "onload", "settings": "config"}
@@ -98,6 +101,18 @@ class LatentCache:
             are seen. None: of about a token's size. A write then waits for the device after each view, needs room for
             all that the view adds, brings back what is offloaded, and looks at all tokens held; what comes to a full
             voxel counts as refused, an older token that it would have replaced included.
+        near: least depth, world units, that writes see, and reads where they are not given another. None: 1/64 of the
+            median depth of the first view written whose depth is known. World units are then any: metres, millimetres,
+            whatever depth and poses come in.
+        origin: (x, y, z) that positions are counted from, so that float32 holds them where the world begins far away,
+            as in coordinates of a map. None: (0, 0, 0) where that first view's camera is within 64 median depths of
+            it, else near that camera.
+
+    What the first write settles of these two is kept, in files too, until :meth:`clear`. For it that write waits for
+    the device, and cannot be captured in a CUDA graph; with both given it does neither.
+
+    A cache is no part of a graph of gradients: a write takes none and a read carries none. It may be made under
+    ``torch.inference_mode()`` and be written outside it.
 
     Raises:
         ValueError, TypeError: naming the argument, what was expected and what came.
@@ -117,6 +132,8 @@ class LatentCache:
         carve_views: int = CARVE_VIEWS,
         max_tokens: int | None = None,
         voxel_size: float | None = None,
+        near: float | None = None,
+        origin: tuple[float, float, float] | None = None,
     ) -> None:
         self._config = config = CacheConfig(
             channels=channels,
@@ -129,6 +146,8 @@ class LatentCache:
             carve_views=carve_views,
             max_tokens=max_tokens,
             voxel_size=voxel_size,
+            near=near,
+            origin=origin,
         )
         self._buffers = TokenBuffers(
             channels,
@@ -139,6 +158,7 @@ class LatentCache:
             mean=config.bounded and merge == "mean",
             may_grow=capacity is None,
         )
+        self._buffers.settle(config.anchor)
         self._offloaded: Offloaded | None = None
         self._lock = CacheLock()
         self._readout_dtype = readout_dtype(dtype)
@@ -176,6 +196,28 @@ class LatentCache:
     @property
     def max_tokens(self) -> int | None:
         return self._config.max_tokens
+
+    @property
+    def near(self) -> float | None:
+        """Least depth, world units, that views see; None until it is settled."""
+        return self._config.near if self._buffers.anchor is None else self._buffers.anchor.near
+
+    @property
+    def origin(self) -> tuple[float, float, float]:
+        """World coordinates that the buffers' positions are counted from; zeros until it is settled."""
+        return (self._buffers.anchor or UNSETTLED).origin
+
+    def anchor_for(self, depth: Tensor, cameras: Cameras) -> Anchor:
+        """Return near and origin as settled, or as a write of T such views would settle them; may wait for the device.
+
+        Args:
+            depth: (T, H, W) float, as :meth:`write` takes it.
+            cameras: T views on the same device.
+        """
+        found = self._buffers.anchor
+        if found is None:
+            found = find_anchor(depth, cameras.cam2world, self._config.near, self._config.origin)
+        return found or UNSETTLED
 
     @property
     def config(self) -> dict[str, Any]:
@@ -224,9 +266,9 @@ class LatentCache:
 
     @property
     def points(self) -> Tensor:
-        """(N, 3) float32 world positions of the live tokens, a view of the buffer."""
+        """(N, 3) float32 world positions of the live tokens, a view of the buffer; float64 where `origin` is not 0."""
         with self._lock.exclusive():
-            return self._buffers.points[: self._onload(), :3]
+            return self._buffers.in_world(self._buffers.points[: self._onload(), :3])
 
     @property
     def footprints(self) -> Tensor:
@@ -251,9 +293,9 @@ class LatentCache:
 
     @property
     def frame_centers(self) -> Tensor:
-        """(num_frames, 3) float32 camera centres of the written views."""
+        """(num_frames, 3) float32 camera centres of the written views; float64 where `origin` is not 0."""
         with self._lock:
-            return self._buffers.frame_centers[: self._buffers.num_frames]
+            return self._buffers.in_world(self._buffers.frame_centers[: self._buffers.num_frames])
 
     @property
     def nbytes(self) -> int:
@@ -261,7 +303,7 @@ class LatentCache:
         with self._lock:
             live, bounds = len(self), self._buffers.bounds
         bounds_nbytes = bounds_rows(live) * bounds.element_size() * bounds.shape[1]
-        return live * self._buffers.token_nbytes + bounds_nbytes + self.frame_centers.nbytes
+        return live * self._buffers.token_nbytes + bounds_nbytes + 12 * self.num_frames
 
     @property
     def nbytes_allocated(self) -> int:
@@ -339,9 +381,11 @@ class LatentCache:
             raise ValueError(f"latents must be on {self.device} like the cache, got {latents.device}")
         if latents.shape[1] != self.channels:
             raise ValueError(f"latents must be (T, {self.channels}, h, w), got {tuple(latents.shape)}")
-        with self._lock.exclusive():
+        given = self._config.near, self._config.origin
+        with self._lock.exclusive(), self._settling(lambda: find_anchor(depth, cam2world, *given)):
             check_first_frame(self.num_frames, latents.shape[0])
-            self._onload_for_write(depth, intrinsics, cam2world, size=(latents.shape[2], latents.shape[3]))
+            poses = self._buffers.from_origin(cam2world)
+            self._onload_for_write(depth, intrinsics, poses, size=(latents.shape[2], latents.shape[3]))
             counts, self._offloaded = launch.write(
                 self._buffers,
                 self._config,
@@ -349,11 +393,12 @@ class LatentCache:
                 latents=plain(latents),
                 depth=depth,
                 intrinsics=intrinsics,
-                cam2world=cam2world,
+                cam2world=poses,
                 mask=mask,
                 bilinear=depth_sampling == "bilinear",
                 min_depth=min_depth,
                 max_depth=max_depth,
+                near=(self._buffers.anchor or UNSETTLED).near,
             )
         return WriteReport(counts)
 
@@ -370,7 +415,8 @@ class LatentCache:
 
         No view says what they cover or see through. A bounded cache writes, in their order, those whose voxel holds
         fewer than ``views_per_voxel`` tokens, and refuses the others; nothing is replaced, merged or carved. It waits
-        for the device, and brings back what was offloaded where it may evict or refuse.
+        for the device, and brings back what was offloaded where it may evict or refuse. Where nothing was written
+        before, the median footprint is the cache's least depth, and its origin lies amid the points.
 
         Args:
             points: (N, 3) float, world positions.
@@ -387,11 +433,32 @@ class LatentCache:
         Raises:
             ValueError, TypeError: naming the argument, what was expected and what came; the cache is as it was.
         """
+        given = self._config.near, self._config.origin
         with self._lock.exclusive():
             rows = as_points(points, features, footprint, frame, center, self.channels, self.num_frames, self.device)
             if self._config.changes_in_place:
                 self._onload()
-            return WriteReport(write_points(self._buffers, self._config, rows))
+            with self._settling(lambda: find_anchor_of_points(rows.points, *given)):
+                return WriteReport(write_points(self._buffers, self._config, rows))
+
+    @contextmanager
+    def _settling(self, find: Callable[[], Anchor | None]) -> Iterator[None]:
+        """Settle the anchor that is found, if there is none, for the write in the block; not if that fails."""
+        buffers = self._buffers
+        if buffers.anchor is not None:
+            yield
+            return
+        if buffers.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "the first write must not be captured in a CUDA graph, for it looks at depth and poses: write once"
+                " before, or give the cache near= and origin="
+            )
+        buffers.settle(find())
+        try:
+            yield
+        except BaseException:
+            buffers.settle(None)
+            raise
 
     def read(
         self,
@@ -400,7 +467,7 @@ class LatentCache:
         *,
         splat: str = "aligned",
         sharpness: float = SHARPNESS,
-        near: float = NEAR,
+        near: float | None = None,
         dtype: torch.dtype | None = None,
         frames: Sequence[int] | None = None,
         per_frame: bool = False,
@@ -417,7 +484,7 @@ class LatentCache:
                 :func:`mirage_kernels.splat_aligned`; ``"nearest"``: the nearest token of each cell (the published
                 memory), several times as fast.
             sharpness: of ``"aligned"``: 0 is a blur, infinity the best token alone.
-            near: least depth, world units.
+            near: least depth, world units; None: the cache's.
             dtype: of the latents returned, float32, float16 or bfloat16; default the cache's, bfloat16 of a float8 one.
             frames: numbers of written views; only the tokens that these wrote are there. None: all. Given, it waits for
                 the device, and so does ``per_frame``.
@@ -438,7 +505,8 @@ class LatentCache:
         _check_cameras(cameras)
         size = check_size(size)
         check_fits_grid("cameras", cameras.image_size, size, "the grid to read")
-        check_near(near)
+        if near is not None:
+            check_near(near)
         if dtype is None:
             dtype = self._readout_dtype
         elif dtype not in READOUT_DTYPES:
@@ -449,10 +517,10 @@ class LatentCache:
         if torch.compiler.is_compiling():  # which knows no locks
             return self._read(*arguments)
         with self._lock:
-            if self._offloaded is None or not self._touched(cameras.resized(size)):
+            if self._offloaded is None or not self._touched(self._from_origin(cameras.resized(size))):
                 return self._read(*arguments)
         with self._lock.exclusive():
-            self._move(set(), self._touched(cameras.resized(size)))
+            self._move(set(), self._touched(self._from_origin(cameras.resized(size))))
             return self._read(*arguments)
 
     def _read(
@@ -461,13 +529,15 @@ class LatentCache:
         size: tuple[int, int],
         splat: str,
         sharpness: float,
-        near: float,
+        near: float | None,
         dtype: torch.dtype,
         frames: Sequence[int] | None,
         per_frame: bool,
     ) -> Readout:
         """Read where all that the cameras may see is on the device."""
-        buffers, intrinsics, cam2world = self._buffers, cameras.intrinsics_at(size), cameras.cam2world
+        buffers, intrinsics = self._buffers, cameras.intrinsics_at(size)
+        anchor = buffers.read_anchor()
+        near, cam2world = anchor.near if near is None else near, buffers.from_origin(cameras.cam2world)
         if cam2world.device != buffers.device:
             intrinsics, cam2world = intrinsics.to(buffers.device), cam2world.to(buffers.device)
         if frames is not None:
@@ -484,7 +554,7 @@ class LatentCache:
         return readout
 
     def visible(
-        self, cameras: Cameras, size: tuple[int, int], *, depth_tolerance: float = 0.0, near: float = NEAR
+        self, cameras: Cameras, size: tuple[int, int], *, depth_tolerance: float = 0.0, near: float | None = None
     ) -> Tensor:
         """Say which tokens T cameras see, for matching views or counting what they share. Waits for the device.
 
@@ -496,7 +566,7 @@ class LatentCache:
             cameras: T views; their intrinsics are resized to the grid.
             size: (h, w) of the grid.
             depth_tolerance: as a part of the nearest depth; 0.01 is one percent.
-            near: least depth, world units.
+            near: least depth, world units; None: the cache's.
 
         Returns:
             (T, N) bool, in the order of :attr:`points`.
@@ -504,6 +574,7 @@ class LatentCache:
         if not 0 <= depth_tolerance < math.inf:
             raise ValueError(f"depth_tolerance must be a finite part >= 0 of the depth, got {depth_tolerance!r}")
         with self._lock.exclusive():  # the readout and the rows are of one state
+            near = self._buffers.read_anchor().near if near is None else near
             nearest = self.read(cameras, size, splat="nearest", near=near)
             shown = winners(nearest.index, len(self))
             if depth_tolerance > 0:
@@ -511,12 +582,18 @@ class LatentCache:
                 rows = torch.arange(len(points), device=self.device)
                 if self._offloaded is not None:
                     rows = self._offloaded.all_rows(rows)
-                views = cameras.resized(size).to(self.device)
+                views = self._from_origin(cameras.resized(size)).to(self.device)
                 shown[:, rows] |= near_the_surface(points, nearest.depth, views, near, depth_tolerance)
             return shown
 
     def view_overlap(
-        self, cameras: Cameras, targets: Cameras, size: tuple[int, int], *, voxel_size: float = 0.1, near: float = NEAR
+        self,
+        cameras: Cameras,
+        targets: Cameras,
+        size: tuple[int, int],
+        *,
+        voxel_size: float | None = None,
+        near: float | None = None,
     ) -> Tensor:
         """Measure how much of what the targets see each earlier camera sees too, for choosing reference frames.
 
@@ -524,8 +601,8 @@ class LatentCache:
             cameras: V earlier views.
             targets: T views about to be generated, taken together.
             size: (h, w) of the grid.
-            voxel_size: edge in world units.
-            near: least depth, world units.
+            voxel_size: edge in world units; None: twice the cache's least depth, about 1/32 of the scene's depth.
+            near: least depth, world units; None: the cache's.
 
         Returns:
             (V,) float32, IoU of voxel sets, see :func:`mirage_kernels.view_overlap`. Of what is offloaded it brings
@@ -536,11 +613,15 @@ class LatentCache:
         size = check_size(size)
         for name, views in (("cameras", cameras), ("targets", targets)):
             check_fits_grid(name, views.image_size, size, "the grid")
-        check_near(near)
-        if not 0 < voxel_size < math.inf:
+        if near is not None:
+            check_near(near)
+        if voxel_size is not None and not 0 < voxel_size < math.inf:
             raise ValueError(f"voxel_size must be a finite length > 0 in world units, got {voxel_size!r}")
-        cameras, targets = cameras.resized(size), targets.resized(size)
         with self._lock:
+            anchor = self._buffers.read_anchor()
+            near = anchor.near if near is None else near
+            voxel_size = VOXEL_NEARS * (anchor.near or NEAR) if voxel_size is None else voxel_size
+            cameras, targets = map(self._from_origin, (cameras.resized(size), targets.resized(size)))
             touched = self._touched(cameras, targets)
             cameras, targets = cameras.to(self.device), targets.to(self.device)
             return launch.view_overlap(self._buffers, self._offloaded, touched, cameras, targets, voxel_size, near)
@@ -571,8 +652,8 @@ class LatentCache:
                 cache is as it was.
         """
         _check_cameras(cameras_ahead, "cameras_ahead")
-        views = cameras_ahead.resized(_OFFLOAD_GRID)
         with self._lock.exclusive():
+            views = self._from_origin(cameras_ahead.resized(_OFFLOAD_GRID))
             self._move(find_far(self._buffers, views), self._touched(views))
 
     def onload(self) -> None:
@@ -588,6 +669,11 @@ class LatentCache:
 
     def _num_offloaded(self) -> int:
         return self._offloaded.tokens if self._offloaded is not None else 0
+
+    def _from_origin(self, cameras: Cameras) -> Cameras:
+        """Return cameras as the buffers' positions count."""
+        moved = self._buffers.from_origin(cameras.cam2world)
+        return cameras if moved is cameras.cam2world else Cameras.trusted(cameras.intrinsics, moved, cameras.image_size)
 
     def _touched(self, *views: Cameras) -> set[int]:
         """Find the runs off the device that the views, whose image size is the grid, may see or may write to."""
@@ -616,15 +702,16 @@ class LatentCache:
                 self._buffers.resize_empty(self._config.capacity)
             self._offloaded = None
             self._buffers.clear()
+            self._buffers.settle(self._config.anchor)
 
     def checkpoint(self) -> CacheMark:
         """Mark the state, for :meth:`rollback`. Waits for the device; unless tokens are only appended, copies them."""
         with self._lock:
             tokens, buffers = len(self), self._buffers
             if not self._config.changes_in_place:
-                return CacheMark(tokens, buffers.num_frames, None)
+                return CacheMark(tokens, buffers.num_frames, None, buffers.anchor)
             copies = {name: tensor[: buffers.max_live].clone() for name, tensor in buffers.tensors().items()}
-            return CacheMark(tokens, buffers.num_frames, (copies, self._offloaded))
+            return CacheMark(tokens, buffers.num_frames, (copies, self._offloaded), buffers.anchor)
 
     def rollback(self, mark: CacheMark) -> None:
         """Forget what was written since :meth:`checkpoint` gave `mark`.
@@ -635,7 +722,7 @@ class LatentCache:
         Raises:
             ValueError: `mark` is of another cache, or of before a :meth:`clear`.
         """
-        tokens, frames, held = mark
+        tokens, frames, held, _ = mark
         with self._lock.exclusive():
             if not mark.fits(self._buffers, self._config, len(self)):
                 raise ValueError(
@@ -657,13 +744,15 @@ class LatentCache:
         target = torch.empty(0, device=device).device  # "cuda" means the current one
         if target == self.device:
             return self
-        return self.from_tensors(self.tensors(target), target, **{**self.config, "dtype": self.dtype})
+        copy = LatentCache(**self._config.__dict__, device=target)
+        return copy._filled(self.tensors(target), self._buffers.anchor)
 
     def tensors(self, device: torch.device | None = None) -> dict[str, Tensor]:
         """Return all tokens and frames on a device, by default the cache's own; views of the buffers where they can be.
 
         A row a token of ``points`` (N, 4), ``features``, ``frame_ids`` and, where the cache has them, ``scales``,
-        ``free_space_violations`` and ``num_observations``; and ``frame_centers`` (F, 3).
+        ``free_space_violations`` and ``num_observations``; and ``frame_centers`` (F, 3). Positions count from
+        :attr:`origin`.
         """
         device = device or self.device
         with self._lock:
@@ -672,7 +761,7 @@ class LatentCache:
                 tensors = {name: tensor[:live].to(device) for name, tensor in self._buffers.tensors().items()}
             else:
                 tensors = gather_all(self._buffers, self._offloaded, device)
-            return {**tensors, "frame_centers": self.frame_centers.to(device)}
+            return {**tensors, "frame_centers": self._buffers.frame_centers[: self.num_frames].to(device)}
 
     @classmethod
     def from_tensors(
@@ -680,26 +769,36 @@ class LatentCache:
     ) -> LatentCache:
         """Make a cache that holds copies of tensors as :meth:`tensors` returns them, which are not checked.
 
-        ``arguments`` are those of :class:`LatentCache`.
+        ``arguments`` are those of :class:`LatentCache`. Without an ``origin`` positions count from 0, and without
+        ``near`` that of the operators holds, 0.05, if there is any token.
         """
-        cache = cls(**arguments, device=device)
-        cache._buffers.fill(tensors)
-        return cache
+        return cls(**arguments, device=device)._filled(tensors, None)
+
+    def _filled(self, tensors: dict[str, Tensor], anchor: Anchor | None) -> LatentCache:
+        """Return the cache itself, which holds nothing, with these tokens; None: with the anchor that it was given."""
+        if anchor is None and len(tensors["points"]):
+            near, origin = self._config.near, self._config.origin
+            anchor = Anchor(UNSETTLED.near if near is None else near, origin or UNSETTLED.origin)
+        self._buffers.settle(anchor or self._config.anchor)
+        self._buffers.fill(tensors)
+        return self
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LatentCache:
         with self._lock:
-            return self._rebuild(self.tensors(), self.device, self.config, deepcopy(self._others(), memo))
+            return self._rebuild(
+                self.tensors(), self.device, self._config, self._buffers.anchor, deepcopy(self._others(), memo)
+            )
 
     def __copy__(self) -> LatentCache:
         with self._lock:
-            return self._rebuild(self.tensors(), self.device, self.config, self._others())
+            return self._rebuild(self.tensors(), self.device, self._config, self._buffers.anchor, self._others())
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Bytes, not tensors: these would be shared with the other process, in memory of which there may be little, and
         # only while this one lives.
         with self._lock:
             content = save_tensors(self.tensors(torch.device("cpu")))
-            return self._rebuild, (content, self.device, self.config, self._others())
+            return self._rebuild, (content, self.device, self._config, self._buffers.anchor, self._others())
 
     def _others(self) -> dict[str, Any]:
         """Return the attributes that a subclass or its user added."""
@@ -707,18 +806,23 @@ class LatentCache:
 
     @classmethod
     def _rebuild(
-        cls, content: bytes | dict[str, Tensor], device: torch.device, config: dict[str, Any], others: dict[str, Any]
+        cls,
+        content: bytes | dict[str, Tensor],
+        device: torch.device,
+        config: CacheConfig,
+        anchor: Anchor | None,
+        others: dict[str, Any],
     ) -> LatentCache:
         """Make a copy of a cache."""
         tensors = load_tensors(content) if isinstance(content, bytes) else content
-        cache = cls.from_tensors(tensors, device, **{**config, "dtype": getattr(torch, config["dtype"])})
+        cache = cls(**config.__dict__, device=device)._filled(tensors, anchor)
         cache.__dict__.update(others)
         return cache
 
     def save(self, path: str | Path) -> None:
         """Save as safetensors. Written beside ``path`` and renamed onto it: a crash leaves the old file."""
         with self._lock:
-            save_cache(path, self.tensors(torch.device("cpu")), self.config)
+            save_cache(path, self.tensors(torch.device("cpu")), self.config, self._buffers.anchor)
 
     @classmethod
     def load(cls, path: str | Path, device: torch.device | str = "cpu") -> LatentCache:
@@ -726,20 +830,17 @@ class LatentCache:
 
         Raises:
             FileNotFoundError: no such file.
-            ValueError: truncated, not a cache, of an unknown version, or with missing or misshapen tensors.
+            PermissionError, OSError: it cannot be read.
+            ValueError: truncated or damaged, not a cache, of an unknown version, or with missing or misshapen tensors.
         """
-        tensors, config = load_cache(path, device)
+        saved = load_cache(path)
         try:
-            cache = cls(**{**config, "dtype": getattr(torch, config["dtype"])}, device=device)
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"{path}: settings this package does not know: {error}") from error
-        capacity = cache._config.capacity
-        if capacity is not None and tensors["points"].shape[0] > capacity:
-            raise ValueError(
-                f"{path}: points must fit the saved capacity, {capacity}, got {tensors['points'].shape[0]}"
-            )
-        cache._buffers.fill(tensors)
-        return cache
+            return cls(**saved.config.__dict__, device=device)._filled(saved.tensors, saved.anchor)
+        except (RuntimeError, MemoryError) as error:
+            capacity = saved.config.capacity
+            if capacity is None:
+                raise
+            raise ValueError(f"{path}: capacity must fit into memory, got {capacity} tokens ({error})") from error
 
     def __repr__(self) -> str:
         where = f"{self.nbytes / 2**20:.1f} MiB on {self.device}"

@@ -16,9 +16,12 @@ from ..geometry import bounds_rows
 from ..ops.block_bounds import launch as launch_block_bounds
 from ..ops.checks import plain
 from ..quantization import FLOAT8
+from .anchor import UNSETTLED, Anchor
 
 GROWTH = 1.5
 _FRAME_ROWS = 1024  # rows of the table of frames to begin with, 12 KB
+_normal = torch.inference_mode(False)
+"""Marks what makes tensors of a cache: those of inference mode could not be written outside it."""
 _MAX_ROWS = 2**32 - 2  # kernels keep a row in 32 bits, of which one value stands for none
 
 
@@ -39,7 +42,7 @@ class TokenBuffers:
     """
 
     points: Tensor
-    """(rows, 4) float32: x, y, z, footprint in world units"""
+    """(rows, 4) float32: x, y, z, footprint in world units; x, y, z from the anchor's origin"""
     features: Tensor
     """(rows, C)"""
     frame_ids: Tensor
@@ -53,8 +56,9 @@ class TokenBuffers:
     bounds: Tensor
     """(B + ceil(B / 64), 6) float32, see :func:`mirage_kernels.block_bounds`"""
     frame_centers: Tensor
-    """(F, 3) float32 camera centres in world units, of which the first `num_frames` are known"""
+    """(F, 3) float32 camera centres, from the anchor's origin too, of which the first `num_frames` are known"""
 
+    @_normal
     def __init__(
         self,
         channels: int,
@@ -85,7 +89,12 @@ class TokenBuffers:
         """Upper bound of the live tokens, which the host knows without asking the device."""
         self.num_frames = 0
         self.version = 0
-        """Changes whenever a tensor moves."""
+        """Changes whenever a tensor moves, or the anchor that reads were made with."""
+        self.anchor: Anchor | None = None
+        """None until it is settled."""
+        self._read_with: Anchor | None = None
+        self._last = UNSETTLED
+        self._origins: tuple[Tensor, ...] = ()
         self.token_nbytes = sum(kind.itemsize * math.prod(tail) for tail, kind in self._layout.values())
         self.adopt(self.allocate(rows))
         self.bounds = self.empty_bounds()
@@ -106,6 +115,7 @@ class TokenBuffers:
         """Return the tensors that hold a row a token, by name, as they are."""
         return {name: getattr(self, name) for name in self._layout}
 
+    @_normal
     def allocate(self, rows: int, device: torch.device | None = None) -> dict[str, Tensor]:
         """Make other tensors of so many rows, of unspecified content."""
         device = device or self.device
@@ -126,11 +136,56 @@ class TokenBuffers:
         self.free_space_violations = tensors.get("free_space_violations")
         self.num_observations = tensors.get("num_observations")
 
+    @_normal
     def empty_bounds(self) -> Tensor:
         """Make the bounds of buffers without a token."""
         bounds = torch.full((bounds_rows(self.rows), 6), torch.inf, device=self.device)
         bounds[:, 3:] = -torch.inf
         return bounds
+
+    @_normal
+    def settle(self, anchor: Anchor | None) -> None:
+        """Take this anchor, by which tokens are placed, if there are any."""
+        old, new = ((one or UNSETTLED).origin for one in (self.anchor, anchor))
+        if old != new:
+            if self.num_frames:  # views without a token
+                centers = self.frame_centers[: self.num_frames]
+                moved = centers.double() + torch.tensor(old, dtype=torch.float64, device=self.device)
+                centers.copy_(moved - torch.tensor(new, dtype=torch.float64, device=self.device))
+            host = torch.tensor(new, dtype=torch.float64, device="cpu")
+            self._origins = (host, host.to(self.device))
+        if anchor is not None and self._read_with not in (None, anchor):
+            self.version += 1
+        self.anchor, self._last = anchor, anchor or self._last
+
+    def read_anchor(self) -> Anchor:
+        """Return the anchor for a read, which may be captured: another changes `version`."""
+        self._read_with = anchor = self.anchor or self._last
+        return anchor
+
+    def from_origin(self, cam2world: Tensor) -> Tensor:
+        """Return poses (T, 4, 4) float64, on the host or the cache's device, as seen from the anchor's origin."""
+        if self.anchor is None or not any(self.anchor.origin):
+            return cam2world
+        host, device = self._origins
+        moved = cam2world.clone()
+        moved[:, :3, 3] -= host if cam2world.device == host.device else device
+        return moved
+
+    def from_world(self, positions: Tensor) -> Tensor:
+        """Return world positions (.., >= 3) float64 on the device as the buffers hold them, float32."""
+        if self.anchor is not None and any(self.anchor.origin):
+            positions = positions.clone()
+            positions[..., :3] -= self._origins[1]
+        return positions.float()
+
+    def in_world(self, positions: Tensor) -> Tensor:
+        """Return positions (N, 3) of the buffers in world coordinates: as they are, or float64 where they count from
+        elsewhere.
+        """
+        if self.anchor is None or not any(self.anchor.origin):
+            return positions
+        return positions.double() + self._origins[1]
 
     def count_live(self) -> int:
         """Read the number of live tokens; waits for the device."""
@@ -143,6 +198,7 @@ class TokenBuffers:
         find_bounds(self.points, self.count, self.bounds)
         self.max_live = live
 
+    @_normal
     def reserve(self, tokens: int) -> None:
         """Make room for so many more tokens, unless there may be no more. Waits only if the buffers may be full."""
         if not self._may_grow or self.max_live + tokens <= self.rows:
@@ -158,6 +214,7 @@ class TokenBuffers:
         self.bounds = find_bounds(self.points, self.count)
         self.version += 1
 
+    @_normal
     def reserve_frames(self, views: int) -> None:
         """Make room for the camera centres of so many more frames."""
         needed, room = self.num_frames + views, self.frame_centers.shape[0]
@@ -181,9 +238,12 @@ class TokenBuffers:
         self.max_live = 0
         self.num_frames = 0
 
+    @_normal
     def fill(self, tensors: dict[str, Tensor]) -> None:
         """Copy live tokens and frames into buffers that hold none: those of :meth:`tensors` and ``frame_centers``."""
         live, frames = tensors["points"].shape[0], tensors["frame_centers"].shape[0]
+        if live and self.anchor is None:
+            self.settle(UNSETTLED)
         if self._may_grow:
             self.adopt(self.allocate(live))
         for name, buffer in self.tensors().items():
@@ -194,6 +254,7 @@ class TokenBuffers:
         self.max_live, self.num_frames = live, frames
 
 
+@_normal
 def find_bounds(points: Tensor, count: Tensor | None, out: Tensor | None = None) -> Tensor:
     """Find the boxes of blocks of a cache's own tokens, see :func:`mirage_kernels.block_bounds`, without checks."""
     bounds = points.new_empty((bounds_rows(points.shape[0]), 6)) if out is None else out

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from ..constants import CARVE_VIEWS, INVALID, MAX_VIEWS_PER_VOXEL, VIEWS_PER_VOXEL
-from ..ops.checks import FEATURE_DTYPES, STORED_DTYPES, check_count
+from ..ops.checks import FEATURE_DTYPES, STORED_DTYPES, check_count, check_near
+from .anchor import Anchor
 
 WRITE_POLICIES = ("bounded", "append")
 MERGES = ("keep", "mean")
@@ -34,6 +35,8 @@ class CacheConfig:
     carve_views: int = CARVE_VIEWS
     max_tokens: int | None = None
     voxel_size: float | None = None
+    near: float | None = None
+    origin: tuple[float, float, float] | None = None
 
     def __post_init__(self) -> None:
         channels, capacity = self.channels, self.capacity
@@ -57,6 +60,15 @@ class CacheConfig:
         number = isinstance(edge, (int, float)) and not isinstance(edge, bool)
         if edge is not None and not (number and 0 < edge < math.inf):
             raise ValueError(f"voxel_size must be None or a finite length > 0 in world units, got {edge!r}")
+        if self.near is not None:
+            check_near(self.near)
+        if self.origin is not None:
+            object.__setattr__(self, "origin", _as_origin(self.origin))
+
+    @property
+    def anchor(self) -> Anchor | None:
+        """The anchor that is given, if all of it is."""
+        return None if self.near is None or self.origin is None else Anchor(self.near, self.origin)
 
     @property
     def bounded(self) -> bool:
@@ -79,3 +91,12 @@ class CacheConfig:
         if self.voxel_size is None:  # as in files from before there was one
             del arguments["voxel_size"]
         return arguments
+
+
+def _as_origin(value: Any) -> tuple[float, float, float]:
+    sides = tuple(value) if isinstance(value, (tuple, list)) else ()
+    numbers = all(isinstance(side, (int, float)) and not isinstance(side, bool) for side in sides)
+    if len(sides) != 3 or not numbers or not all(abs(side) < math.inf for side in sides):
+        raise ValueError(f"origin must be None or three finite world coordinates, got {value!r}")
+    x, y, z = map(float, sides)
+    return x, y, z

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..cameras import Cameras
-from ..constants import INVALID, MAX_VIEWS_PER_VOXEL, NEAR, WRITE_REPORT
+from ..constants import INVALID, MAX_VIEWS_PER_VOXEL, WRITE_REPORT
 from ..ops import Readout
 from ..ops.bounded_write import cell_order
 from ..ops.bounded_write import launch as launch_bounded_write
@@ -117,6 +117,7 @@ def write(
     bilinear: bool,
     min_depth: float,
     max_depth: float,
+    near: float,
 ) -> tuple[Tensor, Offloaded | None]:
     """Make room, write T views, and remove what the config does not want kept.
 
@@ -148,7 +149,7 @@ def write(
             **kept,
             frame_centers=plain(buffers.frame_centers),
             order=cell_order(size, latents.device),
-            near=NEAR,
+            near=near,
             carve_views=config.carve_views if config.carve else 0,
         )
         counts: Tensor

@@ -17,6 +17,7 @@ from ..ops.checks import (
     FEATURE_DTYPES,
     check_first_frame,
     plain,
+    refuse_gradient,
     require,
     require_device,
     require_dtype,
@@ -34,12 +35,12 @@ class LoosePoints(NamedTuple):
     """Hold tokens to be written, and the view that they belong to."""
 
     points: Tensor
-    """(N, 4) float32: x, y, z, footprint"""
+    """(N, 4) float64: x, y, z, footprint, world coordinates"""
     features: Tensor
     """(N, C) float"""
     frame: int
     center: Tensor | None
-    """(3,) float32 of the camera of a view that is new; None: unknown"""
+    """(3,) float64 of the camera of a view that is new; None: unknown"""
 
 
 def as_points(
@@ -64,7 +65,9 @@ def as_points(
         require(tensor.dim() == 2 and tensor.shape[1] == width, name, expected, tensor)
         require_dtype(name, tensor, expected, (torch.float64, *FEATURE_DTYPES))
         require_device(name, tensor, device, "the cache")
-        rows.append(plain(tensor, torch.float32 if name == "points" or tensor.dtype == torch.float64 else None))
+        tensor = refuse_gradient(name, tensor)
+        wide = tensor.dtype == torch.float64
+        rows.append(plain(tensor, torch.float64 if name == "points" else torch.float32 if wide else None))
     count = rows[0].shape[0]
     if rows[1].shape[0] != count:
         raise ValueError(f"features must be ({count}, {channels}) like points, got {tuple(rows[1].shape)}")
@@ -79,12 +82,12 @@ def as_points(
     if center is not None:
         if frame is not None:
             raise ValueError(f"center must be None where frame is given, whose centre is known, got {center!r}")
-        at = torch.as_tensor(as_tensor("center", center, device), dtype=torch.float32, device=device)
+        at = torch.as_tensor(as_tensor("center", center, device), dtype=torch.float64, device=device)
         if at.shape != (3,) or not bool(torch.isfinite(at).all()):
             raise ValueError(f"center must be (3,) finite world coordinates, got {center!r}")
     if frame is None:
         check_first_frame(num_frames, 1)
-    packed = torch.cat([rows[0], sizes.detach().expand(count)[:, None]], 1)
+    packed = torch.cat([rows[0], sizes.detach().double().expand(count)[:, None]], 1)
     return LoosePoints(packed, rows[1], num_frames if frame is None else frame, at)
 
 
@@ -95,7 +98,7 @@ def write_points(buffers: TokenBuffers, config: CacheConfig, new: LoosePoints) -
         (11,) int64, the counts of :class:`WriteReport`.
     """
     report = dict.fromkeys(WRITE_REPORT, 0)
-    points, features = new.points, new.features
+    points, features = buffers.from_world(new.points), new.features
     finite = torch.isfinite(points).all(1) & storable(features, config.dtype).all(1)
     rows = finite.nonzero()[:, 0]
     report["non_finite"] = len(points) - len(rows)
@@ -108,7 +111,7 @@ def write_points(buffers: TokenBuffers, config: CacheConfig, new: LoosePoints) -
     report["refused"] = len(points) - report["non_finite"] - len(rows)
     if new.frame == buffers.num_frames:
         buffers.reserve_frames(1)
-        buffers.frame_centers[new.frame] = torch.nan if new.center is None else new.center
+        buffers.frame_centers[new.frame] = torch.nan if new.center is None else buffers.from_world(new.center)
         buffers.num_frames += 1
     end = live + len(rows)
     buffers.points[live:end], buffers.frame_ids[live:end] = points[rows], new.frame

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from .anchor import Anchor
 from .buffers import TokenBuffers
 from .config import CacheConfig
 from .offload import Offloaded
@@ -18,6 +19,7 @@ class CacheMark(NamedTuple):
     frames: int
     held: tuple[dict[str, Tensor], Offloaded | None] | None
     """Copies of what a write may change in place, and what was offloaded; None where it only appends."""
+    anchor: Anchor | None = None
 
     def fits(self, buffers: TokenBuffers, config: CacheConfig, tokens: int) -> bool:
         """Return whether a cache that holds so many tokens may have been marked like this, and not cleared since."""
@@ -43,4 +45,5 @@ class CacheMark(NamedTuple):
                 tensor[:live] = copies[name]
         buffers.set_live(live)
         buffers.num_frames = self.frames
+        buffers.settle(self.anchor)
         return offloaded

@@ -76,8 +76,8 @@ def refuse_gradient(name: str, tensor: Tensor) -> Tensor:
     """Raise a ValueError where a gradient is asked for that the operator does not give; return the tensor detached."""
     if tensor.requires_grad and torch.is_grad_enabled():
         raise ValueError(
-            f"{name} must not require a gradient, for none flows to it, got one that does: pass {name}.detach(), or call"
-            " this under torch.no_grad()"
+            f"{name} must not require a gradient, for none flows to it, got one that does: pass {name}.detach(), or"
+            " call this under torch.no_grad()"
         )
     return plain(tensor)
 

@@ -47,6 +47,7 @@ launch = Operator(
 
 
 @functools.lru_cache(maxsize=16)
+@torch.inference_mode(False)  # it outlives any
 def cell_order(size: tuple[int, int], device: torch.device) -> Tensor:
     """Return the order in which the cells of a grid are written, :func:`~mirage_kernels.geometry.z_order`."""
     return z_order(size).to(device)

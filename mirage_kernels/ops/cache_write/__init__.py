@@ -53,8 +53,8 @@ def cache_write(
 
     Kept: static (``mask``), of known depth (see :func:`back_project`), within [``min_depth``, ``max_depth``], and with
     finite position and latents. They are appended in order of view, row, column: the same input gives the same bits. It
-    never allocates room: what does not fit is counted as refused. A write is no part of a graph: what is written may not
-    ask for a gradient, and a backward pass that needs what was overwritten raises an error.
+    never allocates room: what does not fit is counted as refused. A write is no part of a graph: what is written may
+    not ask for a gradient, and a backward pass that needs what was overwritten raises an error.
 
     Args:
         points: (capacity, 4) float32, written in place: x, y, z, footprint.

@@ -104,8 +104,8 @@ def splat(
         dtype: of the latents, any of these but float8_e4m3fn; default that of ``features``, bfloat16 for float8_e4m3fn.
 
     Returns:
-        :class:`Readout`. ``latents`` carries a gradient to ``features``, deterministic too. Nothing else carries or gets
-        one: points, cameras and float8_e4m3fn features may not ask for it. Kernels have no second derivative.
+        :class:`Readout`. ``latents`` carries a gradient to ``features``, deterministic too. Nothing else carries or
+        gets one: points, cameras and float8_e4m3fn features may not ask for it. Kernels have no second derivative.
 
     Raises:
         ValueError, TypeError: naming the argument, what was expected and what came.

@@ -7,6 +7,7 @@ import math
 import os
 import sys
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -449,10 +450,10 @@ def test_arguments_are_checked_once(monkeypatch, options):
                     module, name, lambda *x, name=name, checked=checked, **y: (calls.append(name), checked(*x, **y))[1]
                 )
     cache.read(cameras, GRID)
-    assert sorted(calls) == ["check_fits_grid", "check_near", "check_sharpness", "check_size"]
+    assert sorted(calls) == ["check_fits_grid", "check_sharpness", "check_size"]
     calls.clear()
     cache.view_overlap(cameras, cameras, GRID)
-    assert sorted(calls) == ["check_fits_grid", "check_fits_grid", "check_near", "check_size"]
+    assert sorted(calls) == ["check_fits_grid", "check_fits_grid", "check_size"]
     calls.clear()
     assert cache.write(latents, depth, cameras, mask).masked > 0
     once = ("check_write_inputs", "check_depth", "check_cameras", "check_first_frame")
@@ -705,10 +706,12 @@ def test_a_saved_file_is_plain_safetensors(tmp_path):
     with safetensors.safe_open(path, "pt") as file:
         metadata = file.metadata()
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    assert metadata["version"] == "1"
+    assert metadata["version"] == "3" and 0.01 < float(metadata["near"]) < 0.1
+    assert metadata["origin"] == "[0.0, 0.0, 0.0]"
     settings = json.loads(metadata["settings"])
     bounded = {"views_per_voxel": 4, "merge": "keep", "carve": True, "carve_views": 2, "max_tokens": None}
-    assert settings == {"channels": 4, "dtype": "bfloat16", "write_policy": "append", "capacity": 5000, **bounded}
+    given = {"channels": 4, "dtype": "bfloat16", "write_policy": "append", "capacity": 5000}
+    assert settings == {**given, **bounded, "near": None, "origin": None}
     assert {name: tuple(x.shape) for name, x in tensors.items()} == {
         "points": (len(cache), 4),
         "features": (len(cache), 4),
@@ -720,13 +723,12 @@ def test_a_saved_file_is_plain_safetensors(tmp_path):
 
 
 def test_a_saved_float8_file_is_plain_safetensors(tmp_path):
-    """Of a version of its own, so that a release which knows no scales refuses it."""
     cache, path = filled(torch.float8_e4m3fn), tmp_path / "room.safetensors"
     cache.save(path)
     with safetensors.safe_open(path, "pt") as file:
         metadata = file.metadata()
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    assert metadata["version"] == "2" and json.loads(metadata["settings"])["dtype"] == "float8_e4m3fn"
+    assert json.loads(metadata["settings"])["dtype"] == "float8_e4m3fn"
     assert tensors["features"].dtype == torch.float8_e4m3fn and tensors["scales"].shape == (len(cache),)
     values = tensors["features"].float() * 2.0 ** (tensors["scales"].float() - 127)[:, None]
     assert_equal_bits([values], [cache.features])
@@ -748,10 +750,14 @@ def settings_with(**changes):
     return spoil
 
 
+def of_version_1(**changes):
+    return lambda tensors, metadata: {**settings_with(**changes)(tensors, metadata), "version": "1"}
+
+
 @pytest.mark.parametrize(
     "spoil, message",
     [
-        pytest.param(lambda t, m: {**m, "version": "3"}, "version '3' is unknown.*reads versions 1, 2", id="later"),
+        pytest.param(lambda t, m: {**m, "version": "4"}, "version '4' is unknown, it was saved by a newer", id="later"),
         pytest.param(lambda t, m: {**m, "version": "one"}, "version 'one' is unknown", id="no number"),
         pytest.param(lambda t, m: {k: v for k, v in m.items() if k != "version"}, "version None is unknown", id="none"),
         pytest.param(lambda t, m: {"format": "pt"}, "not a saved LatentCache", id="other safetensors"),
@@ -778,8 +784,25 @@ def settings_with(**changes):
         pytest.param(settings_with(channels=5), "must be", id="other channels"),
         pytest.param(settings_with(channels="4"), "channels|features", id="channels no number"),
         pytest.param(settings_with(dtype="float64"), "dtype|features", id="dtype not stored"),
-        pytest.param(settings_with(dtype="float8_e4m3fn"), "one of float32, .* in version 1", id="float8 in 1"),
-        pytest.param(settings_with(write_policy="bounded"), "one of append in version 1", id="bounded in 1"),
+        pytest.param(of_version_1(dtype="float8_e4m3fn"), "one of float32, .* in version 1", id="float8 in 1"),
+        pytest.param(of_version_1(write_policy="bounded"), "one of append in version 1", id="bounded in 1"),
+        pytest.param(lambda t, m: {**m, "settings": "[" * 100_000}, "settings", id="nested settings"),
+        pytest.param(lambda t, m: {**m, "settings": "9" * 5_000}, "settings", id="a long number"),
+        pytest.param(settings_with(color="red"), "settings this package does not know", id="unknown setting"),
+        pytest.param(settings_with(carve_views=0), "carve_views must be", id="carve_views"),
+        pytest.param(settings_with(max_tokens=7), "damaged", id="another setting"),
+        pytest.param(lambda t, m: {**m, "near": "NaN"}, "near must be", id="near"),
+        pytest.param(lambda t, m: {**m, "near": "null"}, "near must be", id="near alone null"),
+        pytest.param(lambda t, m: {**m, "origin": "[0, 1]"}, "origin three coordinates", id="origin"),
+        pytest.param(lambda t, m: {**m, "near": "0.5"}, "damaged", id="another near"),
+        pytest.param(lambda t, m: {**m, "color": "red"}, "metadata must be among .*, got color", id="other metadata"),
+        pytest.param(lambda t, m: t.update(color=torch.ones(3)), "tensors must be among .*, got color", id="other"),
+        pytest.param(lambda t, m: t["points"][:1].fill_(math.nan) is None or None, "points must be finite", id="nan"),
+        pytest.param(lambda t, m: t["features"][:1].zero_() is None or None, "damaged", id="a feature"),
+        pytest.param(
+            lambda t, m: t["frame_ids"][:1].fill_(2) is None or None, r"frame_ids must be in \[0, 1\]", id="id"
+        ),
+        pytest.param(lambda t, m: t.update(frame_poses=torch.ones(3, 4, 4)), "frame_poses must be", id="reserved"),
         pytest.param(settings_with(dtype="nonsense"), "dtype|features", id="no dtype"),
         pytest.param(settings_with(dtype=None), "dtype", id="dtype null"),
         pytest.param(settings_with(capacity=3), "points must fit the saved capacity, 3", id="capacity too small"),
@@ -817,6 +840,118 @@ def test_float8_files_that_are_no_cache(tmp_path, spoil, message):
     with pytest.raises(ValueError, match=message) as caught:
         LatentCache.load(path)
     assert "room.safetensors" in str(caught.value)
+
+
+def test_a_capacity_that_no_memory_has(tmp_path):
+    """Of a file that is whole: nobody can tell before the memory is asked for."""
+    path = tmp_path / "room.safetensors"
+
+    def spoil(tensors, metadata):
+        metadata = settings_with(capacity=10**15)(tensors, metadata)
+        del metadata["sha256"]
+        return {**metadata, "sha256": mirage_kernels.cache.storage._digest(tensors, metadata)}
+
+    rewrite(path, spoil)
+    with pytest.raises(ValueError, match=r"room\.safetensors: capacity must fit into memory, got 1000000000000000"):
+        LatentCache.load(path)
+
+
+@pytest.mark.parametrize("value", [255, 254])
+def test_votes_that_no_cache_has(tmp_path, value):
+    path, cache = tmp_path / "room.safetensors", LatentCache(4)
+    cache.write(*frames(0))
+    cache.buffers.free_space_violations[3] = value
+    cache.save(path)
+    if value < 255:
+        assert len(LatentCache.load(path)) == len(cache)
+        return
+    with pytest.raises(ValueError, match=r"room\.safetensors: votes must be in \[0, 254\], got 0 to 255"):
+        LatentCache.load(path)
+
+
+def test_reserved_entries_are_checked_and_left_out(tmp_path):
+    """What a later release of this version stores: this one reads the tokens without it."""
+    path, cache = tmp_path / "room.safetensors", filled()
+
+    def reserve(tensors, metadata):
+        frames, tokens = len(tensors["frame_centers"]), len(tensors["points"])
+        tensors |= {
+            "frame_poses": torch.eye(4, dtype=torch.float64).repeat(frames, 1, 1),
+            "frame_intrinsics": torch.eye(3, dtype=torch.float64).repeat(frames, 1, 1),
+            "token_flags": torch.ones(tokens, dtype=torch.uint8),
+            "phase": torch.ones(tokens, 6),
+        }
+        metadata = {**metadata, "table": "0" * 64}
+        del metadata["sha256"]
+        return {**metadata, "sha256": mirage_kernels.cache.storage._digest(tensors, metadata)}
+
+    rewrite(path, reserve)
+    again = LatentCache.load(path)
+    assert_equal_bits(contents(again), contents(cache))
+
+
+def test_the_same_cache_saved_twice_is_the_same_file(tmp_path):
+    cache = filled()
+    for name in ("a", "b"):
+        cache.save(tmp_path / name)
+    LatentCache.load(tmp_path / "a").save(tmp_path / "c")
+    assert len({(tmp_path / name).read_bytes() for name in "abc"}) == 1
+
+
+@pytest.mark.parametrize("name", [os.fsdecode(b"\xe9.safetensors"), "x" * 252, "a b:#?.safetensors"])
+def test_any_name_that_the_system_takes(tmp_path, name):
+    path, cache = tmp_path / name, filled()
+    cache.save(path)
+    cache.save(path)
+    assert_equal_bits(contents(LatentCache.load(path)), contents(cache))
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root reads everything")
+def test_a_file_that_may_not_be_read(tmp_path):
+    path = tmp_path / "room.safetensors"
+    filled().save(path)
+    path.chmod(0)
+    with pytest.raises(PermissionError, match=r"room\.safetensors"):
+        LatentCache.load(path)
+
+
+def test_a_file_is_opened_once(tmp_path, monkeypatch):
+    """So that what another process puts in its place is loaded whole, or not at all."""
+    path, other = tmp_path / "room.safetensors", tmp_path / "other.safetensors"
+    filled().save(path)
+    cache = filled(views=3)
+    cache.save(other)
+    opened, real = [], Path.open
+
+    def spy(self, *args, **kwargs):
+        opened.append(self)
+        file = real(self, *args, **kwargs)
+        if self == path:
+            os.replace(other, path)
+        return file
+
+    monkeypatch.setattr(Path, "open", spy)
+    loaded = LatentCache.load(path)
+    monkeypatch.undo()
+    assert opened == [path]
+    assert_equal_bits(contents(loaded), contents(filled()))
+    assert_equal_bits(contents(LatentCache.load(path)), contents(cache))
+
+
+def test_every_flipped_bit_is_found(tmp_path):
+    path = tmp_path / "room.safetensors"
+    filled().save(path)
+    whole = path.read_bytes()
+    for place in range(0, len(whole), 61):
+        spoilt = bytearray(whole)
+        spoilt[place] ^= 1 << place % 8
+        path.write_bytes(spoilt)
+        try:
+            again = LatentCache.load(path)
+        except ValueError as error:
+            assert "room.safetensors" in str(error)
+        else:  # a blank behind the header
+            assert_equal_bits(contents(again), contents(filled()))
 
 
 def test_no_such_file(tmp_path):
@@ -951,7 +1086,7 @@ def test_rollback_forgets_what_was_written_since_the_checkpoint(backend):
     cache.write(latents, depth, cameras)
     never.write(latents, depth, cameras)
     mark = cache.checkpoint()
-    assert mark == (48, 2, None)
+    assert mark[:3] == (48, 2, None)
     cache.write(latents + 1, depth * 2, cameras)  # grows, and moves the buffers
     cache.rollback(mark)
     assert len(cache) == 48 and cache.num_frames == 2 and cache.nbytes == never.nbytes

@@ -74,7 +74,9 @@ def test_a_backward_through_overwritten_tokens_is_no_other_gradient(backend, ope
     leaves = points.requires_grad_(), features.requires_grad_()
 
     def loss():
-        return (splat_aligned(*leaves, ids, centers, *map(backend.put, views()), SIZE, sharpness=2.0).latents ** 2).sum()
+        return (
+            splat_aligned(*leaves, ids, centers, *map(backend.put, views()), SIZE, sharpness=2.0).latents ** 2
+        ).sum()
 
     expected = torch.autograd.grad(loss(), leaves)
     assert all(gradient.any() for gradient in expected)
