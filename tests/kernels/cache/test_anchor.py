@@ -29,7 +29,7 @@ class Scene(NamedTuple):
         rng = np.random.default_rng(seed)
         intrinsics, poses = scenes.intrinsics(rng, views, IMAGE), scenes.poses(rng, views)
         poses[:, :3, 3] = (poses[:, :3, 3] * 2**12).round() / 2**12 * self.scale + torch.tensor(self.offset)
-        return Cameras(intrinsics, poses, IMAGE)
+        return Cameras(intrinsics, poses, IMAGE, square_pixels=False)
 
     def frames(self, seed: int) -> tuple[Tensor, Tensor, Cameras]:
         rng = np.random.default_rng(seed)

@@ -16,7 +16,7 @@ SIZE, IMAGE, CHANNELS = (5, 7), (25, 35), 4
 def frames(seed, views=2):
     rng = np.random.default_rng(seed)
     latents = torch.from_numpy(rng.normal(size=(views, CHANNELS, *SIZE))).float()
-    cameras = Cameras(scenes.intrinsics(rng, views, IMAGE), scenes.poses(rng, views), IMAGE)
+    cameras = Cameras(scenes.intrinsics(rng, views, IMAGE), scenes.poses(rng, views), IMAGE, square_pixels=False)
     return latents, scenes.depth_maps(rng, views, IMAGE, 0.2), cameras
 
 
