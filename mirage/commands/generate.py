@@ -25,7 +25,7 @@ from ..media import Panel, contact_sheet, load_video
 from ..optional import import_extra
 from ..pipeline.chunk_folder import CACHE, CHUNKS
 from ..pipeline.memory import MemoryConfig, resolve_memory
-from ..scenes.camera_files import load_npz, load_trajectory, save_npz
+from ..scenes.camera_files import Given, load_npz, read_cameras, save_npz
 from ..scenes.rgbd import stereo_motorcycle
 from ..scenes.trajectories import TRAJECTORIES, make_trajectory
 from ..zoo import MIRAGE_TINY, TINY_RANDOM, default_steps, load_pipeline
@@ -54,15 +54,27 @@ class Options:
     prompt: str | None = None
     """what the video shows"""
     trajectory: str = "orbit-and-back"
-    """a path's name (orbit, dolly, pan, spiral, ..) or a file"""
+    """a path's name (orbit, dolly, pan, spiral, ..), or a file or folder of cameras"""
+    format: str | None = None
+    """of the cameras' file, as docs/cameras.md names them; default what its content is"""
+    image_size: tuple[int, int] | None = None
+    """that the pixels of the cameras' file refer to, where it does not say so"""
+    ignore_lens: bool = False
+    """take the path of cameras with distortion or a fisheye lens"""
+    camera: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
+    """of a file that holds several"""
+    poses: Literal["cam2world", "world2cam"] | None = None
+    """which way round a list of matrices is; default cam2world"""
+    convention: Literal["opencv", "opengl"] | None = None
+    """axes of the cameras of a list of matrices; default opencv"""
     frames: int = 129
     """4 n + 1"""
     out: Annotated[Path, tyro.conf.arg(metavar="DIR")] = Path("mirage-out")
     """where to write"""
     size: tuple[int, int] | None = None
     """of the frames, multiples of 32; default the image's, rounded down"""
-    fov: float = 60.0
-    """horizontal field of view of the image in degrees, for paths by name"""
+    fov: float | None = None
+    """horizontal field of view of the image in degrees, for paths by name (default 60) and files of poses alone"""
     distance: float | None = None
     """of the point that paths by name go about, world units; default the image's median depth"""
     depth: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
@@ -229,7 +241,7 @@ def _check(options: Options) -> None:
     check_num_frames("chunk-frames", options.chunk_frames)
     if options.device == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device cuda is not available: torch {torch.__version__} sees no GPU")
-    if not 0 < options.fov < 180:
+    if options.fov is not None and not 0 < options.fov < 180:
         raise ValueError(f"fov must be degrees between 0 and 180, got {options.fov:g}")
     if options.distance is not None and not 0 < options.distance < math.inf:
         raise ValueError(f"distance must be positive and finite, got {options.distance:g}")
@@ -275,7 +287,16 @@ def _load_cameras(options: Options, start: _FirstFrame) -> Cameras | None:
     elif options.trajectory in TRAJECTORIES:
         return None
     elif Path(options.trajectory).exists():
-        cameras = load_trajectory(options.trajectory, size if options.trajectory.endswith(".txt") else None)
+        given = Given(
+            image_size=size,
+            file_size=options.image_size,
+            fov=options.fov,
+            ignore_lens=options.ignore_lens,
+            camera=options.camera,
+            poses=options.poses,
+            convention=options.convention,
+        )
+        cameras = read_cameras(options.trajectory, given, options.format)
     else:
         raise ValueError(f"trajectory must be a file, or one of {', '.join(TRAJECTORIES)}, got {options.trajectory!r}")
     if len(cameras) < options.frames:
@@ -288,7 +309,7 @@ def _make_cameras(options: Options, start: _FirstFrame, session: Any) -> Cameras
     camera = start.camera
     if camera is None:
         height, width = start.image.shape[:2]
-        focal = 0.5 * width / math.tan(math.radians(options.fov) / 2)
+        focal = 0.5 * width / math.tan(math.radians(_fov(options)) / 2)
         intrinsics = [[focal, 0.0, width / 2], [0.0, focal, height / 2], [0.0, 0.0, 1.0]]
         camera = Cameras(torch.tensor(intrinsics), torch.eye(4)[None], (height, width))
     depth = session.write_first_frame(camera)
@@ -332,7 +353,13 @@ def _load_path(options: Options) -> Cameras:
 
 def _path_config(options: Options) -> dict[str, Any]:
     """Return what a path by name is made from."""
-    return {name: getattr(options, name) for name in ("trajectory", "frames", "fov", "distance")}
+    config = {name: getattr(options, name) for name in ("trajectory", "frames", "fov", "distance")}
+    return config | {"fov": _fov(options)}
+
+
+def _fov(options: Options) -> float:
+    """Return the field of view of paths by name."""
+    return 60.0 if options.fov is None else options.fov
 
 
 def _draw_sheet(options: Options, start: _FirstFrame, metrics: list[dict[str, Any]], report: dict[str, Any]) -> Any:

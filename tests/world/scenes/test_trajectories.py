@@ -34,8 +34,9 @@ def make(views: int, seed: int = 0, shared: bool = False) -> Cameras:
     generator = torch.Generator().manual_seed(seed)
     q, _ = torch.linalg.qr(torch.randn(views, 3, 3, dtype=torch.float64, generator=generator))
     intrinsics = torch.eye(3, dtype=torch.float64).repeat(views, 1, 1)
-    focal = torch.rand(views, 2, dtype=torch.float64, generator=generator) + torch.tensor([10.0, 10.0])
-    intrinsics[:, 0, 0], intrinsics[:, 1, 1] = 50 * focal.T
+    focal = torch.rand(views, 2, dtype=torch.float64, generator=generator)
+    intrinsics[:, 0, 0] = 400 * (1 + focal[:, 0])
+    intrinsics[:, 1, 1] = intrinsics[:, 0, 0] * (1 + 0.009 * focal[:, 1])
     intrinsics[:, 0, 2], intrinsics[:, 1, 2] = 321.1, 233.3
     if shared:
         intrinsics[:] = intrinsics[:1].clone()
@@ -76,8 +77,8 @@ def test_round_trip(tmp_path: Path, suffix: str, shared: bool, views: int) -> No
     if suffix != ".txt":
         assert same_bits(load_trajectory(path).cam2world, cameras.cam2world)
         assert same_bits(load_trajectory(path).intrinsics, cameras.intrinsics)
-    small = load_trajectory(path, (44, 80))
-    assert_close(small, cameras.resized((44, 80)))
+    small = load_trajectory(path, (60, 80))
+    assert_close(small, cameras.resized((60, 80)))
     assert [entry.name for entry in tmp_path.iterdir()] == [path.name]  # no drafts left behind
 
 
@@ -89,7 +90,7 @@ def test_realestate10k_keeps_twelve_digits(
     path = tmp_path_factory.mktemp("realestate") / "path.txt"
     cameras = make(3, seed).resized(size)
     save_realestate10k(path, cameras)
-    assert_close(load_realestate10k(path, size), cameras)
+    assert_close(load_realestate10k(path, size, square_pixels=False), cameras)
 
 
 @pytest.mark.parametrize("name", REAL_FILES)
@@ -122,7 +123,7 @@ def test_realestate10k_layout(tmp_path: Path) -> None:
     world2cam = ["0", "-1", "0", "2", "0", "0", "-1", "3", "1", "0", "0", "-1"]
     columns = ["17", "0.5", "0.75", "0.25", "0.5", "0", "0", *world2cam]
     path.write_text("https://example.org/video\r\n" + " ".join(columns) + "\r\n\r\n")
-    cameras = load_realestate10k(path, (100, 200))
+    cameras = load_realestate10k(path, (100, 200), square_pixels=False)
     assert cameras.intrinsics.tolist() == [[[100, 0, 50], [0, 75, 50], [0, 0, 1]]]
     expected = [[0, 0, 1, 1], [-1, 0, 0, 2], [0, -1, 0, 3], [0, 0, 0, 1]]
     assert cameras.cam2world.tolist() == [expected]
@@ -146,7 +147,7 @@ def test_nerfstudio_layout(tmp_path: Path) -> None:
         "k1": 0.0,
     }
     later = {"fl_x": 50.5, "transform_matrix": matrix, "file_path": "b.png"}
-    path.write_text(json.dumps({**meta, "frames": [{"transform_matrix": matrix}, later]}))
+    path.write_text(json.dumps({**meta, "frames": [{"transform_matrix": matrix, "file_path": "a.png"}, later]}))
     cameras = load_nerfstudio(path)
     assert cameras.image_size == (60, 80)
     assert cameras.intrinsics[0].tolist() == [[50, 0, 41], [0, 52, 31], [0, 0, 1]]
@@ -177,11 +178,15 @@ def test_nerfstudio_field_of_view(tmp_path: Path) -> None:
     assert load_trajectory(path, (30, 40)).intrinsics[0, 0, 0].item() == pytest.approx(20, rel=1e-14)
 
 
-def test_nerfstudio_keeps_the_order_of_frames(tmp_path: Path) -> None:
+def test_nerfstudio_sorts_frames_by_name(tmp_path: Path) -> None:
     path = tmp_path / "transforms.json"
     save_nerfstudio(path, make(3))
     meta = json.loads(path.read_text())
     meta["frames"].reverse()
+    path.write_text(json.dumps(meta))
+    assert_close(load_nerfstudio(path), make(3), 0)
+    for frame in meta["frames"]:
+        del frame["file_path"]
     path.write_text(json.dumps(meta))
     assert_close(load_nerfstudio(path), make(3)[::-1], 0)
 
@@ -225,7 +230,7 @@ def test_a_crash_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 def test_refuses_unknown_suffixes(tmp_path: Path) -> None:
     for name in ("path.csv", "path", "npz"):
-        with pytest.raises(ValueError, match=rf"path must end in .txt .*, .json .* or .npz, got .*{name}"):
+        with pytest.raises(FileNotFoundError, match=f"{name}: no such file"):
             load_trajectory(tmp_path / name)
         with pytest.raises(ValueError, match=rf"path must end in .txt .*, .json .* or .npz, got .*{name}"):
             save_trajectory(tmp_path / name, make(1))
@@ -260,21 +265,23 @@ GOOD_LINE = "0 0.5 0.8 0.5 0.5 0 0 1 0 0 0 0 1 0 0 0 0 1 0"
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", ", line 1: expected the URL of the video alone on its line, got ''"),
-        (f"{GOOD_LINE}\n{GOOD_LINE}\n", ", line 1: expected the URL of the video .*, got '0 0.5"),
-        (f"url\n{GOOD_LINE}\n\n{GOOD_LINE} 7\n", ", line 4: expected 19 columns, got 20"),
-        (f"url\n{GOOD_LINE[:-2]}\n", ", line 2: expected 19 columns, got 18"),
+        ("", ": expected a header line and rows of 19 columns: no rows of 19 or 18 numbers"),
+        ("a word\n", ": expected a header line and rows of 19 columns: no rows of 19 or 18 numbers"),
+        (f"url\n{GOOD_LINE} 7\n", ": expected a header .*: line 2 has 20 columns, not 19 or 18"),
+        (f"url\n{GOOD_LINE}\n\n{GOOD_LINE} 7\n", ", line 4: expected 19 columns as in line 2, got 20"),
+        (f"url\n{GOOD_LINE}\n{GOOD_LINE[:-2]}\n", ", line 3: expected 19 columns as in line 2, got 18"),
+        (f"url\n{GOOD_LINE[:-2]}\n", r", line 2: w2c\[0\] must be a rigid pose"),
         (f"url\n{GOOD_LINE[:-1]}x\n", ", line 2: expected 19 numbers, got '0 0.5"),
-        (f"url\n\n{GOOD_LINE}\n{GOOD_LINE[:-1]}nan\n", r", line 4: cam2world\[1\] must be finite"),
+        (f"url\n\n{GOOD_LINE}\n{GOOD_LINE[:-1]}nan\n", r", line 4: w2c\[1\] must be finite"),
         (
             f"url\n{GOOD_LINE}\n{GOOD_LINE.replace('0.8', '0')}\n",
             r", line 3: intrinsics\[1\] must have positive focal lengths, got fx=0.5, fy=0",
         ),
         (
             f"url\n{GOOD_LINE.replace('1 0 0 0', '0 0 0 0')}\n",
-            r", line 2: cam2world\[0\] must be a rigid pose \(rotation within 1e-2 of orthonormal\)",
+            r", line 2: w2c\[0\] must be a rigid pose \(rotation within 1e-2 of orthonormal\)",
         ),
-        (f"url\n{GOOD_LINE.replace('1 0 0 0', '-1 0 0 0', 1)}\n", r", line 2: cam2world\[0\] .* reflection"),
+        (f"url\n{GOOD_LINE.replace('1 0 0 0', '-1 0 0 0', 1)}\n", r", line 2: w2c\[0\] .* reflection"),
     ],
 )
 def test_malformed_realestate10k(tmp_path: Path, text: str, message: str) -> None:
@@ -299,24 +306,24 @@ NERFSTUDIO = {"fl_x": 50, "cx": 40, "cy": 30, "w": 80, "h": 60}
 @pytest.mark.parametrize(
     ("meta", "frame", "message"),
     [
-        ({"k1": 0.1}, {}, r": expected no distortion \(undistort the images first\), got {'k1': 0.1}"),
+        ({"k1": 0.1}, {}, r": expected no distortion \(undistort the images, or .*\), got {'k1': 0.1}"),
         ({}, {"p2": -1e-3}, r": expected no distortion \(undistort .*\), got {'p2': -0.001}"),
         ({"distortion_params": [0, 0, 1]}, {}, r": expected no distortion .*, got {'distortion_params': "),
         (
             {"camera_model": "OPENCV_FISHEYE"},
             {},
-            ": camera_model must be OPENCV, PINHOLE or SIMPLE_PINHOLE, got 'OPENCV_FISHEYE'",
+            ": expected a pinhole camera .*, got camera_model 'OPENCV_FISHEYE'",
         ),
         ({"fl_x": None}, {}, ": fl_x must be a number, got None"),
         ({"cx": "40"}, {}, ": cx must be a number, got '40'"),
         ({"h": True}, {}, ": h must be a number, got True"),
         ({"w": 80.5}, {}, ": w and h must be positive integers, got 80.5 and 60"),
         ({"h": 0}, {}, ": w and h must be positive integers, got 80 and 0"),
-        ({}, {"w": 81}, r": expected the \(h, w\) of the frames before, \(60, 80\), got \(60, 81\)"),
-        ({}, {"transform_matrix": None}, ": transform_matrix must be 4 x 4 numbers, got None"),
-        ({}, {"transform_matrix": EYE[:3]}, r": transform_matrix must be 4 x 4 numbers, got \[\[1.0"),
-        ({}, {"transform_matrix": [[1.0], [2.0, 3.0]]}, ": transform_matrix must be 4 x 4 numbers, got "),
-        ({}, {"transform_matrix": [["1"] * 4] * 4}, ": transform_matrix must be 4 x 4 numbers, got "),
+        ({}, {"w": 81}, ": expected images of one aspect, 60x80 as before .*, got 60x81"),
+        ({}, {"transform_matrix": None}, ": transform_matrix must be 4 x 4 or .* numbers, got None"),
+        ({}, {"transform_matrix": EYE[:2]}, r": transform_matrix must be 4 x 4 or .* numbers, got \[\[1.0"),
+        ({}, {"transform_matrix": [[1.0], [2.0, 3.0]]}, ": transform_matrix must be 4 x 4 or .* numbers, got "),
+        ({}, {"transform_matrix": [["1"] * 4] * 4}, ": transform_matrix must be 4 x 4 or .* numbers, got "),
         (
             {},
             {"transform_matrix": np.diag([1, 1, 1, 2]).tolist()},
@@ -339,7 +346,7 @@ def test_malformed_nerfstudio(tmp_path: Path, meta: dict, frame: dict, message: 
 @pytest.mark.parametrize(
     ("meta", "message"),
     [
-        ({"w": 80, "h": 60}, ": expected fl_x or camera_angle_x, got neither"),
+        ({"w": 80, "h": 60}, ": expected fl_x, camera_angle_x or x_fov, got none"),
         ({"w": 80, "h": 60, "camera_angle_x": 0.0}, r": camera_angle_x must be in \(0, pi\) radians, got 0"),
         (
             {"w": 80, "h": 60, "fl_x": 9, "camera_angle_y": 4},
@@ -386,7 +393,7 @@ def test_malformed_npz(tmp_path: Path) -> None:
             load_npz(path)
 
     np.savez(path, intrinsics=good["intrinsics"])
-    check(": expected the arrays intrinsics, cam2world, image_size, got no cam2world, image_size")
+    check(": expected the arrays intrinsics .* and poses .*, got no cam2world in intrinsics")
     np.savez(path, **{**good, "cam2world": np.array([{"a": 1}], dtype=object)})
     check(": expected an .npz of plain arrays, got: Object arrays cannot be loaded")
     np.savez(path, **{**good, "cam2world": 2 * good["cam2world"]})
@@ -394,18 +401,18 @@ def test_malformed_npz(tmp_path: Path) -> None:
     np.savez(path, **{**good, "intrinsics": -good["intrinsics"]})
     check(r", view 0: intrinsics\[0\] must have the bottom row")
     np.savez(path, **{**good, "cam2world": np.eye(4)})
-    check(r": cam2world must be \(T, 4, 4\), got \(4, 4\)")
+    assert len(load_npz(path)) == 1
     np.savez(path, **{**good, "cam2world": np.array(1.0)})
-    check(r": cam2world must be \(T, 4, 4\), got \(\)")
+    check(r": cam2world must be \(..., 3, 4\) or \(..., 4, 4\), got \(\)")
     np.savez(path, **{**good, "cam2world": np.eye(4, dtype=int)[None]})
-    check(": cam2world must be a float tensor, array or nested lists, got int64")
+    check(": c2w must be a float tensor, array or nested lists, got int64")
     np.savez(path, **{**good, "image_size": np.array([480.0, 640.0])})
     check(r": image_size must be two ints \(height, width\), got \[480.0, 640.0\]")
     np.savez(path, **{**good, "image_size": np.array(480)})
     check(": image_size must be two ints")
     with open(path, "wb") as file:
         np.save(file, np.eye(4))
-    check(": expected an .npz of plain arrays, got: a single array")
+    check(": expected an .npz of plain arrays, got: ")
     np.savez(path, **good)
     whole = path.read_bytes()
     for part in (b"", whole[:40], whole[:-40], b"not an archive"):
