@@ -22,7 +22,7 @@ def film(scale: float, offset: float = 0.0, **changes: Any) -> tuple[Any, list[d
     options = generation.options(17, num_inference_steps=1, static_filter="geometric", **changes)
     poses = options["cameras"].cam2world.clone()
     poses[:, :3, 3] = (poses[:, :3, 3] * 2**20).round() / 2**20 * scale + offset
-    cameras = Cameras(options["cameras"].intrinsics, poses, options["cameras"].image_size)
+    cameras = Cameras.trusted(options["cameras"].intrinsics, poses, options["cameras"].image_size)
     told: list[dict[str, Any]] = []
     made = generation.make_pipeline()(
         **options | {"cameras": cameras, "depth": options["depth"] * scale},
