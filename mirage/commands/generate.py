@@ -18,9 +18,9 @@ from torch import Tensor
 from mirage_kernels import Cameras
 from mirage_kernels.io import replace_file, replace_text
 
-from ..checked_files import DamagedFileError, digest, digest_json, read_file, read_json
-from ..depth_files import read_depth
-from ..images import read_image
+from ..files.checked import DamagedFileError, digest, digest_json, read_file, read_json
+from ..files.depth import read_depth
+from ..files.images import read_image
 from ..media import Panel, contact_sheet, load_video
 from ..optional import import_extra
 from ..pipeline.chunk_folder import CACHE, CHUNKS

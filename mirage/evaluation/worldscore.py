@@ -30,8 +30,8 @@ from torch import Tensor
 from mirage_kernels import Cameras
 from mirage_kernels.io import replace_file
 
-from ..framing import Framing
-from ..images import read_image, to_pil
+from ..files.framing import Framing
+from ..files.images import read_image, to_pil
 from ..media import save_video
 from ..optional import import_extra
 from ..pipeline.chunks import check_num_frames

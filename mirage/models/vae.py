@@ -20,7 +20,7 @@ from torch import Tensor
 
 from mirage_kernels.io import replace_tensors
 
-from ..checked_files import parse_tensors
+from ..files.checked import parse_tensors
 
 FORMAT = "mirage-streaming-decoder"
 VERSION = 1

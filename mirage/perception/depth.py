@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mirage_kernels import Cameras
 
-from ..framing import Framing, have_one_aspect
+from ..files.framing import Framing, have_one_aspect
 
 
 @runtime_checkable

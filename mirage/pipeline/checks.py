@@ -10,8 +10,8 @@ from torch import Tensor
 
 from mirage_kernels import Cameras
 
-from ..framing import Framing
-from ..images import read_image
+from ..files.framing import Framing
+from ..files.images import read_image
 from ..models.latent_depth import LatentDepth
 from ..optional import import_extra
 from ..perception.static_filter import StaticFilter
@@ -24,7 +24,7 @@ def check_image(image: Any) -> np.ndarray:
     """Return the pixels of one image, (H, W, 3), out of a path and all that diffusers takes as one image.
 
     Raises:
-        OSError, TypeError, ValueError: it is none, or more than one, see :func:`~mirage.images.read_image`.
+        OSError, TypeError, ValueError: it is none, or more than one, see :func:`~mirage.files.images.read_image`.
     """
     if isinstance(image, (list, tuple)):
         if len(image) != 1:

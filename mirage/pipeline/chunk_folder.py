@@ -15,7 +15,7 @@ from torch import Tensor
 from mirage_kernels import Cameras
 from mirage_kernels.io import write_tensors
 
-from ..checked_files import (
+from ..files.checked import (
     MANIFEST,
     DamagedFileError,
     check_file,

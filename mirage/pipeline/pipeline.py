@@ -26,8 +26,8 @@ from transformers import AutoTokenizer, UMT5EncoderModel
 
 from mirage_kernels import Cameras, LatentCache
 
-from ..framing import Framing, cut_to_multiples
-from ..images import to_tensor
+from ..files.framing import Framing, cut_to_multiples
+from ..files.images import to_tensor
 from ..models.adapter import MirageMemoryAdapter
 from ..models.components import check_dtypes, check_models
 from ..models.latent_depth import LatentDepth
@@ -260,12 +260,12 @@ class MiragePipeline(LoadablePipeline):
 
         Args:
             image: the first frame: a path, a PIL image, or an array or tensor as diffusers takes them, see
-                :mod:`mirage.images`.
+                :mod:`mirage.files.images`.
             prompt: what the video shows.
             negative_prompt: what it does not show, with `guidance_scale` above 1.
             height, width: of the frames, multiples of 32; default the image's, rounded down. The image is cropped about
                 its centre to their aspect, then resized; cameras and given depth follow, see
-                :class:`~mirage.framing.Framing`.
+                :class:`~mirage.files.framing.Framing`.
             num_frames: 4 n + 1; default as many as `cameras`.
             num_inference_steps: denoising steps of a chunk.
             guidance_scale: above 1, classifier-free guidance.

@@ -13,7 +13,7 @@ import torch
 
 from mirage_kernels import Cameras
 
-from ..checked_files import DamagedFileError
+from ..files.checked import DamagedFileError
 from .run_store import RunStore
 from .state import ChunkState
 from .steps import ChunkSteps

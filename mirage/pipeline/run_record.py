@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..checked_files import DamagedFileError, digest_json, read_json
+from ..files.checked import DamagedFileError, digest_json, read_json
 from ..models.components import fingerprint, tensor_bytes
 from ..perception.static_filter import StaticFilter
 from .state import DepthSources, SessionConfig

@@ -35,7 +35,7 @@ from torch import Tensor
 from mirage_kernels import Cameras
 from mirage_kernels.io import flush_folder, replace_text
 
-from ..checked_files import MANIFEST, DamagedFileError, digest_json, read_manifest, remove
+from ..files.checked import MANIFEST, DamagedFileError, digest_json, read_manifest, remove
 from .chunk_folder import CACHE, CHUNKS, METRICS, STATE, ChunkFolder
 from .chunks import Chunk
 from .run_record import check_record, format_record

@@ -21,7 +21,7 @@ from torch import Tensor
 from mirage_kernels import CacheMark, Cameras, LatentCache
 from mirage_kernels.io import replace_text
 
-from ..checked_files import DamagedFileError
+from ..files.checked import DamagedFileError
 from ..media import join_videos, save_video
 from ..models.vae import StreamingDecoder, encode_frames, encode_static_frame
 from .checks import fit_cameras

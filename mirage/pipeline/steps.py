@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mirage_kernels import Cameras, LatentCache, Readout, WriteReport
 
-from ..framing import Framing
+from ..files.framing import Framing
 from ..models.latent_depth import LatentDepth
 from ..models.vae import StreamingDecoder
 from ..perception.depth import GivenDepth

@@ -1,7 +1,8 @@
 """`RGBDFrames`: posed colour images with depth, from a folder or from a stereo pair in scikit-image.
 
 What is loaded is ready for a codec with 16x16 patches: images are cropped about their centre to sides that are
-multiples of 16, the depth with them, and the principal point is moved along, see :class:`~mirage.framing.Framing`.
+multiples of 16, the depth with them, and the principal point is moved along, see
+:class:`~mirage.files.framing.Framing`.
 """
 
 from __future__ import annotations
@@ -18,9 +19,9 @@ from torch import Tensor
 
 from mirage_kernels import Cameras
 
-from ..depth_files import DEPTH_SUFFIXES, MILLIMETRES, read_depth
-from ..framing import Framing, cut_to_multiples
-from ..images import read_image, to_tensor
+from ..files.depth import DEPTH_SUFFIXES, MILLIMETRES, read_depth
+from ..files.framing import Framing, cut_to_multiples
+from ..files.images import read_image, to_tensor
 from ..optional import import_extra
 
 _MULTIPLE = 16
@@ -124,7 +125,7 @@ def load_rgbd_folder(path: str | os.PathLike[str], frames: slice | None = None, 
     centre of a 640x480 image is 320, 240). Each frame N (six digits) has `frame-N.color.jpg` (or .png),
     `frame-N.depth.png` of the same size (16 bits, millimetres; 0 and 65535 are unknown) and
     `frame-N.pose.txt`, the 4x4 camera-to-world matrix in metres. Depth may also be a file that
-    :func:`~mirage.depth_files.read_depth` reads, `frame-N.depth.tiff`, .exr, .npy or .npz: integers are millimetres,
+    :func:`~mirage.files.depth.read_depth` reads, `frame-N.depth.tiff`, .exr, .npy or .npz: integers are millimetres,
     floats are metres.
 
     Args:

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from mirage_kernels.io import flush_folder, write_tensors
 
-from ..checked_files import (
+from ..files.checked import (
     MANIFEST,
     DamagedFileError,
     check_file,

@@ -31,7 +31,7 @@ from torch.utils.data import DataLoader
 
 from mirage_kernels.io import replace_text
 
-from ..checked_files import DamagedFileError
+from ..files.checked import DamagedFileError
 from ..optional import import_extra
 from .batches import DiffusionBatchMaker
 from .checkpoints import Checkpoint, list_checkpoints, read_config_digest, read_newest, remove_drafts, save_checkpoint

@@ -16,7 +16,7 @@ from filelock import FileLock, Timeout
 
 from mirage_kernels.io import replace_bytes, replace_text
 
-from ..checked_files import DamagedFileError, digest, digest_json, read_file, read_json
+from ..files.checked import DamagedFileError, digest, digest_json, read_file, read_json
 from .config import TrainConfig, make_config
 
 METRICS, CONFIG, LOCK = "metrics.jsonl", "config.json", ".lock"

@@ -22,7 +22,8 @@ LAYERS = {
         ("compat",),
     ),
     "mirage": (
-        ("optional", "media", "checked_files", "images", "framing", "depth_files"),
+        ("optional", "media"),
+        ("files",),
         ("models", "scenes", "perception"),
         ("pipeline",),
         ("zoo",),

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ...depth_files import MILLIMETRES, read_depth
+from ...files.depth import MILLIMETRES, read_depth
 
 
 def find_file(folder: Path, stem: str, suffixes: Sequence[str]) -> Path:
@@ -27,7 +27,7 @@ def read_metres(path: Path) -> Tensor:
     """Read depth of one frame, metres in floats or millimetres in integers: (H, W) float32 in metres, 0 where unknown.
 
     Raises:
-        OSError, ValueError: it is no such depth, see :func:`~mirage.depth_files.read_depth`.
+        OSError, ValueError: it is no such depth, see :func:`~mirage.files.depth.read_depth`.
     """
     values = read_depth(path, integer_scale=MILLIMETRES)
     if values.ndim != 2:

@@ -7,7 +7,7 @@ Layouts on disk:
   there is.
 - "realestate10k": `cameras/CLIP.txt` in RealEstate10K's own format, and for each of its lines
   `frames/CLIP/TIMESTAMP.jpg` (.jpeg, .png, .webp) and `depth/CLIP/TIMESTAMP.png` (16 bits, millimetres), `.npy`
-  (metres) or another file that :func:`~mirage.depth_files.read_depth` reads; if there, `static/CLIP/TIMESTAMP.png`
+  (metres) or another file that :func:`~mirage.files.depth.read_depth` reads; if there, `static/CLIP/TIMESTAMP.png`
   (non-zero: static) and `prompts/CLIP.txt`. Depth and masks may be of another size than the frames, of their aspect.
 - "packed": `CLIP.safetensors` of :func:`~mirage.training.data.save_clip`, in a folder or in tar shards as WebDataset
   has them, where a `CLIP.txt` beside it is the prompt. Shards must be plain .tar: clips are read where they lie, so
@@ -23,9 +23,9 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F
 
-from ...depth_files import DEPTH_SUFFIXES
-from ...framing import have_one_aspect
-from ...images import read_image, read_mask, to_tensor
+from ...files.depth import DEPTH_SUFFIXES
+from ...files.framing import have_one_aspect
+from ...files.images import read_image, read_mask, to_tensor
 from ...scenes.camera_files import load_realestate10k
 from ...scenes.rgbd import list_rgbd_folder, load_rgbd_folder
 from ...scenes.synthetic import SyntheticRoom

@@ -11,7 +11,7 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from mirage.depth_files import read_depth
+from mirage.files.depth import read_depth
 from mirage.optional import MissingExtraError
 
 METRES = (np.random.default_rng(0).random((6, 8)) * 5 + 0.5).astype(np.float32)

@@ -7,7 +7,7 @@ import PIL.Image
 import pytest
 import torch
 
-from mirage.framing import Framing, cut_to_multiples, have_one_aspect
+from mirage.files.framing import Framing, cut_to_multiples, have_one_aspect
 from mirage_kernels import Cameras
 
 SIZES = [

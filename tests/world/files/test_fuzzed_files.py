@@ -17,8 +17,8 @@ import PIL.Image
 import pytest
 import torch
 
-from mirage.depth_files import read_depth
-from mirage.images import read_image, read_mask
+from mirage.files.depth import read_depth
+from mirage.files.images import read_image, read_mask
 from mirage.optional import MissingExtraError
 from mirage.scenes.rgbd import load_rgbd_folder
 

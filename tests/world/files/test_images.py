@@ -13,7 +13,7 @@ import PIL.Image
 import pytest
 import torch
 
-from mirage.images import read_image, read_mask, to_pil, to_tensor
+from mirage.files.images import read_image, read_mask, to_pil, to_tensor
 
 RNG = np.random.default_rng(0)
 COLOURS = RNG.integers(0, 256, (6, 8, 3), dtype=np.uint8)

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from mirage.framing import Framing
+from mirage.files.framing import Framing
 from mirage.optional import MissingExtraError
 from mirage.perception.depth import DepthEstimator, GivenDepth
 from mirage.perception.depth_alignment import align_depth

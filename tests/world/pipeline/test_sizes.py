@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from mirage.commands import cli
-from mirage.framing import Framing
-from mirage.images import to_tensor
+from mirage.files.framing import Framing
+from mirage.files.images import to_tensor
 from mirage.pipeline.pipeline import MiragePipeline
 from mirage.pipeline.session import MirageSession
 from mirage.scenes.trajectories import make_trajectory

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mirage_kernels import Cameras
 
-from .optional import import_extra
+from ..optional import import_extra
 
 _ASPECT_TOLERANCE = 0.01
 _CUT_PIXELS, _CUT_SHARE = 16, 0.1
@@ -97,7 +97,7 @@ class Framing:
 
         Args:
             pixels: (H, W, 3) of :attr:`image_size`, uint8 or float32 in [0, 1], see
-                :func:`~mirage.images.read_image`.
+                :func:`~mirage.files.images.read_image`.
 
         Returns:
             (height, width, 3) of that dtype, resampled by Lanczos where it is not a crop alone.

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .optional import import_extra
+from ..optional import import_extra
 
 _ROUNDING = 1 / 512  # of values at the ends of their range: less than half a step of 8 bits
 _CLEARLY_NEGATIVE = -0.1  # between this and 0, an overshoot of resizing in [0, 1] is as likely as values in [-1, 1]

@@ -15,8 +15,8 @@ from typing import IO, Any
 
 import numpy as np
 
+from ..optional import import_extra
 from .images import open_image
-from .optional import import_extra
 
 DEPTH_SUFFIXES = (".png", ".tiff", ".tif", ".exr", ".npy", ".npz")
 MILLIMETRES = 0.001

@@ -1,0 +1,1 @@
+"""Files as people have them: images, depth, how a frame is cut from an image, and files with checksums."""
