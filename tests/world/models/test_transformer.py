@@ -416,7 +416,7 @@ def test_return_types() -> None:
         ({"hidden_states": torch.zeros(1, 48, 5, 3, 6)}, r"multiples of .*1, 2, 2.*got \(5, 3, 6\)"),
         ({"hidden_states": torch.zeros(1, 48, 5, 4, 5)}, r"multiples of .*1, 2, 2.*got \(5, 4, 5\)"),
         ({"timestep": torch.zeros(1, 4)}, r"timestep must be \(B, F\) = \(1, 5\), one per frame, got \(1, 4\)"),
-        ({"timestep": torch.zeros(1)}, r"timestep must be \(B, F\) = \(1, 5\), one per frame, got \(1,\)"),
+        ({"timestep": torch.zeros(3)}, r"timestep must be \(B, F\) = \(1, 5\), one per frame, got \(3,\)"),
         ({"num_reference_frames": 5}, r"num_reference_frames must be in \[0, 5\), a multiple of 1, got 5"),
         ({"num_reference_frames": -1}, r"num_reference_frames must be in \[0, 5\), a multiple of 1, got -1"),
         ({"memory_adapter": FixedHints((0,))}, "memory_context must be given with memory_adapter, got None"),
