@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -15,6 +16,7 @@ import torch
 
 import mirage_kernels
 from mirage_kernels.environment import triton_interpreted
+from mirage_kernels.ops.operator import OPERATORS
 
 ROOT = Path(__file__).parents[3]
 EXAMPLE = ROOT / "examples" / "add_operator"
@@ -25,8 +27,8 @@ INCLUDES = ["-isystem", str(TORCH / "include"), "-I", str(ROOT / "csrc")]
 
 
 @pytest.fixture(scope="module")
-def example(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
-    """The operator, with its C++ kernel where there is a compiler."""
+def example(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ModuleType]:
+    """The operator, with its C++ kernel where there is a compiler; listed with the others by these tests alone."""
     sys.path.insert(0, str(EXAMPLE))
     try:
         module = importlib.import_module("squared_distance")
@@ -42,7 +44,8 @@ def example(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
         command = [*compiler.split(), *FLAGS, *DEFINES, *INCLUDES, source, *link]
         subprocess.run(command, check=True, capture_output=True, text=True)
         torch.ops.load_library(str(library))
-    return module
+    yield module
+    del OPERATORS["squared_distance"]
 
 
 BACKENDS = ["reference", "cpu"] + (["triton"] if triton_interpreted() else [])
