@@ -37,7 +37,7 @@ DEVICE = "cuda" if GPU else "cpu"
 NO_TOKEN = 0x7F7F7F7F7F7F7F7F  # the key of an empty place
 NAMES = tuple(OPERATORS)
 # Parts of the comparisons, which test processes share, and how many of each the interpreter has to run and pass.
-PARTS = {"bounded_write": 50, "splat_aligned": 50, "not bounded_write and not splat_aligned": 100}
+PARTS = {"bounded_write": 50, "splat_aligned": 40, "not bounded_write and not splat_aligned": 150}
 
 
 def comparison(test):
