@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .checks import check_cam2world, check_image_size, check_intrinsics, find_allowances
+from .checks import check_image_size, check_intrinsics, check_poses, find_allowances
 from .conventions import as_float64, as_matrices, as_poses, as_views, invert, is_opengl, with_bottom_row
 
 _kept_factors: dict[tuple[float, float], Tensor] = {}  # of `_row_factors`
@@ -81,7 +81,7 @@ class Cameras:
             raise ValueError(f"intrinsics and cam2world must be on the same device, got {got}")
         self._image_size = check_image_size("image_size", image_size)
         check_intrinsics(matrices.cpu(), self._image_size, square_pixels, off_center)
-        check_cam2world(poses.cpu())
+        check_poses("cam2world", poses.cpu())
         matrices[..., 0, 1] = 0.0  # exact, where the tolerances of the checks let something through
         matrices[..., 1, 0] = 0.0
         matrices[..., 2, :2] = 0.0
@@ -148,10 +148,7 @@ class Cameras:
         matrices = as_matrices(intrinsics, leading, size, pixel_centers, normalized)
         if is_opengl(convention):
             views[:, 1:3] *= -1
-        try:
-            check_cam2world(views.cpu())
-        except ValueError as error:
-            raise ValueError(str(error).replace("cam2world", "w2c", 1)) from None
+        check_poses("w2c", views.cpu())
         return cls(matrices, invert(views), size, square_pixels=square_pixels, off_center=off_center)
 
     @classmethod
@@ -198,7 +195,7 @@ class Cameras:
         poses = as_poses(cam2world)
         if len(self) not in (1, len(poses)):
             raise ValueError(f"cam2world must be ({len(self)}, 4, 4) as the cameras, got {tuple(poses.shape)}")
-        check_cam2world(poses.cpu())
+        check_poses("cam2world", poses.cpu())
         intrinsics = self._intrinsics.expand(len(poses), 3, 3).contiguous()
         return self._hold(intrinsics, with_bottom_row(poses).to(self.device), self._image_size)
 

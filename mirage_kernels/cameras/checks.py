@@ -151,9 +151,9 @@ def _find_implausible(values: np.ndarray, size: tuple[int, int]) -> list[_Check]
     ]
 
 
-def check_cam2world(cam2world: Tensor) -> None:
+def check_poses(name: str, poses: Tensor) -> None:
     """Refuse values that are no rigid poses: (T, 4, 4) float64 on the host."""
-    values = cam2world.numpy()
+    values = poses.numpy()
     if not len(values):
         return
     bottom, rotation = values[:, 3], values[:, :3, :3]
@@ -179,7 +179,7 @@ def check_cam2world(cam2world: Tensor) -> None:
     ):
         if bad.any():
             i = int(bad.argmax())
-            raise ValueError(f"cam2world[{i}] must {expected}, got {got(i)}")
+            raise ValueError(f"{name}[{i}] must {expected}, got {got(i)}")
 
 
 def fits_grid(size: tuple[int, int], grid: tuple[int, int]) -> bool:

@@ -17,6 +17,8 @@ from typing import Any
 import generation
 import pytest
 import torch
+from damaging import DAMAGES as COMMON_DAMAGES
+from damaging import content, exchange, flip
 from generation import options
 
 from mirage.pipeline.pipeline import MiragePipeline
@@ -67,16 +69,6 @@ def resume(pipe: MiragePipeline, folder: Path, **changes: Any) -> None:
     pipe(**options(FRAMES, run_dir=folder, resume=True, output_type=None, **changes))
 
 
-def content(folder: Path) -> dict[str, Any]:
-    """All that is in a folder, by path, but for the lock."""
-    found: dict[str, Any] = {}
-    for path in sorted(folder.rglob("*")):
-        if path.name != ".lock":
-            link = os.readlink(path) if path.is_symlink() else None
-            found[str(path.relative_to(folder))] = link or (path.read_bytes() if path.is_file() else None)
-    return found
-
-
 def assert_same_run(folder: Path, whole: Path) -> None:
     assert (folder / "video.mp4").read_bytes() == (whole / "video.mp4").read_bytes()
     left, right = (LatentCache.load(run / "cache.safetensors").tensors() for run in (folder, whole))
@@ -86,39 +78,8 @@ def assert_same_run(folder: Path, whole: Path) -> None:
         assert (folder / name).read_bytes() == (whole / name).read_bytes()
 
 
-def flip(path: Path, at: float) -> None:
-    held = bytearray(path.read_bytes())
-    held[min(int(len(held) * at), len(held) - 1)] ^= 16
-    path.write_bytes(held)
-
-
-def exchange(path: Path) -> None:
-    other = path.parents[1] / {"0000": "0001", "0001": "0000"}[path.parent.name] / path.name
-    held = path.read_bytes()
-    path.write_bytes(other.read_bytes())
-    other.write_bytes(held)
-
-
-def put_folder(path: Path) -> None:
-    path.unlink()
-    path.mkdir()
-
-
-def put_link(path: Path) -> None:
-    path.unlink()
-    path.symlink_to("nowhere")
-
-
-DAMAGES: dict[str, Callable[[Path], Any]] = {
-    "a bit flipped": lambda path: flip(path, 0.5),
-    "a bit flipped near the end": lambda path: flip(path, 0.97),
-    "cut": lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]),
-    "emptied": lambda path: path.write_bytes(b""),
-    "junk": lambda path: path.write_bytes(b"\x00junk\xff" * 40),
-    "deleted": Path.unlink,
-    "exchanged": exchange,
-    "a folder": put_folder,
-    "a dangling link": put_link,
+DAMAGES = COMMON_DAMAGES | {
+    "exchanged": lambda path: exchange(path, {"0000": "0001", "0001": "0000"}[path.parent.name])
 }
 FAST = {
     ("chunks/0000/latents.safetensors", "a bit flipped near the end"),

@@ -11,12 +11,13 @@ import pickle
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from damaging import DAMAGES as COMMON_DAMAGES
+from damaging import content, exchange
 
 pytest.importorskip("diffusers", reason="the extra generate is not installed")
 pytest.importorskip("yaml", reason="the extra train is not installed")
@@ -71,48 +72,7 @@ def assert_same_run(folder: Path, whole: Path) -> None:
     assert losses(folder)[-1] == losses(whole)[-1]
 
 
-def content(folder: Path) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for path in sorted(folder.rglob("*")):
-        if path.name != ".lock":
-            link = os.readlink(path) if path.is_symlink() else None
-            found[str(path.relative_to(folder))] = link or (path.read_bytes() if path.is_file() else None)
-    return found
-
-
-def flip(path: Path) -> None:
-    held = bytearray(path.read_bytes())
-    held[len(held) // 2] ^= 1
-    path.write_bytes(held)
-
-
-def exchange(path: Path) -> None:
-    other = path.parents[1] / "00000001" / path.name
-    held = path.read_bytes()
-    path.write_bytes(other.read_bytes())
-    other.write_bytes(held)
-
-
-def put_folder(path: Path) -> None:
-    path.unlink()
-    path.mkdir()
-
-
-def put_link(path: Path) -> None:
-    path.unlink()
-    path.symlink_to("nowhere")
-
-
-DAMAGES: dict[str, Callable[[Path], Any]] = {
-    "a bit flipped": flip,
-    "cut": lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]),
-    "emptied": lambda path: path.write_bytes(b""),
-    "junk": lambda path: path.write_bytes(b"\x00junk\xff" * 40),
-    "deleted": Path.unlink,
-    "exchanged": exchange,
-    "a folder": put_folder,
-    "a dangling link": put_link,
-}
+DAMAGES = COMMON_DAMAGES | {"exchanged": lambda path: exchange(path, "00000001")}
 
 
 @pytest.mark.slow
